@@ -1,0 +1,38 @@
+# `make demo` and `make test` need Python >= 3.10 and make; they set up .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+# torch goes first and by itself: other packages would pull in its GPU build.
+define install
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(1)]'
+	touch $@
+endef
+
+.PHONY: demo test lint docs speech clean
+
+demo: .venv/demo.done
+	$(BIN)/python -m demo
+
+test: .venv/test.done
+	$(BIN)/python -m pytest
+
+lint: .venv/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/docs.done
+	$(BIN)/mkdocs build --strict --quiet
+
+ablation: .venv/demo.done
+	$(BIN)/python -m demo.ablation
+
+speech: .venv/demo.done
+	$(BIN)/python -m lightning_abpem.data.spoken_digits.make
+
+.venv/%.done: pyproject.toml constraints.txt
+	$(call install,$*)
+
+clean:
+	rm -rf .venv demo/output site

@@ -1,0 +1,307 @@
+"""The engine: adapts a model at its call, without labels. It needs torch alone.
+
+While an `Adaptation` is open, a call of the target module first adapts the fusion attention's q, k and v projections to
+the batch it is called with, and then proceeds as it would have: the caller sees the adapted logits and needs no change.
+The way of a batch: `_before_call` -> `forward_and_adapt` -> `_observe` (forward and loss) -> `_update` (backward and
+step) -> the call itself, its frozen part replayed -> `_after_call`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_abpem.attention import capture_attention, find_projections, list_attention_calls, score_statistics
+from lightning_abpem.modules import (
+    find_modules,
+    is_compiled,
+    normal_tensor,
+    only_trainable,
+    random_in_training,
+    without_inference_tensors,
+)
+from lightning_abpem.replay import FrozenReplay, TokenMemory
+from lightning_abpem.settings import Settings
+from lightning_abpem.spans import check_spans
+
+__all__ = ["Adaptation", "collect_params", "read_logits"]
+
+log = logging.getLogger(__name__)
+
+
+def collect_params(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """What adapts: weights and biases of the q, k and v projections of the attention `modules`, by full name."""
+    return {
+        f"{name}.{own}": parameter
+        for name, module in modules.items()
+        for own, parameter in find_projections(module, name).parameters.items()
+    }
+
+
+def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor:
+    """The (B, C) logits in a module's output: itself, `.logits`, `["logits"]`, a tuple's first tensor, or ``how(output)``.
+
+    Raises:
+        ValueError: if there are none, or they are not two-dimensional floats of two classes or more.
+    """
+    logits = output
+    if how is not None:
+        logits = how(output)
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list):
+        logits = next((item for item in output if isinstance(item, Tensor)), None)
+    if not isinstance(logits, Tensor):
+        keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+        raise ValueError(
+            f"Expected logits in the target's output, but found none in a {type(output).__name__}{keys}. Pass `logits`, "
+            "a function from that output to a (batch, classes) tensor."
+        )
+    if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"Expected logits of shape (batch, classes) with at least two classes, but got {tuple(logits.shape)} "
+            f"{logits.dtype}. Pass `logits`, a function from the target's output to them."
+        )
+    return logits
+
+
+class Adaptation:
+    """Adapts `model` while its ``with`` block lasts; afterwards everything is as it was, bit by bit.
+
+    Args:
+        model: the model; names in the settings are relative to it.
+        settings: what to adapt and how.
+        on_step: called after each step with its record (detached scalars by name) and the number of samples.
+
+    Attributes:
+        params: the adapted parameters by name.
+        calls: calls of the target so far.
+        updates: steps taken.
+        skipped: steps not taken because the loss or a gradient was not finite.
+        record: the last step's figures, named in `Objective.record_names`, and `updated`: 1 if the step was taken.
+
+    Raises:
+        ValueError: on construction, with nothing changed: the names match no attention, or the model is in training
+            mode and random in it. At the first call, before any weight moves: spans, k or logits do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        on_step: Callable[[dict[str, Tensor], int], None] | None = None,
+    ) -> None:
+        self.model, self.settings, self.on_step = model, settings, on_step
+        self.target = model if settings.target is None else self._submodule(settings.target, "target")
+        self.fusion = find_modules(model, settings.fusion)
+        self.params = collect_params(self.fusion)
+        self.memory = self._find_memory() if settings.memory_batches > 1 else None
+        if random := random_in_training(model):
+            raise ValueError(
+                f"Expected a model in eval mode, but {len(random)} of its modules are in training mode and not "
+                f"deterministic in it: {', '.join(random[:3])}{', ...' if random[3:] else ''}. Call model.eval() first."
+            )
+        self.calls = self.updates = self.skipped = 0
+        self.record: dict[str, Tensor] = {}
+        self._updates_since_reset = 0
+        self._inside = self._checked = self._warned_single = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Adaptation:
+        try:
+            with torch.inference_mode(False):
+                self.configure_model()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def configure_model(self) -> None:
+        """Freeze all but the adapted parameters, keep their source values, attach the hooks; `close` undoes each."""
+        adapted = list(self.params.values())
+        if any(p.is_inference() for p in adapted):
+            raise ValueError(f"Parameters made inside torch.inference_mode() cannot adapt: {', '.join(self.params)}.")
+        self._stack.enter_context(without_inference_tensors(self.model))
+        self._stack.enter_context(only_trainable(self.model, adapted))
+        self._source = [p.detach().clone() for p in adapted]
+        if self.settings.restore:
+            self._stack.callback(self._restore_source)
+        self._optimizer = self.settings.optimizer(adapted)
+        self._replay = FrozenReplay(self.target, adapted)
+        self._replay.enabled = self.settings.replay and not is_compiled(self.model)
+        if self._replay.enabled:
+            self._stack.enter_context(self._replay.attached())
+        self._stack.callback(self.target.register_forward_pre_hook(self._before_call, with_kwargs=True).remove)
+        self._stack.callback(self.target.register_forward_hook(self._after_call, always_call=True).remove)
+
+    def close(self) -> None:
+        """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
+        with torch.inference_mode(False):
+            self._stack.close()
+        if self.memory is not None:
+            self.memory.clear()
+
+    def reset(self) -> None:
+        """Back to the source model: its weights, a fresh optimizer, an empty memory."""
+        with torch.inference_mode(False):
+            self._restore_source()
+            self._optimizer = self.settings.optimizer(list(self.params.values()))
+        if self.memory is not None:
+            self.memory.clear()
+        self._updates_since_reset = 0
+
+    def describe(self) -> str:
+        """What adapts, by name, with counts."""
+        count = sum(p.numel() for p in self.params.values())
+        share = count / sum(p.numel() for p in self.model.parameters())
+        fate = "return" if self.settings.restore else "do not return (restore=False)"
+        lines = [
+            f"ABPEM adapts {count:,} values in {len(self.params)} tensors ({share:.2%} of {type(self.model).__name__}):",
+            *(f"  {name} {tuple(p.shape)}" for name, p in self.params.items()),
+            *(f"  {tied} is the same tensor, so it moves as well" for tied in self._tied()),
+        ]
+        if self.settings.steps == 0:
+            return "ABPEM observes, with steps=0: no weight moves."
+        return "\n".join([*lines, f"Their source values {fate} after the run."])
+
+    # ------------------------------------------------------------------------------------------- the way of a batch
+
+    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._inside:
+            return
+        self.calls += 1
+        if self._reset_is_due():
+            self.reset()
+        with torch.inference_mode(False), torch.enable_grad():
+            args, kwargs = tree_map(normal_tensor, (args, kwargs))
+            self.forward_and_adapt(args, kwargs)
+        self._replay.start_pass()
+
+    def forward_and_adapt(self, args: Any, kwargs: Any) -> None:
+        """Adapt to one batch, the target's arguments: `steps` times forward, loss, backward and step."""
+        updated = False
+        for _ in range(max(self.settings.steps, 1)):
+            loss, record, samples = self._observe(args, kwargs)
+            updated = self.settings.steps > 0 and self._update(loss)
+            self.record = record | {"updated": loss.new_tensor(float(updated)).detach()}
+            if self.on_step is not None:
+                self.on_step(self.record, samples)
+        if updated and self.memory is not None:
+            self.memory.push()
+
+    def _observe(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor], int]:
+        """One forward over memory and batch, its attention captured: the loss, its figures, the batch's size."""
+        self._replay.start_pass()
+        extended = nullcontext() if self.memory is None else self.memory.extend()
+        with self._inner_call(), extended, capture_attention(self.fusion) as calls:
+            output = self.target.forward(*args, **kwargs)
+        logits = read_logits(output, self.settings.logits)
+        if not calls:
+            self._raise_nothing_captured(args, kwargs)
+        if not self._checked:
+            for call in calls:
+                check_spans(self.settings.spans, call, cover=self.settings.spans_cover)
+            self._checked = True
+        stored = 0 if self.memory is None else self.memory.verify(logits)
+        if logits.shape[0] == 1 and not self._warned_single:
+            self._warned_single = True
+            log.warning("A batch of one sample: the balance of a single prediction is its own entropy, not a balance.")
+        with torch.autocast(logits.device.type, enabled=False):
+            statistics = [score_statistics(call, self.settings.spans) for call in calls]
+            loss, record = self.settings.objective(logits, statistics)
+        return loss, record, logits.shape[0] - stored
+
+    def _update(self, loss: Tensor) -> bool:
+        """Backward and step, or neither if the loss or a gradient is not finite; whether the step was taken."""
+        adapted = list(self.params.values())
+        loss.backward()
+        gradients = [p.grad for p in adapted if p.grad is not None]
+        finite = bool(torch.stack([torch.isfinite(x).all() for x in (loss, *gradients)]).all())
+        if finite:
+            self._optimizer.step()
+            torch.clear_autocast_cache()
+            self.updates += 1
+            self._updates_since_reset += 1
+        else:
+            self.skipped += 1
+            if self.skipped == 1:
+                log.warning("Call %d: the loss or a gradient is not finite. Such steps are skipped.", self.calls)
+        for parameter in adapted:
+            parameter.grad = None
+        return finite
+
+    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._inside:
+            return
+        self._replay.end_batch()
+        if self.memory is not None and output is not None:
+            self.memory.expect(read_logits(output, self.settings.logits))
+
+    # --------------------------------------------------------------------------------------------------- the details
+
+    def _reset_is_due(self) -> bool:
+        if self.settings.updates_per_reset is not None:
+            return self._updates_since_reset >= self.settings.updates_per_reset
+        return self.settings.reset == "batch" and self._updates_since_reset > 0
+
+    @torch.no_grad()
+    def _restore_source(self) -> None:
+        for parameter, source in zip(self.params.values(), self._source, strict=True):
+            parameter.copy_(source)
+
+    @contextmanager
+    def _inner_call(self) -> Iterator[None]:
+        """Calls of the target in here are the engine's own."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def _submodule(self, name: str, option: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:
+            children = ", ".join(child for child, _ in self.model.named_children())
+            raise ValueError(
+                f"Expected `{option}` to name a module of {type(self.model).__name__}, but got {name!r}. "
+                f"Its children: {children}."
+            ) from None
+
+    def _find_memory(self) -> TokenMemory:
+        name = self.settings.memory_at
+        if name is None:
+            name = next(iter(self.fusion)).rpartition(".")[0]
+        block = self._submodule(name, "memory_at")
+        if block is self.target or block is self.model:
+            raise ValueError(
+                f"Expected `memory_at` to name the module that the joint tokens enter, when memory_batches > 1, but "
+                f"'{next(iter(self.fusion))}' has no block of its own around it. Wrap the attention, its residual and "
+                "what follows in a module, or set memory_batches=1."
+            )
+        return TokenMemory(block, name, self.settings.memory_batches)
+
+    def _tied(self) -> list[str]:
+        """Names outside the fusion under which adapted parameters appear too."""
+        adapted = {id(p) for p in self.params.values()}
+        everywhere = self.model.named_parameters(remove_duplicate=False)
+        return [name for name, p in everywhere if id(p) in adapted and name not in self.params]
+
+    def _raise_nothing_captured(self, args: Any, kwargs: Any) -> None:
+        with self._inner_call(), torch.no_grad():
+            seen = list_attention_calls(self.model, lambda: self.target.forward(*args, **kwargs))
+        raise ValueError(
+            f"Expected attention calls inside {', '.join(self.fusion)}, but none was seen in a forward of the target. "
+            f"Seen elsewhere: {'; '.join(seen) or 'none'}."
+        )

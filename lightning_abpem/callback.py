@@ -1,0 +1,279 @@
+"""ABPEM as a Lightning callback: the engine's lifecycle in a Trainer's run, its log and its averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_abpem.adaptation import Adaptation
+from lightning_abpem.metrics import RecordMean
+from lightning_abpem.objective import Balance, Objective
+from lightning_abpem.settings import OptimizerFactory, Reset, Settings, default_optimizer
+from lightning_abpem.spans import Span
+
+__all__ = ["ABPEM", "Stage"]
+
+Stage = Literal["test", "predict", "validate"]
+
+
+class ABPEM(Callback):
+    """Adapts a multi-modal model to each test batch without labels, before the model predicts on it.
+
+    Attention Bootstrapping with Principal Entropy Minimization (Zhao et al., AAAI 2025, arXiv 2503.02221). In `test` and
+    `predict` the model's own step sees logits from the adapted weights; nothing in the LightningModule changes, and the
+    source weights return after the run, also after a crash. Only the q, k and v projections of the fusion attention
+    move.
+
+    Args:
+        fusion: name pattern(s) of the fusion attention module(s), relative to the LightningModule. `*` stands for one
+            part of a dotted name, `**` for any number.
+        modalities: the modalities' token spans in the joint sequence: lengths in order, which have to cover it, or
+            explicit (start, stop) ranges, which may leave tokens out.
+        k: number of most probable classes whose entropy is minimised, in [1, C].
+        attention_weight: weight of the attention bootstrapping, >= 0.
+        balance_weight: weight of the balance term, >= 0.
+        balance: "marginal", the entropy of the batch-mean prediction (the paper), or "read" (READ's variant).
+        memory_batches: batches that the loss sees, the current one included; 1 is no memory.
+        memory_at: the module whose input tokens are remembered. Default: the parent of the first fusion attention.
+        steps: updates per call; 0 observes only: all figures are recorded and no weight moves.
+        optimizer: from parameters to a torch optimizer. Default: Adam, lr 1e-4.
+        target: the module whose call adapts. Default: the LightningModule itself; set it if the step calls a submodule
+            directly.
+        logits: from the target's output to (B, C) logits, where it is not a tensor, `.logits`, `["logits"]` or a
+            tuple's first tensor.
+        reset: when the source model returns: "never" within a run, before each "batch" (episodic), at each new
+            "dataloader", or after that many updates.
+        restore: put the source weights back after the run; False keeps the adapted ones.
+        stages: the Trainer's functions that adapt: "test", "predict", "validate". Never inside `fit`.
+        replay: compute the frozen part of the model once per batch; False computes it in every pass.
+
+    Attributes:
+        updates: steps taken in the last run.
+        skipped: steps not taken in the last run, because the loss or a gradient was not finite.
+        averages: per dataloader, the last run's figures averaged over samples.
+
+    Raises:
+        ValueError: an argument is out of its range, or does not fit the model (before any weight moves).
+        MisconfigurationException: the Trainer is used in a way that cannot work.
+
+    Example:
+        >>> from lightning_abpem import ABPEM
+        >>> abpem = ABPEM(fusion="model.fusion.*.attn", modalities={"audio": 512, "video": 196}, k=7)
+        >>> # Trainer(callbacks=[abpem]).test(model, data), or without Lightning:
+        >>> # with abpem.attach(model): logits = model(audio, video)
+    """
+
+    def __init__(
+        self,
+        fusion: str | Sequence[str],
+        modalities: Mapping[str, int | Span],
+        k: int,
+        attention_weight: float = 1.0,
+        balance_weight: float = 1.0,
+        balance: Balance = "marginal",
+        memory_batches: int = 1,
+        memory_at: str | None = None,
+        steps: int = 1,
+        optimizer: OptimizerFactory = default_optimizer,
+        target: str | None = None,
+        logits: Callable[..., Tensor] | None = None,
+        reset: Reset = "never",
+        restore: bool = True,
+        stages: Sequence[Stage] = ("test", "predict"),
+        replay: bool = True,
+    ) -> None:
+        self.settings = Settings(
+            fusion=fusion,
+            modalities=modalities,
+            objective=Objective(k, attention_weight, balance_weight, balance),
+            memory_batches=memory_batches,
+            memory_at=memory_at,
+            steps=steps,
+            optimizer=optimizer,
+            target=target,
+            logits=logits,
+            reset=reset,
+            restore=restore,
+            replay=replay,
+        )
+        unknown = set(stages) - {"test", "predict", "validate"}
+        if unknown or not stages or isinstance(stages, str):
+            raise ValueError(f'Expected `stages` to hold some of "test", "predict", "validate", but got {stages!r}.')
+        self.stages = tuple(stages)
+        self.updates = self.skipped = 0
+        self.averages: dict[int, dict[str, Tensor]] = {}
+        self._run: _Run | None = None
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[Adaptation]:
+        """The same engine without a Trainer: inside the block, calls of `model` (or `target`) adapt it.
+
+        Raises:
+            ValueError: what the constructor could not know: names without a match, a model in training mode with
+                dropout, reset="dataloader".
+        """
+        if self.settings.reset == "dataloader":
+            raise ValueError('reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.')
+        with Adaptation(model, self.settings) as adaptation:
+            yield adaptation
+
+    # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _check_trainer(trainer, pl_module)
+        for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
+            if own_stage == stage:
+                self._run = _Run(trainer, pl_module, own_stage)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None:
+            self.updates, self.skipped, self.averages = 0, 0, {}
+            self._run.start(self.settings)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._run is not None:
+            self._run.start_batch(dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._run is not None:
+            self._run.end_batch()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None:
+            self.averages = self._run.averages()
+            if self._run.stage != "predict":  # Lightning has no result dict there
+                self.log_dict(_flat(self.averages))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    on_validation_start = on_predict_start = on_test_start
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+    on_validation_batch_end = on_predict_batch_end = on_test_batch_end
+    on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
+
+    def _end(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            self.updates, self.skipped = run.close()
+
+
+class _Run:
+    """One run of a Trainer's loop with the engine in it, from setup to teardown or an exception."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+        self.trainer, self.module, self.stage = trainer, module, stage
+        self.adaptation: Adaptation | None = None
+        self._training = {m: m.training for m in module.modules()}
+        # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
+        self._loop: Any = getattr(trainer, f"{stage}_loop")
+        self._inference_mode = getattr(self._loop, "inference_mode", None)
+        if self._inference_mode is not None:
+            self._loop.inference_mode = False
+
+    def start(self, settings: Settings) -> None:
+        self._names = [*Objective.record_names(list(settings.spans)), "updated"]
+        self._means: dict[int, RecordMean] = {}
+        self._pending: list[dict[str, Tensor]] = []
+        self._logged = 0
+        self._dataloader = 0
+        adaptation = Adaptation(self.module, settings, on_step=self._on_step)
+        self.adaptation = adaptation.__enter__()
+        rank_zero_info(adaptation.describe())
+
+    def start_batch(self, dataloader: int) -> None:
+        assert self.adaptation is not None
+        if dataloader != self._dataloader and self.adaptation.settings.reset == "dataloader":
+            self.adaptation.reset()
+        self._dataloader = dataloader
+        self._calls_before = self.adaptation.calls
+
+    def end_batch(self) -> None:
+        assert self.adaptation is not None
+        if self.adaptation.calls == self._calls_before:
+            target = self.adaptation.settings.target
+            raise MisconfigurationException(
+                f"The {self.stage} step ended without calling {f'`{target}`' if target else 'the LightningModule'}, so "
+                "nothing was adapted. Set ABPEM's `target` to the name of the module that the step calls with the "
+                "batch, and call it as a function, not by its `.forward`."
+            )
+
+    def averages(self) -> dict[int, dict[str, Tensor]]:
+        return {dataloader: mean.compute() for dataloader, mean in self._means.items()}
+
+    def close(self) -> tuple[int, int]:
+        """Put everything back; the updates taken and the steps skipped."""
+        if self._inference_mode is not None:
+            self._loop.inference_mode = self._inference_mode
+        counts = (0, 0)
+        if self.adaptation is not None:
+            counts = (self.adaptation.updates, self.adaptation.skipped)
+            self.adaptation.close()
+            self._flush()
+        for module, training in self._training.items():
+            module.training = training
+        return counts
+
+    def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
+        if self._dataloader not in self._means:
+            self._means[self._dataloader] = RecordMean(self._names).to(record["loss"].device)
+        self._means[self._dataloader].update(record, samples)
+        if self.trainer.loggers:
+            self._pending.append(record)
+            if len(self._pending) >= max(self.trainer.log_every_n_steps, 1):
+                self._flush()
+
+    def _flush(self) -> None:
+        """Hand each pending step to the loggers: one copy from the device for all of them."""
+        if not self._pending:
+            return
+        table = torch.stack([torch.stack([record[n].double() for n in self._names]) for record in self._pending])
+        for row in table.tolist():
+            figures = {f"abpem/{name}": value for name, value in zip(self._names, row, strict=True)}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(figures, step=self._logged)
+            self._logged += 1
+        self._pending.clear()
+
+
+def _flat(averages: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The averages under the names of the result dict, with the dataloader's where there are several."""
+    return {
+        f"abpem/{name}" + (f"/dataloader_idx_{dataloader}" if len(averages) > 1 else ""): value
+        for dataloader, means in averages.items()
+        for name, value in means.items()
+    }
+
+
+def _check_trainer(trainer: Any, module: Any) -> None:
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"ABPEM is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
+            "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
+        )
+    count = sum(isinstance(callback, ABPEM) for callback in trainer.callbacks)
+    if count > 1:
+        raise MisconfigurationException(
+            f"Expected one ABPEM callback, but the Trainer has {count}: each would adapt the same model. Name several "
+            "fusion attentions in one: `fusion` takes a list of patterns."
+        )

@@ -1,0 +1,40 @@
+"""The averages of a run's records, as a torchmetrics metric: states are sums and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["RecordMean"]
+
+
+class RecordMean(Metric):
+    """Sample-weighted mean of each figure of the steps' records; what is not finite (a skipped step's loss) is left out.
+
+    Args:
+        names: the figures, the same in every record.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.add_state("total", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("weight", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, record: Mapping[str, Tensor], samples: int) -> None:
+        """Add one step: scalars by name, and the number of samples they stand for."""
+        values = torch.stack([record[name].double() for name in self.names]).to(self.total.device)
+        finite = values.isfinite()
+        self.total = self.total + torch.where(finite, values, 0) * samples
+        self.weight = self.weight + finite * samples
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means by name; NaN where no step had a finite value."""
+        return dict(zip(self.names, (self.total / self.weight).float(), strict=True))

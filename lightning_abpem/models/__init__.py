@@ -1,0 +1,5 @@
+"""Models to adapt, as LightningModules."""
+
+from lightning_abpem.models.cavmae import CAVMAE
+
+__all__ = ["CAVMAE"]

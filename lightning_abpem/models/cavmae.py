@@ -1,0 +1,170 @@
+"""CAV-MAE, fine-tuned: the source model of the Kinetics50-C and VGGSound-C benchmarks (Gong et al., ICLR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+__all__ = ["CAVMAE"]
+
+PATCH = 16
+AUDIO_FRAMES, MEL_BINS, IMAGE_SIZE = 1024, 128, 224
+AUDIO_TOKENS = (AUDIO_FRAMES // PATCH) * (MEL_BINS // PATCH)
+VIDEO_TOKENS = (IMAGE_SIZE // PATCH) ** 2
+_UNUSED = ("norm_a.", "norm_v.", "norm1_a.", "norm1_v.", "norm2_a.", "norm2_v.")
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping 16 x 16 patches, each projected to one token: (B, channels, H, W) -> (B, N, D)."""
+
+    def __init__(self, channels: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, embed_dim, PATCH, PATCH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, fused: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class CAVMAE(LightningModule):
+    """Two ViT encoders, of a spectrogram and of a video frame, and joint blocks over the tokens of both.
+
+    A batch is ((audio, video), label) in test, with the label (B,) of class indices, and (audio, video) in predict.
+
+    Args:
+        num_classes: C.
+        embed_dim: D, the width; 768 as published.
+        num_heads: heads of every attention; 12 as published.
+        encoder_depth: blocks of each encoder; 11 as published.
+        fusion_depth: joint blocks; 1 as published.
+
+    Example:
+        ABPEM(fusion="blocks_u.*.attn", modalities=CAVMAE.modalities, k=7) adapts it.
+    """
+
+    modalities = {"audio": AUDIO_TOKENS, "video": VIDEO_TOKENS}
+
+    def __init__(
+        self,
+        num_classes: int,
+        embed_dim: int = 768,
+        num_heads: int = 12,
+        encoder_depth: int = 11,
+        fusion_depth: int = 1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+        def blocks(depth: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+
+        self.patch_embed_a = PatchEmbed(1, embed_dim)
+        self.patch_embed_v = PatchEmbed(3, embed_dim)
+        self.pos_embed_a = nn.Parameter(0.02 * torch.randn(1, AUDIO_TOKENS, embed_dim))
+        self.pos_embed_v = nn.Parameter(0.02 * torch.randn(1, VIDEO_TOKENS, embed_dim))
+        self.modality_a = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.modality_v = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.blocks_a = blocks(encoder_depth)
+        self.blocks_v = blocks(encoder_depth)
+        self.blocks_u = blocks(fusion_depth)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.mlp_head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, audio: Tensor, video: Tensor) -> Tensor:
+        """Logits (B, C) from log-mel filterbanks (B, 1024, 128) and frames (B, 3, 224, 224), both normalised."""
+        a = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3)) + self.pos_embed_a + self.modality_a
+        v = self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
+        for block in self.blocks_a:
+            a = block(a)
+        for block in self.blocks_v:
+            v = block(v)
+        x = torch.cat((a, v), dim=1)
+        for block in self.blocks_u:
+            x = block(x)
+        return self.mlp_head(self.norm(x).mean(dim=1))
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        inputs, label = batch
+        self.accuracy(self(*inputs), label)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self(*batch)
+
+    def load_published(self, source: Mapping[str, Tensor] | str | Path) -> CAVMAE:
+        """Load a published checkpoint: a state dict, or the path of one, with or without the "module." prefix.
+
+        Raises:
+            ValueError: naming every key that is missing, unexpected or of another shape; nothing is loaded then.
+        """
+        state = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        state = {key: value for key, value in state.items() if not _is_unused(key)}
+        own = {key: value for key, value in self.state_dict().items() if not key.startswith("accuracy.")}
+        problems = {
+            "missing": [key for key in own if key not in state],
+            "unexpected": [key for key in state if key not in own],
+            "of another shape": [
+                f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ],
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+            raise ValueError(f"Expected a state dict of CAV-MAE as published, fine-tuned, but got keys {listed}.")
+        self.load_state_dict(state, strict=False)
+        return self
+
+
+def _is_unused(key: str) -> bool:
+    """Whether the published model never uses this entry: the norms of its pre-training's separate streams."""
+    return any(key.startswith(name) or f".{name}" in key for name in _UNUSED)

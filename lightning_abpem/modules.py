@@ -1,0 +1,118 @@
+"""What the engine asks of a model's modules, and what it changes in them for a while."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = [
+    "find_modules",
+    "is_compiled",
+    "normal_tensor",
+    "only_trainable",
+    "random_in_training",
+    "without_inference_tensors",
+]
+
+
+def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of `model` whose names match, in the model's order.
+
+    In a pattern `*` stands for one part of a dotted name, or a piece of it, and `**` for any number of parts.
+
+    Raises:
+        ValueError: if a pattern matches nothing, with the names that come closest.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("Expected `fusion` to hold at least one name pattern, but got none.")
+    names = [name for name, _ in model.named_modules() if name]
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if _regex(pattern).fullmatch(name)}
+        if not found:
+            raise ValueError(
+                f"Expected `fusion` to match a module of {type(model).__name__}, but {pattern!r} matches none of its "
+                f"{len(names)} modules. {_closest(names, pattern)}"
+            )
+        matched |= found
+    return {name: module for name, module in model.named_modules() if name in matched}
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    tokens = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return re.compile("".join(tokens.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", pattern)))
+
+
+def _closest(names: Sequence[str], pattern: str) -> str:
+    last = pattern.rsplit(".", 1)[-1].strip("*?")
+    alike = [name for name in names if last and last in name.rsplit(".", 1)[-1]]
+    attention = [name for name in names if "attn" in name.rsplit(".", 1)[-1].lower() or "attention" in name.lower()]
+    shown = (alike or attention or list(names))[:8]
+    return f"Names like it: {', '.join(shown)}." if shown else "The model has no submodules."
+
+
+def random_in_training(model: nn.Module) -> list[str]:
+    """Names of the modules that are in training mode and not deterministic in it."""
+
+    def is_random(module: nn.Module) -> bool:
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            return module.track_running_stats
+        if isinstance(module, nn.MultiheadAttention):
+            return module.dropout > 0
+        return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+    return [name for name, module in model.named_modules() if module.training and is_random(module)]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or a part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def normal_tensor(x: Any) -> Any:
+    """A tensor that autograd accepts as a constant: out of inference mode, without history. Others as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.clone() if x.is_inference() else x.detach() if x.requires_grad else x
+
+
+@contextmanager
+def only_trainable(model: nn.Module, trainable: Collection[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach `trainable` alone; requires_grad and .grad of every parameter return afterwards."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad, grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+@contextmanager
+def without_inference_tensors(model: nn.Module) -> Iterator[None]:
+    """Stand in normal copies for what an earlier run in inference mode left in the model: buffers, cached attributes."""
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in model.modules():
+            for place in (module._buffers, module._parameters, module.__dict__):
+                for name, value in list(place.items()):
+                    if isinstance(value, Tensor) and value.is_inference():
+                        replaced.append((place, name, value))
+                        copy = value.clone()
+                        place[name] = nn.Parameter(copy, value.requires_grad) if place is module._parameters else copy
+        yield
+    finally:
+        for place, name, value in replaced:
+            place[name] = value
