@@ -39,7 +39,7 @@ class DigitsModel(LightningModule):
     In training each encoder has a head of its own too, so that it is good by itself.
     """
 
-    def __init__(self, width: int = 96, heads: int = 4, depth: int = 3, learning_rate: float = 1e-3) -> None:
+    def __init__(self, width: int = 64, heads: int = 4, depth: int = 2, learning_rate: float = 1e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.audio = Encoder(32, width, heads, depth)

@@ -9,7 +9,7 @@ step) -> the call itself, its frozen part replayed -> `_after_call`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_abpem.attention import capture_attention, find_projections, list_attention_calls, score_statistics
+from lightning_abpem.attention import (
+    FusionAttention,
+    capture_attention,
+    find_attention,
+    list_attention_calls,
+    score_statistics,
+)
 from lightning_abpem.modules import (
     find_modules,
     is_compiled,
@@ -35,13 +41,9 @@ __all__ = ["Adaptation", "collect_params", "read_logits"]
 log = logging.getLogger(__name__)
 
 
-def collect_params(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """What adapts: weights and biases of the q, k and v projections of the attention `modules`, by full name."""
-    return {
-        f"{name}.{own}": parameter
-        for name, module in modules.items()
-        for own, parameter in find_projections(module, name).parameters.items()
-    }
+def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]:
+    """What adapts: weights and biases of the q, k and v projections of the fusion attention, by full name."""
+    return {name: parameter for attention in fusion for name, parameter in attention.parameters.items()}
 
 
 def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor:
@@ -101,7 +103,8 @@ class Adaptation:
     ) -> None:
         self.model, self.settings, self.on_step = model, settings, on_step
         self.target = model if settings.target is None else self._submodule(settings.target, "target")
-        self.fusion = find_modules(model, settings.fusion)
+        modules = find_modules(model, settings.fusion)
+        self.fusion = [find_attention(module, name) for name, module in modules.items()]
         self.params = collect_params(self.fusion)
         self.memory = self._find_memory() if settings.memory_batches > 1 else None
         if random := random_in_training(model):
@@ -282,12 +285,12 @@ class Adaptation:
     def _find_memory(self) -> TokenMemory:
         name = self.settings.memory_at
         if name is None:
-            name = next(iter(self.fusion)).rpartition(".")[0]
+            name = self.fusion[0].name.rpartition(".")[0]
         block = self._submodule(name, "memory_at")
         if block is self.target or block is self.model:
             raise ValueError(
                 f"Expected `memory_at` to name the module that the joint tokens enter, when memory_batches > 1, but "
-                f"'{next(iter(self.fusion))}' has no block of its own around it. Wrap the attention, its residual and "
+                f"'{self.fusion[0].name}' has no block of its own around it. Wrap the attention, its residual and "
                 "what follows in a module, or set memory_batches=1."
             )
         return TokenMemory(block, name, self.settings.memory_batches)
@@ -302,6 +305,6 @@ class Adaptation:
         with self._inner_call(), torch.no_grad():
             seen = list_attention_calls(self.model, lambda: self.target.forward(*args, **kwargs))
         raise ValueError(
-            f"Expected attention calls inside {', '.join(self.fusion)}, but none was seen in a forward of the target. "
+            f"Expected attention calls inside {', '.join(attention.name for attention in self.fusion)}, but none was seen in a forward of the target. "
             f"Seen elsewhere: {'; '.join(seen) or 'none'}."
         )

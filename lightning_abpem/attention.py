@@ -9,7 +9,7 @@ q and k projections. Shapes: B samples, N tokens, D width (all heads side by sid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +29,9 @@ from lightning_abpem.functional import (
 
 __all__ = [
     "AttentionCall",
-    "Projections",
+    "FusionAttention",
     "capture_attention",
-    "find_projections",
+    "find_attention",
     "list_attention_calls",
     "score_statistics",
 ]
@@ -53,34 +53,41 @@ _HEADS_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "n_head"
 
 
 @dataclass(frozen=True)
-class Projections:
-    """The q, k and v projections of one attention module.
+class FusionAttention:
+    """An attention module with its q, k and v projections.
 
     Args:
-        parameters: what adapts, by name relative to the module.
+        name: its name in the model.
+        module: the module whose forward is watched.
+        parameters: what adapts, by full name: weights and biases of the projections.
         linears: the linear modules that compute q and k: one fused (its output is q, k, v side by side) or two.
         owner: the module that holds them, whose attributes tell the number of heads and the scale.
     """
 
+    name: str
+    module: nn.Module
     parameters: dict[str, nn.Parameter]
     linears: tuple[nn.Module, ...]
     owner: nn.Module
 
 
-def find_projections(module: nn.Module, name: str) -> Projections:
-    """The projections of the one attention inside `module`.
+def find_attention(module: nn.Module, name: str) -> FusionAttention:
+    """The one attention inside `module`, which is called `name` in the model.
 
     Raises:
         ValueError: if there is no attention in it, or more than one; both list what was found.
     """
-    found: dict[str, Projections] = {}
-    for path, owner in module.named_modules():
-        if (projections := _own_projections(owner, path)) is not None:
-            found[path] = projections
+    found = {
+        path: (owner, *projections)
+        for path, owner in module.named_modules(prefix=name)
+        if (projections := _own_projections(owner)) is not None
+    }
     if len(found) == 1:
-        return next(iter(found.values()))
+        path, (owner, names, linears) = next(iter(found.items()))
+        parameters = {f"{path}.{own}": p for own, p in owner.named_parameters() if own.startswith(names)}
+        return FusionAttention(name, module, parameters, linears, owner)
     if found:
-        listed = ", ".join(f"'{name}.{path}'" for path in found)
+        listed = ", ".join(f"'{path}'" for path in found)
         raise ValueError(f"Expected '{name}' to be one attention module, but it holds {len(found)}: {listed}.")
     children = ", ".join(child for child, _ in module.named_children()) or "none"
     raise ValueError(
@@ -90,24 +97,17 @@ def find_projections(module: nn.Module, name: str) -> Projections:
     )
 
 
-def _own_projections(owner: nn.Module, path: str) -> Projections | None:
-    def parameters(*children: str) -> dict[str, nn.Parameter]:
-        prefix = f"{path}." if path else ""
-        return {
-            f"{prefix}{child}.{n}": p for child in children for n, p in getattr(owner, child).named_parameters()
-        }
-
+def _own_projections(owner: nn.Module) -> tuple[tuple[str, ...], tuple[nn.Module, ...]] | None:
+    """How the names of its projections' parameters start, and its q and k linears; None if `owner` is no attention."""
     if isinstance(owner, nn.MultiheadAttention):
-        prefix = f"{path}." if path else ""
-        own = owner.named_parameters(recurse=False)
-        return Projections({prefix + n: p for n, p in own if n not in ("bias_k", "bias_v")}, (), owner)
+        return ("in_proj", "q_proj", "k_proj", "v_proj"), ()
     children = dict(owner.named_children())
     for fused in _FUSED_NAMES:
         if isinstance(children.get(fused), nn.Linear):
-            return Projections(parameters(fused), (children[fused],), owner)
+            return (f"{fused}.",), (children[fused],)
     for names in _SPLIT_NAMES:
         if all(isinstance(children.get(child), nn.Linear) for child in names):
-            return Projections(parameters(*names), (children[names[0]], children[names[1]]), owner)
+            return tuple(f"{child}." for child in names), (children[names[0]], children[names[1]])
     return None
 
 
@@ -133,8 +133,7 @@ class AttentionCall:
 class _Watch(TorchFunctionMode):
     """Watches one attention module, between its forward pre-hook and its forward hook."""
 
-    name: str
-    projections: Projections
+    attention: FusionAttention
     calls: list[AttentionCall]
     eager: list[Tensor] = field(default_factory=list)
     entered: bool = False
@@ -148,9 +147,9 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.calls.append(_fused_call(self.name, *args, **kwargs))
+            self.calls.append(_fused_call(self.attention.name, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
-            self.calls.append(_multi_head_call(self.name, self.projections.owner, *args, **kwargs))
+            self.calls.append(_multi_head_call(self.attention, *args, **kwargs))
         return func(*args, **kwargs)
 
     def enter(self, *_: Any) -> None:
@@ -158,34 +157,34 @@ class _Watch(TorchFunctionMode):
         self.eager.clear()
         self.__enter__()
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
         if not self.entered:
             return
         self.entered = False
         self.__exit__(None, None, None)
-        if len(self.calls) == self.seen and self.eager:
-            self.calls.extend(_eager_calls(self.name, self.projections, self.eager))
+        if output is not None and len(self.calls) == self.seen:
+            self.calls.extend(_eager_calls(self.attention, self.eager))
 
     def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.eager.append(output)
 
 
 @contextmanager
-def capture_attention(modules: Mapping[str, nn.Module]) -> Iterator[list[AttentionCall]]:
-    """Collect the attention calls made inside `modules` (by name) while the block lasts, in order of their calls.
+def capture_attention(fusion: Iterable[FusionAttention]) -> Iterator[list[AttentionCall]]:
+    """Collect the calls of these attention modules while the block lasts, in the order in which they are made.
 
     Raises:
         ValueError: at a masked attention, or an eager one whose scores cannot be told from its projections.
     """
     calls: list[AttentionCall] = []
     with ExitStack() as stack:
-        for name, module in modules.items():
-            watch = _Watch(name, find_projections(module, name), calls)
+        for attention in fusion:
+            watch = _Watch(attention, calls)
             stack.callback(watch.leave)
-            for linear in watch.projections.linears:
+            for linear in attention.linears:
                 stack.callback(linear.register_forward_hook(watch.keep).remove)
-            stack.callback(module.register_forward_pre_hook(watch.enter).remove)
-            stack.callback(module.register_forward_hook(watch.leave, always_call=True).remove)
+            stack.callback(attention.module.register_forward_pre_hook(watch.enter).remove)
+            stack.callback(attention.module.register_forward_hook(watch.leave, always_call=True).remove)
         yield calls
 
 
@@ -217,8 +216,11 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _multi_head_call(name: str, owner: nn.Module, query: Tensor, key: Tensor, *_: Any, **kwargs: Any) -> AttentionCall:
+def _multi_head_call(
+    attention: FusionAttention, query: Tensor, key: Tensor, *_: Any, **kwargs: Any
+) -> AttentionCall:
     """From the arguments of F.multi_head_attention_forward: tokens (N, B, D), projected here once more."""
+    name, owner = attention.name, attention.owner
     assert isinstance(owner, nn.MultiheadAttention)
     masks = (kwargs.get("key_padding_mask"), kwargs.get("attn_mask"), owner.bias_k)
     _refuse_mask(name, any(mask is not None for mask in masks) or owner.add_zero_attn)
@@ -233,9 +235,9 @@ def _multi_head_call(name: str, owner: nn.Module, query: Tensor, key: Tensor, *_
     return AttentionCall(name, q, k, owner.head_dim**-0.5 / owner.num_heads, "multi_head")
 
 
-def _eager_calls(name: str, projections: Projections, outputs: list[Tensor]) -> Iterator[AttentionCall]:
+def _eager_calls(attention: FusionAttention, outputs: list[Tensor]) -> Iterator[AttentionCall]:
     """From the outputs of the q and k projections: (B, N, D), or (B, N, 3D) where one linear makes q, k and v."""
-    owner = projections.owner
+    name, owner = attention.name, attention.owner
     if any(isinstance(getattr(owner, norm, None), nn.Module) and not isinstance(getattr(owner, norm), nn.Identity)
            for norm in ("q_norm", "k_norm")):  # fmt: skip
         raise ValueError(f"'{name}' normalises q and k after projecting them: use its fused attention.")
@@ -245,7 +247,7 @@ def _eager_calls(name: str, projections: Projections, outputs: list[Tensor]) -> 
             f"Expected the eager attention '{name}' to tell its number of heads as one of {', '.join(_HEADS_NAMES)}, "
             f"but {type(owner).__name__} has none of them."
         )
-    if len(projections.linears) == 1:
+    if len(attention.linears) == 1:
         pairs = [output.chunk(3, dim=-1)[:2] for output in outputs]
     else:
         pairs = list(zip(outputs[::2], outputs[1::2], strict=True))

@@ -157,9 +157,9 @@ class ABPEM(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
-            self.averages = self._run.averages()
+            self.averages = self._run.end_epoch()
             if self._run.stage != "predict":  # Lightning has no result dict there
-                self.log_dict(_flat(self.averages))
+                self.log_dict(_flat(self.averages), logger=False, add_dataloader_idx=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
@@ -218,8 +218,14 @@ class _Run:
                 "batch, and call it as a function, not by its `.forward`."
             )
 
-    def averages(self) -> dict[int, dict[str, Tensor]]:
-        return {dataloader: mean.compute() for dataloader, mean in self._means.items()}
+    def end_epoch(self) -> dict[int, dict[str, Tensor]]:
+        """The averages by dataloader, which the loggers get too, after the last step."""
+        self._flush()
+        averages = {dataloader: mean.compute() for dataloader, mean in self._means.items()}
+        figures = {f"{name}_epoch": value.item() for name, value in _flat(averages).items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(figures, step=self._logged)
+        return averages
 
     def close(self) -> tuple[int, int]:
         """Put everything back; the updates taken and the steps skipped."""

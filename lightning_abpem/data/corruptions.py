@@ -151,8 +151,10 @@ def _pink(waves: Array, rate: int, rng: Rng) -> Array:
 def _wind(waves: Array, rate: int, rng: Rng) -> Array:
     """Low rumble that comes in gusts."""
     rumble = _band(rng.standard_normal(waves.shape), rate, 30, 500)
-    gusts = ndimage.gaussian_filter1d(rng.standard_normal(waves.shape), 0.05 * rate, axis=1, mode="wrap")
-    return rumble * np.exp(gusts / gusts.std())
+    seconds = waves.shape[1] / rate
+    beats = rng.standard_normal((len(waves), int(np.ceil(8 * seconds)) + 1))  # eight a second, smooth in between
+    gusts = signal.resample(beats, waves.shape[1], axis=1)
+    return rumble * np.exp(gusts)
 
 
 def _rain(waves: Array, rate: int, rng: Rng) -> Array:
@@ -168,8 +170,8 @@ def _traffic(waves: Array, rate: int, rng: Rng) -> Array:
     """Engines: harmonics of 40 to 120 Hz over tyre noise."""
     time = np.arange(waves.shape[1]) / rate
     base = rng.uniform(40, 120, (len(waves), 1, 1))
-    order = np.arange(1, 9)[:, None]
-    phase = rng.uniform(0, 2 * np.pi, (len(waves), 8, 1))
+    order = np.arange(1, 5)[:, None]
+    phase = rng.uniform(0, 2 * np.pi, (len(waves), 4, 1))
     engine = (np.sin(2 * np.pi * base * order * time + phase) / order).sum(1)
     tyres = _band(rng.standard_normal(waves.shape), rate, 300, 1500)
     return engine / engine.std() + tyres / tyres.std()

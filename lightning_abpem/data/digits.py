@@ -63,7 +63,7 @@ class DigitsAV(LightningDataModule):
         batch_size: int = 8,
         corruption: Corruption | None = None,
         split: Split = "test",
-        pairs: int = 960,
+        pairs: int = 640,
         seed: int = 0,
         sorted_by_label: bool = False,
     ) -> None:

@@ -1,0 +1,494 @@
+"""The engine through `attach`: the authors' numbers, restoration, guards, memory, and clear refusals."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.golden_runs import Golden, both_runs
+from tests.reference import same_state
+from tests.toy import (
+    AUDIO,
+    CLASSES,
+    MODALITIES,
+    VIDEO,
+    WIDTH,
+    EagerSplitAttention,
+    Encoder,
+    FusedAttention,
+    TorchAttention,
+    batches,
+    make_toy,
+)
+from torch import nn
+
+from lightning_abpem import ABPEM
+from lightning_abpem.adaptation import read_logits
+
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+
+
+def abpem(**changes):
+    options = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2, "optimizer": ADAM} | changes
+    return ABPEM(**options)
+
+
+def predictions(model, stream, **changes):
+    with torch.no_grad(), abpem(**changes).attach(model):
+        return [model(*args) for args in stream]
+
+
+def fingerprint(model):
+    """Everything about a model that a run could leave changed."""
+    return {
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [id(p.grad) for p in model.parameters()],
+        "parameters": [id(p) for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "attributes": [sorted(m.__dict__) for m in model.modules()],
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the authors' numbers
+
+
+@both_runs
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("replay", [True, False])
+def test_golden(name, dtype, bound, replay):
+    golden = Golden(name, dtype)
+    model = golden.model()
+    before = []
+
+    def logits(output):
+        before.append(output.detach())
+        return output
+
+    def check(ours, expected):
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=bound)
+
+    with torch.no_grad(), golden.abpem(logits=logits, replay=replay).attach(model) as adaptation:
+        for step, (inputs, _) in enumerate(golden):
+            before.clear()
+            check(model(*inputs), golden.expected(f"after_{step}"))
+            check(before[0], golden.expected(f"before_{step}"))
+            record = adaptation.record
+            parts = [record["principal_entropy"], record["balance"]]
+            parts.append(record["divergence/audio_to_video"] + record["divergence/video_to_audio"])
+            check(torch.stack(parts), golden.expected("losses")[step])
+        check(model.blocks_u[0].attn.qkv.weight, golden.expected("fusion_qkv_weight"))
+        check(model.blocks_u[0].attn.qkv.bias, golden.expected("fusion_qkv_bias"))
+    assert same_state(model.state_dict(), golden.model().state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------- the same result
+
+
+@pytest.mark.parametrize("memory_batches", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("attention", [FusedAttention, EagerSplitAttention, TorchAttention])
+def test_replay_changes_no_bit(memory_batches, steps, attention):
+    results = []
+    for replay in (True, False):
+        torch.manual_seed(0)
+        model = make_toy(attention())
+        model.load_state_dict(make_toy(attention()).state_dict(), strict=False)
+        torch.manual_seed(1)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+        options = {"memory_batches": memory_batches, "steps": steps, "replay": replay}
+        results.append(torch.stack(predictions(model, batches(6), **options)))
+        assert model.audio.runs == (6 + 2 if replay else 6 * (steps + 1)) + (2 if replay and steps == 2 else 0)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode_gives_the_same(mode):
+    expected = predictions(make_toy(), batches())
+    model = make_toy()
+    with mode(), abpem().attach(model):
+        got = [model(*(x.clone() for x in args)) for args in batches()]
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_inputs_that_carry_gradients():
+    expected = predictions(make_toy(), batches(1))
+    model = make_toy()
+    with abpem().attach(model):
+        inputs = [x.requires_grad_() for x in batches(1)[0]]
+        got = model(*inputs)
+    assert torch.equal(got, expected[0])
+    assert all(x.grad is None for x in inputs)
+
+
+def test_keyword_arguments():
+    expected = predictions(make_toy(), batches())
+    model = make_toy()
+    with torch.no_grad(), abpem(memory_batches=2).attach(model):
+        got = [model(video=video, audio=audio) for audio, video in batches()]
+    assert torch.equal(got[0], expected[0])
+
+
+def test_it_is_repeated_adam_on_the_loss():
+    """Against the loop one would write by hand: forward, loss, backward, step, forward."""
+    model, by_hand = make_toy(), make_toy()
+    weights = [by_hand.fusion[0].attn.qkv.weight, by_hand.fusion[0].attn.qkv.bias]
+    optimizer = ADAM(weights)
+    objective = abpem().settings.objective
+    from lightning_abpem.attention import AttentionCall, score_statistics
+    from tests.toy import HEADS, SPANS
+
+    with torch.no_grad(), abpem().attach(model):
+        for args in batches():
+            adapted = model(*args)
+            with torch.enable_grad():
+                tokens = torch.cat((by_hand.audio(args[0]), by_hand.video(args[1])), dim=1)
+                q, k, _ = by_hand.fusion[0].attn.qkv(by_hand.fusion[0].norm(tokens)).chunk(3, dim=-1)
+                call = AttentionCall("", q, k, (WIDTH // HEADS) ** -0.5 / HEADS, "")
+                loss, _ = objective(by_hand(*args), [score_statistics(call, SPANS)])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            torch.testing.assert_close(adapted, by_hand(*args), rtol=0, atol=1e-6)
+
+
+def test_adaptation_lowers_the_loss():
+    for attention in (FusedAttention, EagerSplitAttention, TorchAttention):
+        model = make_toy(attention())
+        with torch.no_grad(), abpem().attach(model) as adaptation:
+            losses = [model(*batches(1)[0]) is None or adaptation.record["loss"].item() for _ in range(10)]
+        assert losses[-1] < losses[0]
+
+
+def test_several_fusion_layers():
+    model = make_toy(depth=2)
+    with torch.no_grad(), abpem(memory_batches=2).attach(model) as adaptation:
+        source = [p.clone() for p in adaptation.params.values()]
+        for args in batches():
+            model(*args)
+        assert len(source) == 4
+        assert not any(torch.equal(p, s) for p, s in zip(adaptation.params.values(), source, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- restoration
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("memory_batches", [1, 2])
+def test_everything_is_put_back(fails, memory_batches):
+    model = make_toy()
+    model.head[1].weight.requires_grad_(False)
+    model.fusion[0].attn.qkv.weight.grad = torch.ones(3 * WIDTH, WIDTH)
+    model.video.train()
+    before, state = fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        with abpem(memory_batches=memory_batches).attach(model):
+            for args in batches():
+                model(*args)
+            assert not same_state(state, model.state_dict())
+            if fails:
+                model(torch.ones(1, 1), torch.ones(1, 1))
+    except RuntimeError:
+        assert fails
+    assert same_state(state, model.state_dict())
+    assert fingerprint(model) == before
+    assert torch.equal(model.fusion[0].attn.qkv.weight.grad, torch.ones(3 * WIDTH, WIDTH))
+
+
+def test_adapted_weights_can_be_kept():
+    model = make_toy()
+    before, state = fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
+    last = predictions(model, batches(), restore=False)[-1]
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed == {"fusion.0.attn.qkv.weight", "fusion.0.attn.qkv.bias"}
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(*batches()[-1]), last)
+
+
+def test_a_frozen_model_adapts():
+    model = make_toy()
+    model.requires_grad_(False)
+    assert torch.equal(predictions(model, batches())[-1], predictions(make_toy(), batches())[-1])
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_failing_optimizer_leaves_nothing():
+    model = make_toy()
+    before = fingerprint(model)
+    with pytest.raises(TypeError), abpem(optimizer=lambda params, missing: None).attach(model):
+        pass
+    assert fingerprint(model) == before
+
+
+def test_state_left_by_inference_mode():
+    """A cached tensor from an earlier run in inference mode must not break a later one."""
+
+    class Caching(Encoder):
+        cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.ones(WIDTH)
+            return super().forward(x) * self.cache
+
+    model = make_toy()
+    model.fusion[0].norm = nn.Sequential(Scale())
+    with torch.inference_mode():
+        model(*batches(1)[0])
+    assert model.fusion[0].norm[0].cache.is_inference()
+    assert all(x.isfinite().all() for x in predictions(model, batches()))
+    assert model.fusion[0].norm[0].cache.is_inference()
+
+
+class Scale(nn.Module):
+    cache = None
+
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = torch.ones(WIDTH)
+        return x * self.cache
+
+
+# ----------------------------------------------------------------------------------------------------------- the guard
+
+
+@pytest.mark.parametrize("memory_batches", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_batch_is_skipped_and_counted(memory_batches, bad, caplog):
+    clean = batches(4)
+    poisoned = [*clean[:2], (clean[0][0] * bad, clean[0][1]), *clean[2:]]
+    model = make_toy()
+    with torch.no_grad(), abpem(memory_batches=memory_batches).attach(model) as adaptation:
+        got = [model(*args) for args in poisoned]
+        assert (adaptation.updates, adaptation.skipped) == (4, 1)
+        assert adaptation.record["updated"] == 1
+    assert "not finite" in caplog.text
+    expected = predictions(make_toy(), clean, memory_batches=memory_batches)
+    assert all(torch.equal(a, b) for a, b in zip([*got[:2], *got[3:]], expected, strict=True))
+
+
+def test_a_non_finite_gradient_is_skipped():
+    """The loss is finite, its gradient is not: the square root at zero, where all tokens are alike."""
+    model = make_toy()
+    alike = torch.ones(2, AUDIO, 3), torch.ones(2, VIDEO, 3)
+    with torch.no_grad(), abpem().attach(model) as adaptation:
+        model(*alike)
+        assert (adaptation.updates, adaptation.skipped) == (0, 1)
+        assert adaptation.record["updated"] == 0
+
+
+# --------------------------------------------------------------------------------------------------- memory and resets
+
+
+def test_memory_that_misses_a_bypass():
+    """A residual around the remembered module: with a batch of one it broadcasts silently, and is found out."""
+
+    class Bypass(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_toy()
+
+        def forward(self, audio, video):
+            x = torch.cat((self.inner.audio(audio), self.inner.video(video)), dim=1)
+            return self.inner.head((x + self.inner.fusion[0](x)).mean(1))
+
+    model = Bypass()
+    with pytest.raises(ValueError, match="'inner.fusion.0' to give the same logits again.*memory_at"):
+        with abpem(fusion="inner.fusion.0.attn", memory_batches=2).attach(model):
+            for args in batches(3, size=1):
+                model(*args)
+
+
+def test_memory_needs_a_block():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = FusedAttention()
+
+        def forward(self, x):
+            return self.attn(x).mean(1)
+
+    with pytest.raises(ValueError, match="'attn' has no block of its own"), abpem(
+        fusion="attn", memory_batches=2
+    ).attach(Bare()):
+        pass
+
+
+def test_memory_at_a_module_that_is_not_called():
+    model = make_toy()
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="a module that the target calls, but got 'unused'"):
+        predictions(model, batches(1), memory_batches=2, memory_at="unused")
+
+
+def test_uneven_batches_in_memory():
+    stream = [batches(1, size, seed=size)[0] for size in (4, 1, 3, 2)]
+    assert [len(x) for x in predictions(make_toy(), stream, memory_batches=3)] == [4, 1, 3, 2]
+
+
+def test_episodic_reset():
+    stream = batches(3)
+    alone = [predictions(make_toy(), [args])[0] for args in stream]
+    together = predictions(make_toy(), stream, reset="batch")
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_reset_after_a_number_of_updates():
+    stream = batches(5)
+    parts = [*predictions(make_toy(), stream[:2], memory_batches=2), *predictions(make_toy(), stream[2:4], memory_batches=2)]
+    whole = predictions(make_toy(), stream, reset=2, memory_batches=2)
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=False))
+
+
+def test_observing_moves_nothing():
+    model = make_toy()
+    with torch.no_grad():
+        plain = [model(*args) for args in batches()]
+    with torch.no_grad(), abpem(steps=0).attach(model) as adaptation:
+        assert all(torch.equal(model(*args), p) for args, p in zip(batches(), plain, strict=True))
+        assert adaptation.updates == adaptation.skipped == adaptation.record["updated"] == 0
+        assert adaptation.record["entropy"] > 0
+        assert "no weight moves" in adaptation.describe()
+
+
+def test_a_single_sample_is_said_once(caplog):
+    predictions(make_toy(), batches(3, size=1))
+    assert caplog.text.count("A batch of one sample") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- target and logits
+
+
+def test_target_and_logits():
+    expected = predictions(make_toy(), batches())
+    outer = nn.Module()
+    outer.model = make_toy()
+    with torch.no_grad(), abpem(fusion="model.fusion.*.attn", target="model").attach(outer):
+        got = [outer.model(*args) for args in batches()]
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "how"),
+    [
+        (lambda x: x, None),
+        (lambda x: {"loss": 0.0, "logits": x}, None),
+        (lambda x: SimpleNamespace(logits=x), None),
+        (lambda x: (x, "hidden"), None),
+        (lambda x: {"scores": [x]}, lambda output: output["scores"][0]),
+    ],
+)
+def test_forms_of_output(wrap, how):
+    x = torch.randn(2, 3)
+    assert read_logits(wrap(x), how) is x
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"scores": torch.ones(2, 3)}, "none in a dict with keys \\['scores'\\]. Pass `logits`"),
+        (("text",), "none in a tuple"),
+        (None, "none in a NoneType"),
+        (torch.ones(2, 3, 4), r"shape \(batch, classes\) .* got \(2, 3, 4\)"),
+        (torch.ones(2), r"got \(2,\)"),
+        (torch.ones(2, 1), r"at least two classes, but got \(2, 1\)"),
+        (torch.ones(2, 3, dtype=torch.long), "torch.int64"),
+    ],
+)
+def test_no_logits(output, message):
+    with pytest.raises(ValueError, match=message):
+        read_logits(output)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "blocks_u.*.attn"}, "matches none of its"),
+        ({"fusion": "head"}, "'head' to be an attention module"),
+        ({"fusion": "fusion"}, "it holds 2"),
+        ({"target": "modle"}, "`target` to name a module of Toy, but got 'modle'. Its children: audio"),
+        ({"memory_batches": 2, "memory_at": "blok"}, "`memory_at` to name a module of Toy, but got 'blok'"),
+        ({"reset": "dataloader"}, "needs a Trainer"),
+    ],
+)
+def test_what_does_not_fit_the_model(changes, message):
+    model = make_toy(depth=2)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message), abpem(**changes).attach(model):
+        pass
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modalities": {"audio": AUDIO, "video": VIDEO + 1}}, "but got 11 .* and 10 tokens"),
+        ({"modalities": {"audio": AUDIO - 1, "video": VIDEO}}, "but got 9 .* and 10 tokens"),
+        ({"k": CLASSES + 1}, f"got {CLASSES + 1} and logits of {CLASSES} classes"),
+        ({"logits": lambda output: output.mean(1)}, "shape"),
+        ({"fusion": "unused"}, "attention calls inside unused.*Seen elsewhere: fusion.0.attn .10 query and 10 key"),
+    ],
+)
+def test_what_shows_at_the_first_batch(changes, message):
+    model = make_toy()
+    model.unused = FusedAttention()
+    state, before = {k: v.clone() for k, v in model.state_dict().items()}, fingerprint(model)
+    with pytest.raises(ValueError, match=message), abpem(**changes).attach(model):
+        try:
+            model(*batches(1)[0])
+        finally:
+            assert same_state(state, model.state_dict())
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory_batches": 0}, "`memory_batches` to be an integer >= 1, but got 0"),
+        ({"steps": -1}, "`steps` to be an integer >= 0, but got -1"),
+        ({"reset": "sometimes"}, "`reset` to be .*'sometimes'"),
+        ({"reset": 0}, "`reset` to be .*0"),
+        ({"reset": True}, "`reset` to be .*True"),
+        ({"reset": "batch", "memory_batches": 2}, "`memory_batches` to be 1"),
+        ({"optimizer": "adam"}, "`optimizer` to be a function .*'adam'"),
+        ({"k": 0}, "`k`"),
+        ({"attention_weight": -1.0}, "`attention_weight`"),
+        ({"modalities": {"audio": 3}}, "two modalities"),
+        ({"stages": ("fit",)}, "`stages` to hold some of"),
+        ({"stages": "test"}, "`stages` to hold some of"),
+    ],
+)
+def test_options_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        abpem(**changes)
+
+
+def test_training_mode_with_dropout():
+    model = make_toy()
+    model.head.insert(0, nn.Dropout(0.1))
+    model.train()
+    with pytest.raises(ValueError, match=r"eval mode, but 1 of its modules .*: head.0. Call model.eval\(\)"):
+        predictions(model, batches(1))
+    assert torch.equal(predictions(model.eval(), batches(1))[0], predictions(make_toy(), batches(1))[0])
+
+
+def test_tied_parameters_are_named():
+    model = make_toy()
+    model.audio.tied = model.fusion[0].attn.qkv
+    with torch.no_grad(), abpem().attach(model) as adaptation:
+        assert "audio.tied.weight is the same tensor, so it moves as well" in adaptation.describe()
+        model(*batches(1)[0])
+        assert adaptation.updates == 1
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        model = make_toy()
+    with pytest.raises(ValueError, match="made inside torch.inference_mode"), abpem().attach(model):
+        pass

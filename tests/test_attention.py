@@ -1,0 +1,189 @@
+"""Capturing q and k from attention written in many ways, against the same attention written out naively."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests import reference
+from tests.toy import (
+    HEADS,
+    SPANS,
+    WIDTH,
+    EagerFusedAttention,
+    EagerSplitAttention,
+    FusedAttention,
+    GroupedAttention,
+    TorchAttention,
+)
+from torch import nn
+
+from lightning_abpem.attention import capture_attention, find_attention, list_attention_calls, score_statistics
+
+
+def fused_weights(module):
+    return module.qkv.weight.chunk(3)[:2], module.qkv.bias.chunk(3)[:2], HEADS
+
+
+def split_weights(module):
+    return (module.query.weight, module.key.weight), (module.query.bias, module.key.bias), HEADS
+
+
+def torch_weights(module):
+    mha = module.mha
+    weights = mha.in_proj_weight.chunk(3)[:2] if mha.in_proj_weight is not None else (mha.q_proj_weight, mha.k_proj_weight)
+    biases = (torch.zeros(WIDTH), torch.zeros(WIDTH)) if mha.in_proj_bias is None else mha.in_proj_bias.chunk(3)[:2]
+    return weights, biases, HEADS
+
+
+def grouped_weights(module):
+    weights = (module.q_proj.weight, module.k_proj.weight.repeat(HEADS, 1))
+    return weights, (module.q_proj.bias, module.k_proj.bias.repeat(HEADS)), HEADS
+
+
+VARIANTS = {
+    "fused": (FusedAttention, fused_weights),
+    "fused with a scale": (lambda: FusedAttention(scale=0.7), fused_weights),
+    "eager, fused qkv": (EagerFusedAttention, fused_weights),
+    "eager, split qkv": (EagerSplitAttention, split_weights),
+    "grouped query": (GroupedAttention, grouped_weights),
+    "torch": (TorchAttention, torch_weights),
+    "torch with weights": (lambda: TorchAttention(need_weights=True), torch_weights),
+    "torch, tokens first": (lambda: TorchAttention(batch_first=False), torch_weights),
+    "torch without bias": (lambda: TorchAttention(bias=False), torch_weights),
+    "torch, separate weights": (lambda: TorchAttention(kdim=WIDTH, vdim=WIDTH), torch_weights),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    torch.manual_seed(0)
+    make, weights = VARIANTS[request.param]
+    module = make().eval()
+    if isinstance(module, TorchAttention) and "separate" in request.param:
+        mha = module.mha
+        mha._qkv_same_embed_dim, mha.in_proj_weight = False, None
+        for name in ("q", "k", "v"):
+            setattr(mha, f"{name}_proj_weight", nn.Parameter(torch.randn(WIDTH, WIDTH)))
+    return module, weights(module)
+
+
+def naive_scores(x, weights, scale):
+    (w_q, w_k), (b_q, b_k), heads = weights
+    return reference.mean_scores(x @ w_q.T + b_q, x @ w_k.T + b_k, heads, scale)
+
+
+@pytest.mark.parametrize("form", ["auto", "dense", "moments"])
+def test_captured_statistics_are_the_naive_ones(variant, form):
+    module, weights = variant
+    x = torch.randn(2, 10, WIDTH)
+    with torch.no_grad():
+        scores = naive_scores(x, weights, getattr(module, "scale", None))
+        plain = module(x)
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        output = module(x)
+    assert torch.equal(output, plain)
+    assert len(calls) == 1
+    for (m, n), ours in score_statistics(calls[0], SPANS, form).items():
+        expected = torch.tensor(reference.block_statistics(scores, SPANS[m], SPANS[n]))
+        torch.testing.assert_close(torch.stack(tuple(ours), dim=1).detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_gradients_reach_the_projections_of_q_and_k_alone(variant):
+    module, _ = variant
+    attention = find_attention(module, "attn")
+    with capture_attention([attention]) as calls:
+        module(torch.randn(2, 10, WIDTH))
+    statistics = score_statistics(calls[0], SPANS)
+    sum(s.std.sum() + s.mean.sum() for (m, n), s in statistics.items() if m != n).backward()
+    reached = {f"attn.{name}" for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached
+    assert reached <= set(attention.parameters)
+    for parameter in (p for name, p in attention.parameters.items() if name in reached):
+        if parameter.shape[0] == 3 * WIDTH:  # fused: the rows of v
+            assert parameter.grad[2 * WIDTH :].abs().sum() == 0
+
+
+def test_what_adapts(variant):
+    module, _ = variant
+    names = set(find_attention(module, "attn").parameters)
+    assert not any("proj.w" in name and "_proj" not in name or "out_proj" in name for name in names)
+    assert {n for n, _ in module.named_parameters(prefix="attn") if "out_proj" not in n and ".proj." not in n} == names
+
+
+def test_nothing_is_left_behind(variant):
+    module, _ = variant
+
+    def hooks():
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+
+    with pytest.raises(RuntimeError), capture_attention([find_attention(module, "attn")]):
+        module(torch.randn(2, 10, WIDTH + 1))
+    assert not any(hooks())
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_calls_outside_the_module_are_not_captured():
+    inside, outside = FusedAttention(), FusedAttention()
+    x = torch.randn(2, 10, WIDTH)
+    with capture_attention([find_attention(inside, "inside")]) as calls:
+        outside(x)
+        inside(x)
+        outside(x)
+    assert [call.name for call in calls] == ["inside"]
+
+
+class Masked(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.qkv, self.options = nn.Linear(WIDTH, 3 * WIDTH), options
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1)), **self.options)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": torch.ones(10, 10, dtype=torch.bool)}])
+def test_masks_are_refused(options):
+    module = Masked(**options)
+    with pytest.raises(ValueError, match="'fusion' attends under a mask"), capture_attention(
+        [find_attention(module, "fusion")]
+    ):
+        module(torch.randn(2, 10, WIDTH))
+
+
+def test_masks_of_multi_head_attention_are_refused():
+    mha = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    x = torch.randn(2, 10, WIDTH)
+    with pytest.raises(ValueError, match="mask"), capture_attention([find_attention(mha, "fusion")]):
+        mha(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
+
+
+def test_eager_attention_must_tell_its_heads():
+    module = EagerSplitAttention()
+    del module.num_attention_heads
+    module.forward = lambda x: module.query(x) + module.key(x)
+    with pytest.raises(ValueError, match="number of heads as one of num_heads"), capture_attention(
+        [find_attention(module, "fusion")]
+    ):
+        module(torch.randn(2, 10, WIDTH))
+
+
+def test_eager_attention_with_normalised_q_and_k_is_refused():
+    module = EagerFusedAttention()
+    module.q_norm = nn.LayerNorm(4)
+    with pytest.raises(ValueError, match="normalises q and k"), capture_attention([find_attention(module, "fusion")]):
+        module(torch.randn(2, 10, WIDTH))
+
+
+def test_no_attention():
+    with pytest.raises(ValueError, match="'head' to be an attention module.* Linear .*its children: none"):
+        find_attention(nn.Linear(3, 3), "head")
+
+
+def test_several_attentions():
+    with pytest.raises(ValueError, match="'fusion' to be one attention module, but it holds 2: 'fusion.0', 'fusion.1'"):
+        find_attention(nn.Sequential(FusedAttention(), FusedAttention()), "fusion")
+
+
+def test_listing_calls():
+    model = nn.Sequential(FusedAttention(), TorchAttention())
+    seen = list_attention_calls(model, lambda: model(torch.randn(2, 10, WIDTH)))
+    assert seen == ["0 (10 query and 10 key tokens)", "1.mha (10 query and 10 key tokens)"]

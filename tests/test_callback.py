@@ -1,0 +1,376 @@
+"""The callback through a real Trainer: the authors' numbers, results, loggers, lifecycle, misuse."""
+
+import csv
+import logging
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tests.golden_runs import Golden, both_runs
+from tests.reference import same_state
+from tests.test_adaptation import abpem, fingerprint, predictions
+from tests.toy import Toy, batches, loader, make_toy
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_abpem.objective import Objective
+
+
+def trainer(*callbacks, **options):
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(accelerator="cpu", callbacks=list(callbacks), **(silent | options))
+
+
+class Keep(pl.Callback):
+    """Keeps the logits of test_step, and the adapted weights as they are at the end of the loop."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_test_epoch_end(self, trainer, pl_module):
+        self.weights = {name: p.clone() for name, p in pl_module.named_parameters()}
+
+    on_predict_epoch_end = on_test_epoch_end
+
+
+# ------------------------------------------------------------------------------------------------ the authors' numbers
+
+
+@both_runs
+@pytest.mark.parametrize("stage", ["test", "predict"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_golden(name, stage, dtype, bound):
+    golden, keep, adapting, after = Golden(name, dtype), Keep(), [], []
+    model = golden.model()
+    model.register_forward_hook(lambda module, args, output: after.append(output.clone()))
+
+    def logits(output):
+        if output.grad_fn is not None:  # the adapting pass, not the prediction
+            adapting.append(output.detach())
+        return output
+
+    runner = trainer(golden.abpem(logits=logits), keep)
+    if stage == "test":
+        runner.test(model, golden.loader(labels=True), verbose=False)
+    else:
+        returned = runner.predict(model, golden.loader(labels=False))
+        assert all(torch.equal(a, b) for a, b in zip(returned, after, strict=True))
+
+    def check(ours, expected):
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=bound)
+
+    assert len(after) == len(adapting) == len(golden)
+    for step in range(len(golden)):
+        check(adapting[step], golden.expected(f"before_{step}"))
+        check(after[step], golden.expected(f"after_{step}"))
+    check(keep.weights["blocks_u.0.attn.qkv.weight"], golden.expected("fusion_qkv_weight"))
+    check(keep.weights["blocks_u.0.attn.qkv.bias"], golden.expected("fusion_qkv_bias"))
+    assert same_state(model.state_dict(), golden.model().state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------- what a run gives
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("memory_batches", [1, 3])
+def test_the_step_sees_adapted_logits(inference_mode, memory_batches):
+    expected = predictions(make_toy(), batches(), memory_batches=memory_batches)
+    model = make_toy()
+    callback = abpem(memory_batches=memory_batches)
+    runner = trainer(callback, inference_mode=inference_mode)
+    runner.test(model, loader(), verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.seen, expected, strict=True))
+    predicted = runner.predict(make_toy(), loader())
+    assert all(torch.equal(a, b) for a, b in zip(predicted, expected, strict=True))
+    assert callback.updates == 4
+
+
+def test_the_result_dict_has_the_averages():
+    model = make_toy()
+    with torch.no_grad(), abpem().attach(model) as adaptation:
+        records = [model(*args) is None or dict(adaptation.record) for args in batches()]
+    result = trainer(abpem()).test(make_toy(), loader(), verbose=False)[0]
+    names = [*Objective.record_names(["audio", "video"]), "updated"]
+    assert set(result) == {"hits", *(f"abpem/{name}" for name in names)}
+    for name in names:
+        assert result[f"abpem/{name}"] == pytest.approx(sum(r[name].item() for r in records) / 4, rel=1e-5)
+
+
+def test_averages_are_weighted_by_samples_and_leave_out_what_is_not_finite():
+    sizes = (4, 2, 3)
+    stream = [(*batches(1, size, seed=size)[0], torch.zeros(size)) for size in sizes]
+    stream[1] = (stream[1][0] * float("nan"), *stream[1][1:])
+    callback = abpem()
+    result = trainer(callback).test(make_toy(), DataLoader(stream, batch_size=None), verbose=False)[0]
+    assert (callback.updates, callback.skipped) == (2, 1)
+    assert result["abpem/updated"] == pytest.approx(7 / 9)
+    model = make_toy()
+    with torch.no_grad(), abpem().attach(model) as adaptation:
+        losses = [(model(*args[:2]) is None or adaptation.record["loss"].item()) for args in (stream[0], stream[2])]
+    assert result["abpem/loss"] == pytest.approx((4 * losses[0] + 3 * losses[1]) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_each_step_reaches_the_loggers(stage, every, tmp_path):
+    logger = CSVLogger(tmp_path)
+    callback = abpem()
+    runner = trainer(callback, logger=logger, log_every_n_steps=every)
+    getattr(runner, stage)(make_toy(), loader(5))
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    steps = [row for row in rows if row["abpem/loss"]]
+    assert [int(row["step"]) for row in steps] == [0, 1, 2, 3, 4]
+    assert len({row["abpem/loss"] for row in steps}) == 5
+    average = sum(float(row["abpem/loss"]) for row in steps) / 5
+    assert average == pytest.approx(callback.averages[0]["loss"].item(), rel=1e-4)
+    (epoch,) = (row for row in rows if row["abpem/loss_epoch"])
+    assert float(epoch["abpem/loss_epoch"]) == pytest.approx(average, rel=1e-4)
+
+
+def test_it_says_what_adapts_once(caplog):
+    with caplog.at_level(logging.INFO):
+        trainer(abpem()).test(make_toy(), loader(), verbose=False)
+    assert caplog.text.count("ABPEM adapts 468 values in 2 tensors") == 1
+    assert "fusion.0.attn.qkv.weight (36, 12)" in caplog.text
+
+
+def test_several_dataloaders():
+    callback = abpem(reset="dataloader")
+    loaders = [loader(2, seed=1), loader(3, seed=2)]
+    results = trainer(callback).test(make_toy(), loaders, verbose=False)
+    alone = [trainer(abpem()).test(make_toy(), one, verbose=False)[0] for one in loaders]
+    for index, expected in enumerate(alone):
+        assert results[index][f"hits/dataloader_idx_{index}"] == expected["hits"]
+        assert results[0][f"abpem/loss/dataloader_idx_{index}"] == pytest.approx(expected["abpem/loss"], rel=1e-6)
+    assert callback.updates == 5
+    model = make_toy()
+    trainer(abpem()).test(model, loaders, verbose=False)
+    whole = predictions(make_toy(), batches(2, seed=1) + batches(3, seed=2))
+    assert all(torch.equal(a, b) for a, b in zip(model.seen, whole, strict=True))
+
+
+def test_validation_adapts_only_when_asked():
+    plain = make_toy()
+    trainer().validate(plain, loader(), verbose=False)
+    quiet, asked = make_toy(), make_toy()
+    trainer(abpem()).validate(quiet, loader(), verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(quiet.seen, plain.seen, strict=True))
+    result = trainer(abpem(stages=("validate",))).validate(asked, loader(), verbose=False)[0]
+    expected = predictions(make_toy(), batches())
+    assert all(torch.equal(a, b) for a, b in zip(asked.seen, expected, strict=True))
+    assert result["abpem/updated"] == 1
+
+
+def test_fit_is_never_touched():
+    """Training with validation inside, and the sanity check, is bit-equal with and without the callback."""
+    states = []
+    for callbacks in ([], [abpem(stages=("test", "predict", "validate"))]):
+        model = make_toy()
+        trainer(*callbacks, max_epochs=2).fit(model, loader(), loader(seed=3))
+        states.append((model.state_dict(), model.seen))
+    assert same_state(states[0][0], states[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(states[0][1], states[1][1], strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- lifecycle
+
+
+class Fail(pl.Callback):
+    def __init__(self, hook, error):
+        def fail(*args, **kwargs):
+            raise error
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("hook", ["on_test_start", "on_test_batch_end", "on_test_epoch_end", "on_test_end", "teardown", None])
+def test_everything_is_put_back(hook, error):
+    model = make_toy()
+    model.video.train()
+    model.head[1].weight.requires_grad_(False)
+    model.fusion[0].attn.qkv.bias.grad = torch.ones(36)
+    before, state = fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
+    callback = abpem(memory_batches=2)
+    runner = trainer(callback, *([Fail(hook, error)] if hook else []))
+    try:
+        runner.test(model, loader(), verbose=False)
+        assert hook is None
+    except (ValueError, SystemExit):
+        assert hook is not None
+    after = fingerprint(model)
+    for changed_by_lightning in ("grad", "attributes"):  # Trainer.test zeroes .grad; the module keeps its trainer
+        before.pop(changed_by_lightning), after.pop(changed_by_lightning)
+    assert after == before
+    assert same_state(state, model.state_dict())
+    assert runner.test_loop.inference_mode is True
+
+
+def test_an_error_in_the_users_step():
+    model = make_toy()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = fingerprint(model)
+    wrong = DataLoader([(torch.ones(2, 6, 3), torch.ones(2, 4, 3), torch.zeros(2)), (torch.ones(1), torch.ones(1), 0)], None)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trainer(abpem()).test(model, wrong, verbose=False)
+    assert same_state(state, model.state_dict())
+    assert fingerprint(model)["hooks"] == before["hooks"]
+    assert fingerprint(model)["training"] == before["training"]
+
+
+def test_one_callback_runs_again_and_again():
+    callback, model = abpem(), make_toy()
+    runner = trainer(callback)
+    first = runner.test(model, loader(), verbose=False)
+    second = runner.test(model, loader(), verbose=False)
+    runner.predict(model, loader())
+    assert first == second
+    assert callback.updates == 4
+
+
+def test_a_run_after_one_in_inference_mode_without_adaptation():
+    model = make_toy()
+    trainer().test(model, loader(), verbose=False)
+    trainer(abpem()).test(model, loader(), verbose=False)
+    expected = predictions(make_toy(), batches())
+    assert all(torch.equal(a, b) for a, b in zip(model.seen[4:], expected, strict=True))
+
+
+def test_adapted_weights_can_be_kept():
+    model, keep = make_toy(), Keep()
+    trainer(abpem(restore=False), keep).test(model, loader(), verbose=False)
+    assert same_state(keep.weights, dict(model.named_parameters()))
+    assert not same_state(keep.weights, dict(make_toy().named_parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, {"limit_test_batches": 0}])
+def test_an_empty_stream(options):
+    model = make_toy()
+    state, before = {k: v.clone() for k, v in model.state_dict().items()}, fingerprint(model)
+    empty = DataLoader([], batch_size=1)
+    callback = abpem()
+    trainer(callback, **options).test(model, empty if not options else loader(), verbose=False)
+    assert callback.updates == 0
+    assert same_state(state, model.state_dict())
+    assert fingerprint(model)["hooks"] == before["hooks"]
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_test_batches": 0.5}, {"barebones": True}])
+def test_trainer_options(options):
+    callback = abpem()
+    quiet = {} if "barebones" in options else {"logger": False}
+    runner = Trainer(accelerator="cpu", callbacks=[callback], **quiet, **options)
+    runner.test(make_toy(), loader(), verbose=False)
+    assert callback.updates == {"fast_dev_run": 1, "limit_test_batches": 2, "barebones": 4}[next(iter(options))]
+
+
+def test_weights_come_from_the_checkpoint(tmp_path):
+    model = make_toy()
+    with torch.no_grad():
+        model.head[1].bias.add_(1)
+    path = tmp_path / "model.ckpt"
+    runner = trainer()
+    runner.strategy.connect(model)
+    runner.save_checkpoint(path)
+    fresh = make_toy()
+    trainer(abpem()).test(fresh, loader(), ckpt_path=path, verbose=False, weights_only=True)
+    expected = predictions(model, batches())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_precision(precision):
+    callback, model = abpem(memory_batches=2), make_toy()
+    result = trainer(callback, precision=precision).test(model, loader(), verbose=False)[0]
+    assert callback.updates == 4
+    expected = trainer(abpem(memory_batches=2)).test(make_toy(), loader(), verbose=False)[0]
+    assert result["abpem/entropy"] == pytest.approx(expected["abpem/entropy"], rel=2e-2)
+
+
+# -------------------------------------------------------------------------------------------------------------- misuse
+
+
+class Outer(Toy):
+    """Its steps call a submodule, not the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = make_toy()
+
+    def test_step(self, batch, batch_idx):
+        self.model(*batch[:2])
+
+
+def test_the_target_is_never_called():
+    model = Outer()
+    before = fingerprint(model)
+    with pytest.raises(MisconfigurationException, match="test step ended without calling the LightningModule.*`target`"):
+        trainer(abpem(fusion="model.fusion.*.attn")).test(model, loader(), verbose=False)
+    assert fingerprint(model)["hooks"] == before["hooks"]
+    callback = abpem(fusion="model.fusion.*.attn", target="model")
+    trainer(callback).test(model, loader(), verbose=False)
+    assert callback.updates == 4
+
+
+def test_given_twice():
+    callback = abpem()
+    for pair in ((callback, callback), (abpem(), abpem())):
+        with pytest.raises(MisconfigurationException, match="one ABPEM callback, but the Trainer has 2"):
+            trainer(*pair).test(make_toy(), loader(), verbose=False)
+
+
+def test_the_other_lightning():
+    import pytorch_lightning
+
+    class Other(pytorch_lightning.LightningModule):
+        def test_step(self, batch, batch_idx):
+            pass
+
+    runner = pytorch_lightning.Trainer(accelerator="cpu", callbacks=[abpem()], logger=False, enable_progress_bar=False)
+    with pytest.raises(MisconfigurationException, match="`lightning.pytorch`, but got a Trainer from `pytorch_lightning"):
+        runner.test(Other(), loader(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "nothing.here"}, "matches none"),
+        ({"fusion": "head"}, "to be an attention module"),
+        ({"k": 99}, "got 99 and logits of 5 classes"),
+        ({"modalities": {"audio": 5, "video": 4}}, "but got 9 .* and 10 tokens"),
+    ],
+)
+def test_what_does_not_fit_the_model(changes, message):
+    model = make_toy()
+    state, before = {k: v.clone() for k, v in model.state_dict().items()}, fingerprint(model)
+    runner = trainer(abpem(**changes))
+    with pytest.raises(ValueError, match=message):
+        runner.test(model, loader(), verbose=False)
+    after = fingerprint(model)
+    assert all(after[key] == before[key] for key in ("requires_grad", "training", "hooks", "parameters"))
+    assert same_state(state, model.state_dict())
+    assert runner.test_loop.inference_mode is True
+
+
+def test_a_model_that_trains_with_dropout_is_put_in_eval_by_the_trainer():
+    model = make_toy()
+    model.head.insert(0, nn.Dropout(0.5))
+    model.train()
+    callback = abpem()
+    trainer(callback).test(model, loader(), verbose=False)
+    assert callback.updates == 4
+    assert model.training
+
+
+def test_a_callback_can_be_pickled():
+    import pickle
+
+    copy = pickle.loads(pickle.dumps(abpem(optimizer=partial(torch.optim.SGD, lr=0.1))))
+    trainer(copy).test(make_toy(), loader(), verbose=False)
+    assert copy.updates == 4

@@ -1,0 +1,93 @@
+"""Each equation against the naive float64 twin."""
+
+import pytest
+import torch
+from tests import reference
+
+from lightning_abpem import functional as F
+
+LOGITS = 3 * torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def close(a, b, bound=1e-12):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b, dtype=torch.as_tensor(a).dtype), rtol=0, atol=bound)
+
+
+def test_entropy():
+    close(F.entropy(LOGITS), reference.entropies(LOGITS))
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_principal_entropy(k):
+    close(F.principal_entropy(LOGITS, k), reference.principal_entropies(LOGITS, k))
+
+
+def test_balances():
+    close(F.marginal_balance(LOGITS), reference.marginal_balance(LOGITS))
+    close(F.read_balance(LOGITS), reference.read_balance(LOGITS))
+
+
+def test_marginal_balance_has_a_finite_gradient_where_a_class_underflows():
+    logits = torch.tensor([[200.0, 0.0, -200.0], [180.0, 10.0, -150.0]], requires_grad=True)
+    F.marginal_balance(logits).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_gaussian_kl():
+    for a, s, b, t in ((0.0, 1.0, 0.0, 1.0), (0.3, 0.5, -1.0, 2.0), (5.0, 3.0, 4.0, 0.1)):
+        ours = F.gaussian_kl(*(torch.tensor(x, dtype=torch.float64) for x in (a, s, b, t)))
+        close(ours, reference.gaussian_kl(a, s, b, t))
+
+
+def test_gaussian_kl_against_torch_distributions():
+    p, q = torch.distributions.Normal(0.4, 1.3), torch.distributions.Normal(-2.0, 0.7)
+    ours = F.gaussian_kl(p.loc, p.scale, q.loc, q.scale)
+    close(ours, torch.distributions.kl_divergence(p, q), 1e-5)
+
+
+def moments(q, k, scale):
+    return F.moment_score_statistics(F.token_moments(q), F.token_moments(k), scale)
+
+
+@pytest.mark.parametrize("statistics", [F.dense_score_statistics, moments])
+@pytest.mark.parametrize(("n_q", "n_k", "heads"), [(5, 5, 1), (3, 11, 2), (40, 7, 4)])
+def test_score_statistics(statistics, n_q, n_k, heads):
+    torch.manual_seed(n_q)
+    q, k = torch.randn(3, n_q, 8, dtype=torch.float64), torch.randn(3, n_k, 8, dtype=torch.float64) + 1
+    scores = reference.mean_scores(q, k, heads)
+    expected = reference.block_statistics(scores, slice(None), slice(None))
+    ours = statistics(q, k, (8 // heads) ** -0.5 / heads)
+    close(torch.stack(tuple(ours), dim=1), expected, 1e-13)
+
+
+def test_both_forms_have_the_same_gradients():
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, n, 6, dtype=torch.float64, requires_grad=True) for n in (9, 5))
+    gradients = [
+        torch.autograd.grad(sum(x.sum() for x in form(q, k, 0.3)), (q, k)) for form in (F.dense_score_statistics, moments)
+    ]
+    for dense, moment in zip(*gradients, strict=True):
+        close(dense, moment)
+
+
+def test_moment_statistics_do_not_cancel():
+    """A mean far larger than the spread: float32 keeps the spread to five digits."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 64, 8, dtype=torch.float64) + 300, torch.randn(1, 64, 8, dtype=torch.float64) - 300
+    exact = F.dense_score_statistics(q, k, 0.1)
+    single = moments(q.float(), k.float(), 0.1)
+    torch.testing.assert_close(single.std.double(), exact.std, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    half = LOGITS.to(dtype)
+    for ours, expected in (
+        (F.entropy(half), F.entropy(half.float())),
+        (F.principal_entropy(half, 3), F.principal_entropy(half.float(), 3)),
+        (F.marginal_balance(half), F.marginal_balance(half.float())),
+        (F.dense_score_statistics(half[None], half[None], 0.1).std, F.dense_score_statistics(half[None].float(), half[None].float(), 0.1).std),
+        (moments(half[None], half[None], 0.1).std, moments(half[None].float(), half[None].float(), 0.1).std),
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, expected)

@@ -1,0 +1,97 @@
+"""Finding modules by pattern, and changing a model for a while."""
+
+import pytest
+import torch
+from tests.reference import same_state
+from tests.toy import TorchAttention, make_toy
+from torch import nn
+
+from lightning_abpem.modules import (
+    find_modules,
+    is_compiled,
+    normal_tensor,
+    only_trainable,
+    random_in_training,
+    without_inference_tensors,
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("fusion.0.attn", ["fusion.0.attn"]),
+        ("fusion.*.attn", ["fusion.0.attn", "fusion.1.attn"]),
+        ("**.attn", ["fusion.0.attn", "fusion.1.attn"]),
+        ("fus*.?.attn", ["fusion.0.attn", "fusion.1.attn"]),
+        (["fusion.1.attn", "fusion.0.attn"], ["fusion.0.attn", "fusion.1.attn"]),
+    ],
+)
+def test_patterns(pattern, names):
+    assert list(find_modules(make_toy(depth=2), pattern)) == names
+
+
+def test_a_star_is_one_part_of_a_name():
+    with pytest.raises(ValueError, match=r"'\*.attn' matches none of its \d+ modules. Names like it: fusion.0.attn"):
+        find_modules(make_toy(), "*.attn")
+
+
+def test_every_pattern_must_match():
+    with pytest.raises(ValueError, match="'blocks_u.attn'"):
+        find_modules(make_toy(), ["fusion.0.attn", "blocks_u.attn"])
+    with pytest.raises(ValueError, match="at least one name pattern"):
+        find_modules(make_toy(), [])
+
+
+def test_only_trainable_puts_everything_back_after_an_exception():
+    model = make_toy()
+    own, frozen = model.head[1].weight, model.audio.embed.weight
+    frozen.requires_grad_(False)
+    own.grad = kept = torch.ones_like(own)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyError), only_trainable(model, [own]):
+        assert [p for p in model.parameters() if p.requires_grad] == [own] or sum(
+            p.requires_grad for p in model.parameters()
+        ) == 1
+        assert own.grad is None
+        raise KeyError
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert own.grad is kept
+
+
+def test_inference_tensors_are_replaced_for_a_while():
+    model = nn.BatchNorm1d(3)
+    with torch.inference_mode():
+        model.running_mean = torch.ones(3)
+        model.cached = torch.arange(3)
+    before = {"mean": model.running_mean, "cached": model.cached}
+    with without_inference_tensors(model):
+        assert not model.running_mean.is_inference()
+        assert not model.cached.is_inference()
+        assert same_state({"mean": model.running_mean, "cached": model.cached}, before)
+    assert model.running_mean is before["mean"]
+    assert model.cached is before["cached"]
+
+
+def test_normal_tensor():
+    with torch.inference_mode():
+        x = torch.ones(2)
+    assert not normal_tensor(x).is_inference()
+    y = torch.ones(2, requires_grad=True)
+    assert not normal_tensor(y).requires_grad
+    z = torch.ones(2)
+    assert normal_tensor(z) is z
+    assert normal_tensor("text") == "text"
+
+
+def test_random_in_training():
+    model = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.0), nn.BatchNorm1d(3), TorchAttention(dropout=0.2), nn.Linear(3, 3))
+    assert random_in_training(model) == ["0", "2", "3.mha"]
+    assert random_in_training(model.eval()) == []
+
+
+def test_is_compiled():
+    model = nn.Sequential(nn.Linear(3, 3))
+    assert not is_compiled(model)
+    assert is_compiled(nn.Sequential(torch.compile(model)))
+    model[0].compile()
+    assert is_compiled(model)

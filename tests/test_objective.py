@@ -1,0 +1,65 @@
+"""The loss against the naive twin, and its bad inputs."""
+
+import pytest
+import torch
+from tests import reference
+
+from lightning_abpem.attention import AttentionCall, score_statistics
+from lightning_abpem.objective import Objective
+
+SPANS = {"audio": slice(0, 6), "video": slice(6, 10), "text": slice(10, 15)}
+
+
+def layers(count, spans=SPANS):
+    torch.manual_seed(0)
+    calls = [AttentionCall("a", *torch.randn(2, 4, 15, 12, dtype=torch.float64), 0.5 / 3, "fused") for _ in range(count)]
+    scores = [reference.mean_scores(call.q, call.k, 3, 0.5) for call in calls]
+    return [score_statistics(call, spans) for call in calls], scores
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"attention_weight": 5.0}, {"balance_weight": 0.0}, {"balance": "read"}])
+@pytest.mark.parametrize("names", [("audio", "video"), ("audio", "video", "text")])
+def test_loss_and_record(count, options, names):
+    spans = {name: SPANS[name] for name in names}
+    statistics, scores = layers(count, spans)
+    logits = torch.randn(4, 7, dtype=torch.float64)
+    loss, record = Objective(k=3, **options)(logits, statistics)
+    assert loss.item() == pytest.approx(reference.loss(logits, scores, spans, 3, **options), abs=1e-12)
+    assert set(record) == set(Objective.record_names(names))
+    for pair in reference.gaps(scores[0], spans):
+        for figure, twin in (("attention_gap", reference.gaps), ("divergence", reference.divergences)):
+            expected = sum(twin(score, spans)[pair] for score in scores) / count
+            assert record[f"{figure}/{pair[0]}_to_{pair[1]}"].item() == pytest.approx(expected, abs=1e-12)
+    assert record["entropy"].item() == pytest.approx(sum(reference.entropies(logits)) / 4, abs=1e-12)
+
+
+def test_self_blocks_are_constants():
+    """The gradient is that of the cross blocks alone: moving a self block's statistics has no gradient."""
+    q, k = torch.randn(2, 2, 10, 12, dtype=torch.float64).requires_grad_().unbind()
+    spans = {name: SPANS[name] for name in ("audio", "video")}
+    statistics = score_statistics(AttentionCall("a", q, k, 0.1, "fused"), spans)
+    assert not any(statistics[n, n].mean.requires_grad or statistics[n, n].std.requires_grad for n in spans)
+    assert all(statistics[m, n].mean.requires_grad for m in spans for n in spans if m != n)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "`k` to be an integer .* got 0"),
+        ({"k": 2.5}, "`k` to be an integer .* got 2.5"),
+        ({"k": True}, "`k` to be an integer"),
+        ({"k": 1, "attention_weight": -1.0}, "`attention_weight` .* got -1.0"),
+        ({"k": 1, "balance_weight": -0.5}, "`balance_weight` .* got -0.5"),
+        ({"k": 1, "balance_weight": float("nan")}, "`balance_weight` .* got nan"),
+        ({"k": 1, "balance": "none"}, "`balance` to be one of .* got 'none'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**options)
+
+
+def test_k_above_the_number_of_classes():
+    with pytest.raises(ValueError, match="got 8 and logits of 7 classes"):
+        Objective(k=8)(torch.randn(4, 7), layers(1)[0])

@@ -1,0 +1,204 @@
+"""Replaying the frozen part: the same bits with fewer runs, and recomputing wherever that might not hold."""
+
+import pytest
+import torch
+from tests.toy import Encoder, batches, make_toy
+from torch import nn
+
+from lightning_abpem.replay import FrozenReplay, TokenMemory
+
+
+def passes(model, replay, *args, count=2):
+    """Outputs of `count` passes over one batch."""
+    outputs = []
+    for _ in range(count):
+        replay.start_pass()
+        outputs.append(model(*args))
+    replay.end_batch()
+    return outputs
+
+
+def attach(model, adapted, **options):
+    return FrozenReplay(model, list(adapted.parameters()), **options)
+
+
+def test_frozen_modules_run_once_per_batch():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        for args in batches(3):
+            first, second, third = passes(model, replay, *args, count=3)
+            assert torch.equal(first, second)
+            assert torch.equal(first, third)
+    assert model.audio.runs == model.video.runs == 3
+
+
+def test_the_first_batches_are_audited():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=2)
+    with replay.attached(), torch.no_grad():
+        for args in batches(5):
+            passes(model, replay, *args)
+    assert model.audio.runs == 5 + 2
+
+
+def test_forwards_are_put_back():
+    model = make_toy()
+    model.audio.forward = own = lambda x: model.audio.norm(model.audio.embed(x))
+    with pytest.raises(KeyError), attach(model, model.fusion[0].attn).attached():
+        assert model.audio.forward is not own
+        raise KeyError
+    assert model.audio.forward is own
+    assert not any("forward" in m.__dict__ for m in model.modules() if m is not model.audio)
+
+
+def test_new_inputs_are_computed():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    (audio, video), (other, _) = batches(2)
+    with replay.attached(), torch.no_grad():
+        replay.start_pass()
+        model(audio, video)
+        replay.start_pass()
+        assert torch.equal(model(other, video), make_toy()(other, video))
+        replay.end_batch()
+    assert (model.audio.runs, model.video.runs) == (2, 1)
+
+
+class InPlace(nn.Module):
+    """Edits what its frozen part gave it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Linear(12, 2)
+
+    def forward(self, x):
+        tokens = self.encoder(x)
+        tokens += 1
+        return self.head(tokens)
+
+
+def test_outputs_edited_in_place_are_computed_again():
+    torch.manual_seed(0)
+    model = InPlace()
+    replay = attach(model, model.head, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        first, second = passes(model, replay, torch.randn(2, 6, 3))
+    assert torch.equal(first, second)
+    assert model.encoder.runs == 2
+
+
+def test_inputs_edited_in_place_are_computed_again():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    audio, video = batches(1)[0]
+    with replay.attached(), torch.no_grad():
+        replay.start_pass()
+        model(audio, video)
+        audio += 1
+        replay.start_pass()
+        assert torch.equal(model(audio, video), make_toy()(audio, video))
+        replay.end_batch()
+
+
+def test_equal_copies_are_replayed():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    audio, video = batches(1)[0]
+    with replay.attached(), torch.no_grad():
+        replay.start_pass()
+        first = model(audio, video)
+        replay.start_pass()
+        assert torch.equal(model(audio.clone(), video.clone()), first)
+        replay.end_batch()
+    assert model.audio.runs == 1
+
+
+def test_a_module_called_twice_is_replayed_call_by_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = Encoder(), nn.Linear(12, 2)
+
+        def forward(self, x, y):
+            return self.head(self.encoder(x) - self.encoder(y))
+
+    model = Twice()
+    replay = attach(model, model.head, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        first, second = passes(model, replay, torch.randn(2, 6, 3), torch.randn(2, 6, 3))
+    assert torch.equal(first, second)
+    assert model.encoder.runs == 2
+
+
+class Random(Encoder):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+def test_a_model_random_in_eval_is_refused():
+    model = make_toy()
+    model.audio = Random()
+    replay = attach(model, model.fusion[0].attn)
+    with replay.attached(), torch.no_grad():
+        with pytest.warns(UserWarning, match="random numbers in eval mode"):
+            passes(model, replay, *batches(1)[0])
+        assert not replay.enabled
+        first, second = passes(model, replay, *batches(1)[0])
+        assert not torch.equal(first, second)
+
+
+def test_nan_outputs_pass_the_audit():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn)
+    audio, video = batches(1)[0]
+    with replay.attached(), torch.no_grad():
+        passes(model, replay, audio * float("nan"), video)
+    assert replay.enabled
+
+
+def test_modules_that_share_adapted_parameters_are_not_frozen():
+    model = make_toy()
+    model.audio.tied = model.fusion[0].attn.qkv
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        passes(model, replay, *batches(1)[0])
+    assert (model.audio.runs, model.video.runs) == (2, 1)
+
+
+def run_memory(memory, block, x):
+    with memory.extend():
+        return block(x)
+
+
+def test_memory_is_first_in_first_out():
+    block = nn.Identity()
+    memory = TokenMemory(block, "block", 3)
+    a, b, c, d = (torch.full((size, 2, 1), float(size)) for size in (1, 2, 3, 4))
+    for x, expected in ((a, [a]), (b, [a, b]), (c, [a, b, c]), (d, [b, c, d])):
+        assert torch.equal(run_memory(memory, block, x), torch.cat(expected))
+        assert memory.verify(torch.zeros(sum(len(e) for e in expected), 2)) == sum(len(e) for e in expected[:-1])
+        memory.push()
+    assert not block._forward_pre_hooks
+    memory.clear()
+    assert torch.equal(run_memory(memory, block, a), a)
+
+
+def test_memory_keeps_its_own_copy():
+    block = nn.Identity()
+    memory = TokenMemory(block, "block", 2)
+    x = torch.ones(1, 2, 1)
+    run_memory(memory, block, x)
+    memory.push()
+    x.zero_()
+    assert torch.equal(run_memory(memory, block, x), torch.tensor([[[1.0], [1.0]], [[0.0], [0.0]]]))
+
+
+def test_memory_of_another_length():
+    block = nn.Identity()
+    memory = TokenMemory(block, "fusion.0", 2)
+    run_memory(memory, block, torch.ones(1, 2, 1))
+    memory.push()
+    with pytest.raises(ValueError, match=r"'fusion.0' with the same number of tokens.*\[\(2, 1\)\].*\(3, 1\)"):
+        run_memory(memory, block, torch.ones(1, 3, 1))
+    assert not block._forward_pre_hooks
