@@ -157,9 +157,11 @@ class ABPEM(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
-            self.averages = self._run.end_epoch()
-            if self._run.stage != "predict":  # Lightning has no result dict there
-                self.log_dict(_flat(self.averages), logger=False, add_dataloader_idx=False)
+            self.averages = self._run.averages()
+            if self._run.stage == "predict":  # there Lightning has no results and refuses to log
+                self._run.log(_flat(self.averages))
+            else:
+                self.log_dict(_flat(self.averages), add_dataloader_idx=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
@@ -218,14 +220,15 @@ class _Run:
                 "batch, and call it as a function, not by its `.forward`."
             )
 
-    def end_epoch(self) -> dict[int, dict[str, Tensor]]:
-        """The averages by dataloader, which the loggers get too, after the last step."""
+    def averages(self) -> dict[int, dict[str, Tensor]]:
+        """The figures' means so far, by dataloader."""
+        return {dataloader: mean.compute() for dataloader, mean in self._means.items()}
+
+    def log(self, figures: dict[str, Tensor]) -> None:
+        """Hand figures to the loggers, after the last step."""
         self._flush()
-        averages = {dataloader: mean.compute() for dataloader, mean in self._means.items()}
-        figures = {f"{name}_epoch": value.item() for name, value in _flat(averages).items()}
         for logger in self.trainer.loggers:
-            logger.log_metrics(figures, step=self._logged)
-        return averages
+            logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self._logged)
 
     def close(self) -> tuple[int, int]:
         """Put everything back; the updates taken and the steps skipped."""
@@ -255,7 +258,7 @@ class _Run:
             return
         table = torch.stack([torch.stack([record[n].double() for n in self._names]) for record in self._pending])
         for row in table.tolist():
-            figures = {f"abpem/{name}": value for name, value in zip(self._names, row, strict=True)}
+            figures = {f"abpem/{name}_step": value for name, value in zip(self._names, row, strict=True)}
             for logger in self.trainer.loggers:
                 logger.log_metrics(figures, step=self._logged)
             self._logged += 1

@@ -124,13 +124,13 @@ def test_each_step_reaches_the_loggers(stage, every, tmp_path):
     logger.save()
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    steps = [row for row in rows if row["abpem/loss"]]
+    steps = [row for row in rows if row["abpem/loss_step"]]
     assert [int(row["step"]) for row in steps] == [0, 1, 2, 3, 4]
-    assert len({row["abpem/loss"] for row in steps}) == 5
-    average = sum(float(row["abpem/loss"]) for row in steps) / 5
+    assert len({row["abpem/loss_step"] for row in steps}) == 5
+    average = sum(float(row["abpem/loss_step"]) for row in steps) / 5
     assert average == pytest.approx(callback.averages[0]["loss"].item(), rel=1e-4)
-    (epoch,) = (row for row in rows if row["abpem/loss_epoch"])
-    assert float(epoch["abpem/loss_epoch"]) == pytest.approx(average, rel=1e-4)
+    (epoch,) = (row for row in rows if row["abpem/loss"])
+    assert float(epoch["abpem/loss"]) == pytest.approx(average, rel=1e-4)
 
 
 def test_it_says_what_adapts_once(caplog):

@@ -31,8 +31,8 @@ Split = Literal["train", "dev", "test"]
 
 RATE, FRAMES, MEL_BINS, IMAGE_SIZE = 8000, 64, 32, 32
 SAMPLES = RATE * 25 // 1000 + (FRAMES - 1) * RATE * 10 // 1000
-QUIET = 0.002  # standard deviation of a microphone's own noise: no recording is digitally silent
-AUDIO_MEAN, AUDIO_STD = -9.5, 3.9  # of the training voices' filterbanks
+QUIET = (0.001, 0.02)  # standard deviation of a microphone's own noise, least and most: no recording is silent
+AUDIO_MEAN, AUDIO_STD = -3.9, 3.8  # of the training voices' filterbanks
 IMAGE_MEAN, IMAGE_STD = 0.31, 0.36  # of the training scans
 _SHARES = {"train": (0.0, 0.6), "dev": (0.6, 0.72), "test": (0.72, 1.0)}
 
@@ -135,7 +135,8 @@ def _share(split: Split, count: int) -> slice:
 
 def _place(waves: list[Array], chosen: NDArray[np.int64], rng: np.random.Generator) -> Array:
     """The chosen clips (B, SAMPLES), each at a random place in a quiet room, or cut if it is longer."""
-    placed = QUIET * rng.standard_normal((len(chosen), SAMPLES))
+    level = np.exp(rng.uniform(*np.log(QUIET), (len(chosen), 1)))
+    placed = level * rng.standard_normal((len(chosen), SAMPLES))
     for row, index in zip(placed, chosen, strict=True):
         wave = waves[index][:SAMPLES]
         start = rng.integers(SAMPLES - len(wave) + 1)
