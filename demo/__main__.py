@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from demo.protocol import OUTPUT, RECIPE, Row, Run, evaluate_all, quiet, recipe, train_source
+from demo.protocol import RECIPE, SEEDS, Row, Run, evaluate_all, recipe
+from demo.source import OUTPUT, quiet, train_source
 from lightning_abpem.data.digits import Corruption
 from lightning_abpem.display import comparison_table
 from lightning_abpem.report import severity_figure
@@ -18,7 +19,6 @@ KINDS = (
     *(("image", kind) for kind in ("gaussian_noise", "impulse_noise", "fog", "contrast")),
     *(("audio", kind) for kind in ("gaussian_noise", "crowd", "rain", "wind")),
 )
-SEEDS = (0, 1, 2)
 GAPS = {
     "attention_gap/audio_to_image": "audio asks image",
     "attention_gap/image_to_audio": "image asks audio",

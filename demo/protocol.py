@@ -1,32 +1,29 @@
-"""Training the source model once and evaluating it, as it is and adapted, on streams of corrupted pairs."""
+"""Evaluating the source model, as it is and adapted, on streams of corrupted pairs."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from demo.model import DigitsModel
+from demo.source import quiet, silent_trainer
 from lightning_abpem import ABPEM
 from lightning_abpem.data.digits import Corruption, DigitsAV, Split
 
-OUTPUT = Path("demo/output")
+SEEDS = (0, 1, 2)
 FUSION, MODALITIES = "fusion.self_attn", {"audio": 32, "image": 16}
 # The published recipe: Adam, one step per batch of 8, 32 samples in the memory, prediction after the update. Chosen on
 # held-out corruptions (`python -m demo.choose`): k of 10 classes, the attention weight, the learning rate.
-RECIPE: dict[str, Any] = {"k": 3, "attention_weight": 1.0, "memory_batches": 4, "learning_rate": 3e-3}
+RECIPE: dict[str, Any] = {"k": 3, "attention_weight": 1.0, "memory_batches": 4, "learning_rate": 1e-3}
 
 Row = dict[str, Any]
 
@@ -49,22 +46,6 @@ def recipe(**changes: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((RECIPE | changes).items())
 
 
-def train_source() -> Path:
-    """The source model's checkpoint: trained on clean pairs, or from the last time if nothing has changed."""
-    import lightning_abpem.data.digits as data
-
-    sources = (Path(data.__file__), Path(__file__).with_name("model.py"), Path(__file__))
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    path = OUTPUT / f"source-{key}.ckpt"
-    if not path.exists():
-        OUTPUT.mkdir(parents=True, exist_ok=True)
-        seed_everything(0, verbose=False)
-        trainer = _trainer(max_epochs=6, enable_progress_bar=True)
-        trainer.fit(DigitsModel(), DigitsAV(batch_size=64))
-        trainer.save_checkpoint(path)
-    return path
-
-
 def evaluate(run: Run, checkpoint: Path) -> Row:
     """One run's accuracy, in percent, and the figures that ABPEM records, averaged over the stream."""
     options = {"k": RECIPE["k"], "steps": 0, "learning_rate": 1e-4} if run.options is None else dict(run.options)
@@ -72,7 +53,7 @@ def evaluate(run: Run, checkpoint: Path) -> Row:
     abpem = ABPEM(FUSION, MODALITIES, optimizer=optimizer, **options)
     data = DigitsAV(run.batch_size, run.corruption, run.split, seed=run.seed, sorted_by_label=run.sorted_by_label)
     model = DigitsModel.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    result = _trainer(callbacks=[abpem]).test(model, data, verbose=False)[0]
+    result = silent_trainer(callbacks=[abpem]).test(model, data, verbose=False)[0]
 
     figures = {name.removeprefix("abpem/"): value for name, value in result.items()}
     return {**run.labels, "seed": run.seed, **figures, "accuracy": 100 * result["accuracy"]}
@@ -91,19 +72,6 @@ def evaluate_all(runs: Iterable[Run], checkpoint: Path, title: str) -> list[Row]
         for _ in as_completed(futures):
             progress.advance(bar)
         return [future.result() for future in futures]
-
-
-def _trainer(**options: Any) -> Trainer:
-    silent = {"enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-    return Trainer(accelerator="cpu", **({"enable_progress_bar": False} | silent | options))
-
-
-@cache
-def quiet() -> None:
-    """Only the demo's own output: Lightning's advice on workers and devices is not about it."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _quiet_worker() -> None:

@@ -17,13 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_abpem.attention import (
-    FusionAttention,
-    capture_attention,
-    find_attention,
-    list_attention_calls,
-    score_statistics,
-)
+from lightning_abpem.attention import capture_attention, list_attention_calls, score_statistics
+from lightning_abpem.memory import TokenMemory
 from lightning_abpem.modules import (
     find_modules,
     is_compiled,
@@ -32,7 +27,8 @@ from lightning_abpem.modules import (
     random_in_training,
     without_inference_tensors,
 )
-from lightning_abpem.replay import FrozenReplay, TokenMemory
+from lightning_abpem.projections import FusionAttention, find_attention
+from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
 from lightning_abpem.spans import check_spans
 
@@ -47,7 +43,7 @@ def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]
 
 
 def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor:
-    """The (B, C) logits in a module's output: itself, `.logits`, `["logits"]`, a tuple's first tensor, or ``how(output)``.
+    """The (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's first tensor, or `how(output)`.
 
     Raises:
         ValueError: if there are none, or they are not two-dimensional floats of two classes or more.
@@ -64,8 +60,8 @@ def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor
     if not isinstance(logits, Tensor):
         keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise ValueError(
-            f"Expected logits in the target's output, but found none in a {type(output).__name__}{keys}. Pass `logits`, "
-            "a function from that output to a (batch, classes) tensor."
+            f"Expected logits in the target's output, but found none in a {type(output).__name__}{keys}. Pass "
+            "`logits`, a function from that output to a (batch, classes) tensor."
         )
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(
@@ -170,7 +166,7 @@ class Adaptation:
         share = count / sum(p.numel() for p in self.model.parameters())
         fate = "return" if self.settings.restore else "do not return (restore=False)"
         lines = [
-            f"ABPEM adapts {count:,} values in {len(self.params)} tensors ({share:.2%} of {type(self.model).__name__}):",
+            f"ABPEM adapts {count:,} values in {len(self.params)} tensors, {share:.2%} of {type(self.model).__name__}:",
             *(f"  {name} {tuple(p.shape)}" for name, p in self.params.items()),
             *(f"  {tied} is the same tensor, so it moves as well" for tied in self._tied()),
         ]
@@ -304,7 +300,8 @@ class Adaptation:
     def _raise_nothing_captured(self, args: Any, kwargs: Any) -> None:
         with self._inner_call(), torch.no_grad():
             seen = list_attention_calls(self.model, lambda: self.target.forward(*args, **kwargs))
+        names = ", ".join(attention.name for attention in self.fusion)
         raise ValueError(
-            f"Expected attention calls inside {', '.join(attention.name for attention in self.fusion)}, but none was seen in a forward of the target. "
+            f"Expected attention calls inside {names}, but none was seen in a forward of the target. "
             f"Seen elsewhere: {'; '.join(seen) or 'none'}."
         )

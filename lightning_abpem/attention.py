@@ -26,92 +26,16 @@ from lightning_abpem.functional import (
     moment_score_statistics,
     token_moments,
 )
+from lightning_abpem.projections import FusionAttention
 
 __all__ = [
     "AttentionCall",
-    "FusionAttention",
     "capture_attention",
-    "find_attention",
     "list_attention_calls",
     "score_statistics",
 ]
 
-_FUSED_NAMES = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value")
-_SPLIT_NAMES = (
-    ("q", "k", "v"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("to_q", "to_k", "to_v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("wq", "wk", "wv"),
-    ("linear_q", "linear_k", "linear_v"),
-)
 _HEADS_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "n_head")
-
-
-# ------------------------------------------------------------------------------------------------------ projections
-
-
-@dataclass(frozen=True)
-class FusionAttention:
-    """An attention module with its q, k and v projections.
-
-    Args:
-        name: its name in the model.
-        module: the module whose forward is watched.
-        parameters: what adapts, by full name: weights and biases of the projections.
-        linears: the linear modules that compute q and k: one fused (its output is q, k, v side by side) or two.
-        owner: the module that holds them, whose attributes tell the number of heads and the scale.
-    """
-
-    name: str
-    module: nn.Module
-    parameters: dict[str, nn.Parameter]
-    linears: tuple[nn.Module, ...]
-    owner: nn.Module
-
-
-def find_attention(module: nn.Module, name: str) -> FusionAttention:
-    """The one attention inside `module`, which is called `name` in the model.
-
-    Raises:
-        ValueError: if there is no attention in it, or more than one; both list what was found.
-    """
-    found = {
-        path: (owner, *projections)
-        for path, owner in module.named_modules(prefix=name)
-        if (projections := _own_projections(owner)) is not None
-    }
-    if len(found) == 1:
-        path, (owner, names, linears) = next(iter(found.items()))
-        parameters = {f"{path}.{own}": p for own, p in owner.named_parameters() if own.startswith(names)}
-        return FusionAttention(name, module, parameters, linears, owner)
-    if found:
-        listed = ", ".join(f"'{path}'" for path in found)
-        raise ValueError(f"Expected '{name}' to be one attention module, but it holds {len(found)}: {listed}.")
-    children = ", ".join(child for child, _ in module.named_children()) or "none"
-    raise ValueError(
-        f"Expected '{name}' to be an attention module, but no query, key and value projections were found in this "
-        f"{type(module).__name__} (its children: {children}). Known: nn.MultiheadAttention; a fused linear named one of "
-        f"{', '.join(_FUSED_NAMES)}; linears named {', '.join('/'.join(names) for names in _SPLIT_NAMES)}."
-    )
-
-
-def _own_projections(owner: nn.Module) -> tuple[tuple[str, ...], tuple[nn.Module, ...]] | None:
-    """How the names of its projections' parameters start, and its q and k linears; None if `owner` is no attention."""
-    if isinstance(owner, nn.MultiheadAttention):
-        return ("in_proj", "q_proj", "k_proj", "v_proj"), ()
-    children = dict(owner.named_children())
-    for fused in _FUSED_NAMES:
-        if isinstance(children.get(fused), nn.Linear):
-            return (f"{fused}.",), (children[fused],)
-    for names in _SPLIT_NAMES:
-        if all(isinstance(children.get(child), nn.Linear) for child in names):
-            return tuple(f"{child}." for child in names), (children[names[0]], children[names[1]])
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------- capture
 
 
 @dataclass(frozen=True)
@@ -216,9 +140,7 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _multi_head_call(
-    attention: FusionAttention, query: Tensor, key: Tensor, *_: Any, **kwargs: Any
-) -> AttentionCall:
+def _multi_head_call(attention: FusionAttention, query: Tensor, key: Tensor, *_: Any, **kwargs: Any) -> AttentionCall:
     """From the arguments of F.multi_head_attention_forward: tokens (N, B, D), projected here once more."""
     name, owner = attention.name, attention.owner
     assert isinstance(owner, nn.MultiheadAttention)
@@ -309,9 +231,7 @@ def score_statistics(
     if form == "auto":
         form = "moments" if call.q.shape[1] > 2 * call.q.shape[2] else "dense"
     prepare = token_moments if form == "moments" else lambda tokens: tokens
-    combine: Any = partial(
-        moment_score_statistics if form == "moments" else dense_score_statistics, scale=call.scale
-    )
+    combine: Any = partial(moment_score_statistics if form == "moments" else dense_score_statistics, scale=call.scale)
     q = {m: prepare(call.q[:, span]) for m, span in spans.items()}
     k = {n: prepare(call.k[:, span]) for n, span in spans.items()}
     blocks = {(m, n): combine(q[m], k[n]) for m in spans for n in spans if m != n}

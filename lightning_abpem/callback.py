@@ -26,9 +26,9 @@ Stage = Literal["test", "predict", "validate"]
 class ABPEM(Callback):
     """Adapts a multi-modal model to each test batch without labels, before the model predicts on it.
 
-    Attention Bootstrapping with Principal Entropy Minimization (Zhao et al., AAAI 2025, arXiv 2503.02221). In `test` and
-    `predict` the model's own step sees logits from the adapted weights; nothing in the LightningModule changes, and the
-    source weights return after the run, also after a crash. Only the q, k and v projections of the fusion attention
+    Attention Bootstrapping with Principal Entropy Minimization (Zhao et al., AAAI 2025, arXiv 2503.02221). In `test`
+    and `predict` the model's own step sees logits from the adapted weights; nothing in the LightningModule changes, and
+    the source weights return after the run, also after a crash. Only the q, k and v projections of the fusion attention
     move.
 
     Args:
@@ -120,14 +120,16 @@ class ABPEM(Callback):
                 dropout, reset="dataloader".
         """
         if self.settings.reset == "dataloader":
-            raise ValueError('reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.')
+            raise ValueError(
+                'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
+            )
         with Adaptation(model, self.settings) as adaptation:
             yield adaptation
 
     # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _check_trainer(trainer, pl_module)
+        _check_trainer(trainer)
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 self._run = _Run(trainer, pl_module, own_stage)
@@ -161,7 +163,7 @@ class ABPEM(Callback):
             if self._run.stage == "predict":  # there Lightning has no results and refuses to log
                 self._run.log(_flat(self.averages))
             else:
-                self.log_dict(_flat(self.averages), add_dataloader_idx=False)
+                pl_module.log_dict(_flat(self.averages), add_dataloader_idx=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
@@ -183,7 +185,7 @@ class ABPEM(Callback):
 class _Run:
     """One run of a Trainer's loop with the engine in it, from setup to teardown or an exception."""
 
-    def __init__(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+    def __init__(self, trainer: Any, module: LightningModule, stage: Stage) -> None:
         self.trainer, self.module, self.stage = trainer, module, stage
         self.adaptation: Adaptation | None = None
         self._training = {m: m.training for m in module.modules()}
@@ -274,13 +276,14 @@ def _flat(averages: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _check_trainer(trainer: Any, module: Any) -> None:
+def _check_trainer(trainer: Any) -> None:
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"ABPEM is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
             "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
         )
-    count = sum(isinstance(callback, ABPEM) for callback in trainer.callbacks)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
+    count = sum(isinstance(callback, ABPEM) for callback in callbacks)
     if count > 1:
         raise MisconfigurationException(
             f"Expected one ABPEM callback, but the Trainer has {count}: each would adapt the same model. Name several "

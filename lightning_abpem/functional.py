@@ -38,14 +38,14 @@ class ScoreStatistics(NamedTuple):
 
 
 class TokenMoments(NamedTuple):
-    """Mean (B, D), covariance (B, D, D, divided by the count) and count of the tokens of one modality."""
+    """Mean (B, D), covariance (B, D, D, divided by the number of tokens) and number of tokens of one modality."""
 
     mean: Tensor
     cov: Tensor
-    count: int
+    tokens: int
 
     def detach(self) -> TokenMoments:
-        return TokenMoments(self.mean.detach(), self.cov.detach(), self.count)
+        return TokenMoments(self.mean.detach(), self.cov.detach(), self.tokens)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def moment_score_statistics(q: TokenMoments, k: TokenMoments, scale: float) -> S
     def form(v: Tensor, cov: Tensor) -> Tensor:
         return torch.einsum("bi,bij,bj->b", v, cov, v)
 
-    entries = q.count * k.count
+    entries = q.tokens * k.tokens
     mean = scale * (q.mean * k.mean).sum(-1)
     variance = form(k.mean, q.cov) + form(q.mean, k.cov) + (q.cov * k.cov).sum((-2, -1))
     return ScoreStatistics(mean, abs(scale) * (variance * (entries / (entries - 1))).sqrt())

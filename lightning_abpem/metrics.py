@@ -12,7 +12,7 @@ __all__ = ["RecordMean"]
 
 
 class RecordMean(Metric):
-    """Sample-weighted mean of each figure of the steps' records; what is not finite (a skipped step's loss) is left out.
+    """Sample-weighted mean of each figure of the steps' records; what is not finite, as in a skipped step, is left out.
 
     Args:
         names: the figures, the same in every record.

@@ -102,16 +102,16 @@ def only_trainable(model: nn.Module, trainable: Collection[nn.Parameter]) -> Ite
 
 @contextmanager
 def without_inference_tensors(model: nn.Module) -> Iterator[None]:
-    """Stand in normal copies for what an earlier run in inference mode left in the model: buffers, cached attributes."""
+    """Stand in normal copies for what an earlier run in inference mode left in the model: buffers, cached tensors."""
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    places: list[dict[str, Any]] = [p for m in model.modules() for p in (m._buffers, m._parameters, m.__dict__)]
     try:
-        for module in model.modules():
-            for place in (module._buffers, module._parameters, module.__dict__):
-                for name, value in list(place.items()):
-                    if isinstance(value, Tensor) and value.is_inference():
-                        replaced.append((place, name, value))
-                        copy = value.clone()
-                        place[name] = nn.Parameter(copy, value.requires_grad) if place is module._parameters else copy
+        for place in places:
+            for name, value in list(place.items()):
+                if isinstance(value, Tensor) and value.is_inference():
+                    replaced.append((place, name, value))
+                    is_parameter = isinstance(value, nn.Parameter)
+                    place[name] = nn.Parameter(value.clone(), value.requires_grad) if is_parameter else value.clone()
         yield
     finally:
         for place, name, value in replaced:

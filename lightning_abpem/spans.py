@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def token_spans(modalities: Mapping[str, int | Span]) -> dict[str, slice]:
     """The span of each modality in the joint sequence, from lengths in order or from explicit (start, stop) ranges.
 
     Raises:
-        ValueError: fewer than two modalities, a span of fewer than two tokens, overlapping spans, or a mix of both forms.
+        ValueError: fewer than two modalities, a span of fewer than two tokens, overlapping spans, a mix of both forms.
     """
     if len(modalities) < 2:
         raise ValueError(f"Expected `modalities` to name at least two modalities, but got {dict(modalities)!r}.")
@@ -31,7 +32,7 @@ def token_spans(modalities: Mapping[str, int | Span]) -> dict[str, slice]:
         if spans[name].start < 0 or spans[name].stop - spans[name].start < 2:
             raise ValueError(f"Expected at least two tokens of modality '{name}', from 0 on, but got {value!r}.")
     ordered = sorted(spans.items(), key=lambda item: item[1].start)
-    for (name_a, a), (name_b, b) in zip(ordered, ordered[1:], strict=False):
+    for (name_a, a), (name_b, b) in pairwise(ordered):
         if b.start < a.stop:
             raise ValueError(f"Expected disjoint token spans, but '{name_a}' {a} and '{name_b}' {b} overlap.")
     return spans
@@ -67,6 +68,6 @@ def check_spans(spans: Mapping[str, slice], call: AttentionCall, *, cover: bool)
         listed = ", ".join(f"{name} {span.start}:{span.stop}" for name, span in spans.items())
         raise ValueError(
             f"Expected the spans of `modalities` to add up to the tokens of '{call.name}', but got {total} ({listed}) "
-            f"and {n_q} tokens. Tokens that belong to no modality, such as a CLS token, are left out by giving explicit "
-            "(start, stop) ranges."
+            f"and {n_q} tokens. Tokens that belong to no modality, such as a CLS token, are left out by giving "
+            "explicit (start, stop) ranges."
         )

@@ -46,9 +46,7 @@ def mean_scores(q: Tensor, k: Tensor, heads: int, scale: float | None = None) ->
     q, k = q.double(), k.double()
     width = q.shape[-1] // heads
     scale = width**-0.5 if scale is None else scale
-    maps = [
-        scale * q[..., h * width : (h + 1) * width] @ k[..., h * width : (h + 1) * width].mT for h in range(heads)
-    ]
+    maps = [scale * q[..., h * width : (h + 1) * width] @ k[..., h * width : (h + 1) * width].mT for h in range(heads)]
     return sum(maps) / heads
 
 
@@ -96,7 +94,7 @@ def loss(
     balance_weight: float = 1.0,
     balance: str = "marginal",
 ) -> float:
-    """principal entropy - balance_weight * balance + attention_weight * bootstrapping, averaged over layers' scores."""
+    """Principal entropy - balance_weight * balance + attention_weight * bootstrapping, averaged over layers' scores."""
     principal = principal_entropies(logits, k)
     balance_term = {"marginal": marginal_balance, "read": read_balance}[balance](logits)
     bootstrapping = [sum(divergences(scores, spans).values()) for scores in layers]

@@ -5,6 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
+from lightning_abpem import ABPEM
+from lightning_abpem.adaptation import read_logits
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
 from tests.toy import (
@@ -14,16 +18,11 @@ from tests.toy import (
     VIDEO,
     WIDTH,
     EagerSplitAttention,
-    Encoder,
     FusedAttention,
     TorchAttention,
     batches,
     make_toy,
 )
-from torch import nn
-
-from lightning_abpem import ABPEM
-from lightning_abpem.adaptation import read_logits
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 
@@ -225,15 +224,6 @@ def test_a_failing_optimizer_leaves_nothing():
 
 def test_state_left_by_inference_mode():
     """A cached tensor from an earlier run in inference mode must not break a later one."""
-
-    class Caching(Encoder):
-        cache = None
-
-        def forward(self, x):
-            if self.cache is None:
-                self.cache = torch.ones(WIDTH)
-            return super().forward(x) * self.cache
-
     model = make_toy()
     model.fusion[0].norm = nn.Sequential(Scale())
     with torch.inference_mode():
@@ -297,9 +287,7 @@ def test_memory_that_misses_a_bypass():
 
     model = Bypass()
     with pytest.raises(ValueError, match="'inner.fusion.0' to give the same logits again.*memory_at"):
-        with abpem(fusion="inner.fusion.0.attn", memory_batches=2).attach(model):
-            for args in batches(3, size=1):
-                model(*args)
+        predictions(model, batches(3, size=1), fusion="inner.fusion.0.attn", memory_batches=2)
 
 
 def test_memory_needs_a_block():
@@ -311,9 +299,10 @@ def test_memory_needs_a_block():
         def forward(self, x):
             return self.attn(x).mean(1)
 
-    with pytest.raises(ValueError, match="'attn' has no block of its own"), abpem(
-        fusion="attn", memory_batches=2
-    ).attach(Bare()):
+    with (
+        pytest.raises(ValueError, match="'attn' has no block of its own"),
+        abpem(fusion="attn", memory_batches=2).attach(Bare()),
+    ):
         pass
 
 
@@ -338,7 +327,10 @@ def test_episodic_reset():
 
 def test_reset_after_a_number_of_updates():
     stream = batches(5)
-    parts = [*predictions(make_toy(), stream[:2], memory_batches=2), *predictions(make_toy(), stream[2:4], memory_batches=2)]
+    parts = [
+        *predictions(make_toy(), stream[:2], memory_batches=2),
+        *predictions(make_toy(), stream[2:4], memory_batches=2),
+    ]
     whole = predictions(make_toy(), stream, reset=2, memory_batches=2)
     assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=False))
 

@@ -10,18 +10,23 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from tests.golden_runs import Golden, both_runs
-from tests.reference import same_state
-from tests.test_adaptation import abpem, fingerprint, predictions
-from tests.toy import Toy, batches, loader, make_toy
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_abpem.objective import Objective
+from tests.golden_runs import Golden, both_runs
+from tests.reference import same_state
+from tests.test_adaptation import abpem, fingerprint, predictions
+from tests.toy import Toy, batches, loader, make_toy
 
 
 def trainer(*callbacks, **options):
-    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    silent = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     return Trainer(accelerator="cpu", callbacks=list(callbacks), **(silent | options))
 
 
@@ -72,7 +77,7 @@ def test_golden(name, stage, dtype, bound):
     assert same_state(model.state_dict(), golden.model().state_dict())
 
 
-# ------------------------------------------------------------------------------------------------------- what a run gives
+# --------------------------------------------------------------------------------------------------- what a run gives
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
@@ -190,7 +195,9 @@ class Fail(pl.Callback):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("hook", ["on_test_start", "on_test_batch_end", "on_test_epoch_end", "on_test_end", "teardown", None])
+@pytest.mark.parametrize(
+    "hook", ["on_test_start", "on_test_batch_end", "on_test_epoch_end", "on_test_end", "teardown", None]
+)
 def test_everything_is_put_back(hook, error):
     model = make_toy()
     model.video.train()
@@ -216,7 +223,9 @@ def test_an_error_in_the_users_step():
     model = make_toy()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     before = fingerprint(model)
-    wrong = DataLoader([(torch.ones(2, 6, 3), torch.ones(2, 4, 3), torch.zeros(2)), (torch.ones(1), torch.ones(1), 0)], None)
+    wrong = DataLoader(
+        [(torch.ones(2, 6, 3), torch.ones(2, 4, 3), torch.zeros(2)), (torch.ones(1), torch.ones(1), 0)], None
+    )
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         trainer(abpem()).test(model, wrong, verbose=False)
     assert same_state(state, model.state_dict())
@@ -310,7 +319,9 @@ class Outer(Toy):
 def test_the_target_is_never_called():
     model = Outer()
     before = fingerprint(model)
-    with pytest.raises(MisconfigurationException, match="test step ended without calling the LightningModule.*`target`"):
+    with pytest.raises(
+        MisconfigurationException, match="test step ended without calling the LightningModule.*`target`"
+    ):
         trainer(abpem(fusion="model.fusion.*.attn")).test(model, loader(), verbose=False)
     assert fingerprint(model)["hooks"] == before["hooks"]
     callback = abpem(fusion="model.fusion.*.attn", target="model")
@@ -333,7 +344,9 @@ def test_the_other_lightning():
             pass
 
     runner = pytorch_lightning.Trainer(accelerator="cpu", callbacks=[abpem()], logger=False, enable_progress_bar=False)
-    with pytest.raises(MisconfigurationException, match="`lightning.pytorch`, but got a Trainer from `pytorch_lightning"):
+    with pytest.raises(
+        MisconfigurationException, match="`lightning.pytorch`, but got a Trainer from `pytorch_lightning"
+    ):
         runner.test(Other(), loader(), verbose=False)
 
 

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from tests import reference
 
 from lightning_abpem import functional as F
+from tests import reference
 
 LOGITS = 3 * torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def close(a, b, bound=1e-12):
-    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b, dtype=torch.as_tensor(a).dtype), rtol=0, atol=bound)
+    torch.testing.assert_close(
+        torch.as_tensor(a), torch.as_tensor(b, dtype=torch.as_tensor(a).dtype), rtol=0, atol=bound
+    )
 
 
 def test_entropy():
@@ -64,7 +66,8 @@ def test_both_forms_have_the_same_gradients():
     torch.manual_seed(0)
     q, k = (torch.randn(2, n, 6, dtype=torch.float64, requires_grad=True) for n in (9, 5))
     gradients = [
-        torch.autograd.grad(sum(x.sum() for x in form(q, k, 0.3)), (q, k)) for form in (F.dense_score_statistics, moments)
+        torch.autograd.grad(sum(x.sum() for x in form(q, k, 0.3)), (q, k))
+        for form in (F.dense_score_statistics, moments)
     ]
     for dense, moment in zip(*gradients, strict=True):
         close(dense, moment)
@@ -86,7 +89,10 @@ def test_half_precision_is_computed_in_float32(dtype):
         (F.entropy(half), F.entropy(half.float())),
         (F.principal_entropy(half, 3), F.principal_entropy(half.float(), 3)),
         (F.marginal_balance(half), F.marginal_balance(half.float())),
-        (F.dense_score_statistics(half[None], half[None], 0.1).std, F.dense_score_statistics(half[None].float(), half[None].float(), 0.1).std),
+        (
+            F.dense_score_statistics(half[None], half[None], 0.1).std,
+            F.dense_score_statistics(half[None].float(), half[None].float(), 0.1).std,
+        ),
         (moments(half[None], half[None], 0.1).std, moments(half[None].float(), half[None].float(), 0.1).std),
     ):
         assert ours.dtype == torch.float32

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from tests import reference
 
 from lightning_abpem.attention import AttentionCall, score_statistics
 from lightning_abpem.objective import Objective
+from tests import reference
 
 SPANS = {"audio": slice(0, 6), "video": slice(6, 10), "text": slice(10, 15)}
 
 
 def layers(count, spans=SPANS):
     torch.manual_seed(0)
-    calls = [AttentionCall("a", *torch.randn(2, 4, 15, 12, dtype=torch.float64), 0.5 / 3, "fused") for _ in range(count)]
+    calls = [
+        AttentionCall("a", *torch.randn(2, 4, 15, 12, dtype=torch.float64), 0.5 / 3, "fused") for _ in range(count)
+    ]
     scores = [reference.mean_scores(call.q, call.k, 3, 0.5) for call in calls]
     return [score_statistics(call, spans) for call in calls], scores
 

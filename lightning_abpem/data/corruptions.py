@@ -159,11 +159,11 @@ def _wind(waves: Array, rate: int, rng: Rng) -> Array:
 
 def _rain(waves: Array, rate: int, rng: Rng) -> Array:
     """A hiss with drops: short decaying bursts at random moments, about 200 a second."""
-    hiss = _band(rng.standard_normal(waves.shape), rate, 1000, 0.48 * rate)
+    hiss = rng.standard_normal(waves.shape)
     drops = (rng.random(waves.shape) < 200 / rate) * rng.exponential(size=waves.shape)
     decay = np.exp(-np.arange(int(0.004 * rate)) / (0.001 * rate))
     bursts = signal.lfilter(decay, 1, drops * rng.choice((-1, 1), waves.shape), axis=1)
-    return hiss / hiss.std() + bursts / bursts.std()
+    return _band(hiss / hiss.std() + bursts / bursts.std(), rate, 1000, 0.48 * rate)
 
 
 def _traffic(waves: Array, rate: int, rng: Rng) -> Array:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_abpem.data.corruptions import corrupt_audio, corrupt_images
 
-__all__ = ["DigitsAV", "Corruption", "Split"]
+__all__ = ["Corruption", "DigitsAV", "Split"]
 
 Array = NDArray[np.float64]
 Split = Literal["train", "dev", "test"]
@@ -34,6 +34,7 @@ SAMPLES = RATE * 25 // 1000 + (FRAMES - 1) * RATE * 10 // 1000
 QUIET = (0.001, 0.02)  # standard deviation of a microphone's own noise, least and most: no recording is silent
 AUDIO_MEAN, AUDIO_STD = -3.9, 3.8  # of the training voices' filterbanks
 IMAGE_MEAN, IMAGE_STD = 0.31, 0.36  # of the training scans
+_FOLDER = Path(__file__).parent / "spoken_digits"
 _SHARES = {"train": (0.0, 0.6), "dev": (0.6, 0.72), "test": (0.72, 1.0)}
 
 
@@ -118,14 +119,18 @@ def _scans(split: Split) -> tuple[Array, NDArray[np.int64]]:
 @cache
 def _clips(split: Split) -> tuple[list[Array], NDArray[np.int64]]:
     """Waveforms of the split's voices, of any length, and their digits."""
-    folder = Path(__file__).parent / "spoken_digits"
-    wave, _ = soundfile.read(folder / "clips.ogg")
-    with (folder / "clips.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    voices = np.random.default_rng(0).permutation(sorted({row["voice"] for row in rows}))
-    rows = [row for row in rows if row["voice"] in voices[_share(split, len(voices))]]
+    wave, _ = soundfile.read(_FOLDER / "clips.ogg")
+    rows = _rows(split)
     starts = [(int(row["start"]), int(row["length"])) for row in rows]
     return [wave[start : start + length] for start, length in starts], np.array([int(row["digit"]) for row in rows])
+
+
+def _rows(split: Split) -> list[dict[str, str]]:
+    """The descriptions of the split's clips."""
+    with (_FOLDER / "clips.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    voices = np.random.default_rng(0).permutation(sorted({row["voice"] for row in rows}))
+    return [row for row in rows if row["voice"] in voices[_share(split, len(voices))]]
 
 
 def _share(split: Split, count: int) -> slice:
@@ -135,7 +140,7 @@ def _share(split: Split, count: int) -> slice:
 
 def _place(waves: list[Array], chosen: NDArray[np.int64], rng: np.random.Generator) -> Array:
     """The chosen clips (B, SAMPLES), each at a random place in a quiet room, or cut if it is longer."""
-    level = np.exp(rng.uniform(*np.log(QUIET), (len(chosen), 1)))
+    level = np.exp(rng.uniform(np.log(QUIET[0]), np.log(QUIET[1]), (len(chosen), 1)))
     placed = level * rng.standard_normal((len(chosen), SAMPLES))
     for row, index in zip(placed, chosen, strict=True):
         wave = waves[index][:SAMPLES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class CAVMAE(LightningModule):
         ABPEM(fusion="blocks_u.*.attn", modalities=CAVMAE.modalities, k=7) adapts it.
     """
 
-    modalities = {"audio": AUDIO_TOKENS, "video": VIDEO_TOKENS}
+    modalities: ClassVar = {"audio": AUDIO_TOKENS, "video": VIDEO_TOKENS}
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Synthesise the spoken digits: every digit in every voice. Needs espeak-ng; run as ``make speech``.
 
-Writes `clips.ogg`, all clips one after the other (8 kHz, mono, Vorbis, silence at the ends cut), and `clips.csv`, one row
-a clip: digit, voice, accent, words per minute, pitch (0-99), and where it starts and how long it is, in samples.
+Writes `clips.ogg`, all clips one after the other (8 kHz, mono, Vorbis, silence at the ends cut), and `clips.csv`, one
+row a clip: digit, voice, accent, words per minute, pitch (0-99), and where it starts and how long it is, in samples.
 """
 
 from __future__ import annotations
@@ -20,11 +20,52 @@ FOLDER = Path(__file__).parent
 RATE = 8000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
-VOICES = (
-    "m1 f1 m2 f2 m3 f3 m4 f4 m5 f5 m6 m7 m8 Alex Alicia Andrea Andy Annie adam belinda benjamin boris caleb david "
-    "ed edward grandma grandpa iven john klatt2 klatt4 Lee linda Mario Michael pablo paul rob robert sandro shelby "
-    "steph victor"
-).split()
+VOICES = [
+    "m1",
+    "f1",
+    "m2",
+    "f2",
+    "m3",
+    "f3",
+    "m4",
+    "f4",
+    "m5",
+    "f5",
+    "m6",
+    "m7",
+    "m8",
+    "Alex",
+    "Alicia",
+    "Andrea",
+    "Andy",
+    "Annie",
+    "adam",
+    "belinda",
+    "benjamin",
+    "boris",
+    "caleb",
+    "david",
+    "ed",
+    "edward",
+    "grandma",
+    "grandpa",
+    "iven",
+    "john",
+    "klatt2",
+    "klatt4",
+    "Lee",
+    "linda",
+    "Mario",
+    "Michael",
+    "pablo",
+    "paul",
+    "rob",
+    "robert",
+    "sandro",
+    "shelby",
+    "steph",
+    "victor",
+]
 
 
 class Setting(NamedTuple):

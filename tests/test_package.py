@@ -1,0 +1,113 @@
+"""The house: who imports whom, the public names, the code in the README."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_abpem
+
+ROOT = Path(lightning_abpem.__file__).parent
+THIRD_PARTY = {
+    "functional": {"torch"},
+    "objective": {"torch"},
+    "spans": set(),
+    "projections": {"torch"},
+    "attention": {"torch"},
+    "memory": {"torch"},
+    "modules": {"torch"},
+    "replay": {"torch"},
+    "settings": {"torch"},
+    "adaptation": {"torch"},
+    "metrics": {"torch", "torchmetrics"},
+    "display": {"rich"},
+    "report": {"matplotlib"},
+    "callback": {"torch", "lightning"},
+    "__init__": set(),
+    "models.__init__": set(),
+    "models.cavmae": {"torch", "lightning", "torchmetrics"},
+    "data.__init__": set(),
+    "data.corruptions": {"numpy", "scipy"},
+    "data.digits": {"kaldi_native_fbank", "lightning", "numpy", "scipy", "sklearn", "soundfile", "torch"},
+    "data.spoken_digits.__init__": set(),
+    "data.spoken_digits.make": {"numpy", "scipy", "soundfile"},
+}
+OWN = {  # from the bottom up: each may import what stands before it
+    "functional": set(),
+    "objective": {"functional"},
+    "spans": {"attention"},  # for its type alone
+    "projections": set(),
+    "attention": {"functional", "projections"},
+    "memory": set(),
+    "modules": set(),
+    "replay": set(),
+    "settings": {"objective", "spans"},
+    "adaptation": {"attention", "memory", "modules", "projections", "replay", "settings", "spans"},
+    "metrics": set(),
+    "display": set(),
+    "report": set(),
+    "callback": {"adaptation", "metrics", "objective", "settings", "spans"},
+    "__init__": {"adaptation", "callback"},
+    "models.__init__": {"models.cavmae"},
+    "models.cavmae": set(),
+    "data.__init__": set(),
+    "data.corruptions": set(),
+    "data.digits": {"data.corruptions"},
+    "data.spoken_digits.__init__": set(),
+    "data.spoken_digits.make": set(),
+}
+STDLIB = __import__("sys").stdlib_module_names
+
+
+def modules():
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+
+
+def imports(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def test_every_module_has_its_rule():
+    assert set(modules()) == set(THIRD_PARTY) == set(OWN)
+
+
+@pytest.mark.parametrize("name", THIRD_PARTY)
+def test_import_rules(name):
+    found = imports(modules()[name])
+    own = {i.removeprefix("lightning_abpem.") for i in found if i.startswith("lightning_abpem.")}
+    others = {i.split(".")[0] for i in found if not i.startswith("lightning_abpem")} - set(STDLIB)
+    assert own <= OWN[name]
+    assert others <= THIRD_PARTY[name]
+
+
+def test_public_names_are_frozen():
+    assert sorted(lightning_abpem.__all__) == ["ABPEM", "Adaptation", "__version__"]
+    from lightning_abpem import models
+
+    assert models.__all__ == ["CAVMAE"]
+
+
+@pytest.mark.parametrize("name", [name for name in THIRD_PARTY if not name.endswith("__init__") and "make" not in name])
+def test_modules_say_what_is_public(name):
+    tree = ast.parse(modules()[name].read_text())
+    targets = {ast.unparse(n.targets[0]): n.value for n in tree.body if isinstance(n, ast.Assign)}
+    targets |= {ast.unparse(n.target): n.value for n in tree.body if isinstance(n, ast.AnnAssign)}
+    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assert set(ast.literal_eval(targets["__all__"])) <= defined | set(targets)
+
+
+def test_the_readme_runs():
+    readme = (ROOT.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace["results"][0]["abpem/updated"] == 1
