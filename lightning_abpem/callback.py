@@ -124,14 +124,15 @@ class ABPEM(Callback):
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
         with Adaptation(model, self.settings) as adaptation:
+            rank_zero_info(adaptation.describe())
             yield adaptation
 
     # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _check_trainer(trainer)
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
+                _check_trainer(trainer)
                 self._run = _Run(trainer, pl_module, own_stage)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,29 +237,34 @@ class _Run:
         """Put everything back; the updates taken and the steps skipped."""
         if self._inference_mode is not None:
             self._loop.inference_mode = self._inference_mode
-        counts = (0, 0)
-        if self.adaptation is not None:
-            counts = (self.adaptation.updates, self.adaptation.skipped)
-            self.adaptation.close()
-            self._flush()
         for module, training in self._training.items():
             module.training = training
-        return counts
+        if self.adaptation is None:
+            return 0, 0
+        self.adaptation.close()
+        self._flush()
+        return self.adaptation.updates, self.adaptation.skipped
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
         if self._dataloader not in self._means:
-            self._means[self._dataloader] = RecordMean(self._names).to(record["loss"].device)
+            self._means[self._dataloader] = self._new_mean(record["loss"].device)
         self._means[self._dataloader].update(record, samples)
         if self.trainer.loggers:
             self._pending.append(record)
             if len(self._pending) >= max(self.trainer.log_every_n_steps, 1):
                 self._flush()
 
+    def _new_mean(self, device: torch.device) -> RecordMean:
+        mean = RecordMean(self._names)
+        if device.type == "mps":  # which has no float64
+            mean.set_dtype(torch.float32)
+        return mean.to(device)
+
     def _flush(self) -> None:
         """Hand each pending step to the loggers: one copy from the device for all of them."""
         if not self._pending:
             return
-        table = torch.stack([torch.stack([record[n].double() for n in self._names]) for record in self._pending])
+        table = torch.stack([torch.stack([record[n].float() for n in self._names]) for record in self._pending])
         for row in table.tolist():
             figures = {f"abpem/{name}_step": value for name, value in zip(self._names, row, strict=True)}
             for logger in self.trainer.loggers:
@@ -283,6 +289,11 @@ def _check_trainer(trainer: Any) -> None:
             "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
         )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"ABPEM adapts in one process so far, but the Trainer runs {trainer.world_size}: their weights would part "
+            "ways. Use devices=1, num_nodes=1."
+        )
     count = sum(isinstance(callback, ABPEM) for callback in callbacks)
     if count > 1:
         raise MisconfigurationException(

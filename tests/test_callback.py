@@ -350,6 +350,13 @@ def test_the_other_lightning():
         runner.test(Other(), loader(), verbose=False)
 
 
+def test_several_processes_are_refused():
+    runner = trainer(abpem(), devices=2, strategy="ddp_spawn")
+    runner.callbacks[0].setup(runner, make_toy(), "fit")
+    with pytest.raises(MisconfigurationException, match="one process so far, but the Trainer runs 2"):
+        runner.callbacks[0].setup(runner, make_toy(), "test")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
