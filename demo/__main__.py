@@ -28,7 +28,8 @@ GAPS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--learning-rate", type=float, default=RECIPE["learning_rate"], help="of ABPEM's Adam")
-    options = recipe(learning_rate=parser.parse_args().learning_rate)
+    learning_rate = parser.parse_args().learning_rate
+    options = recipe(learning_rate=learning_rate)
     quiet()
     console = Console(width=100)
     checkpoint = train_source()
@@ -38,7 +39,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     severity_figure(_curves(rows), GAPS, OUTPUT / "severity.png")
-    console.print(comparison_table("Severity 5, batch 8, mean of 3 seeds (± of the change)", _summary(rows)))
+    title = f"Severity 5, batch 8, learning rate {learning_rate:g}, mean of 3 seeds (± of the change)"
+    console.print(comparison_table(title, _summary(rows)))
     console.print(f"Every run: {OUTPUT / 'results.csv'}. Severities 0 to 5: {OUTPUT / 'severity.png'}.")
 
 
