@@ -33,7 +33,7 @@ def main() -> None:
     quiet()
     console = Console(width=100)
     checkpoint = train_source()
-    rows = evaluate_all(_runs(options), checkpoint, "testing source and adapted")
+    rows = evaluate_all(_runs(options), checkpoint, "testing source and adapted", runs_per_stream=2)
     with (OUTPUT / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -59,8 +59,8 @@ def evaluate(run: Run, checkpoint: Path) -> Row:
     return {**run.labels, "seed": run.seed, **figures, "accuracy": 100 * result["accuracy"]}
 
 
-def evaluate_all(runs: Iterable[Run], checkpoint: Path, title: str) -> list[Row]:
-    """All runs, in their order, on one process per core."""
+def evaluate_all(runs: Iterable[Run], checkpoint: Path, title: str, runs_per_stream: int = 1) -> list[Row]:
+    """All runs, in their order, on one process per core; that many neighbours share a stream, and are run together."""
     runs = list(runs)
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -68,10 +68,11 @@ def evaluate_all(runs: Iterable[Run], checkpoint: Path, title: str) -> list[Row]
         Progress(*columns) as progress,
     ):
         bar = progress.add_task(title, total=len(runs))
-        futures = [pool.submit(evaluate, run, checkpoint) for run in runs]
-        for _ in as_completed(futures):
+        rows = []
+        for row in pool.map(partial(evaluate, checkpoint=checkpoint), runs, chunksize=runs_per_stream):
+            rows.append(row)
             progress.advance(bar)
-        return [future.result() for future in futures]
+        return rows
 
 
 def _quiet_worker() -> None:

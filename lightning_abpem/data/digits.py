@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,7 @@ class DigitsAV(LightningDataModule):
     predict_dataloader = test_dataloader
 
 
+@lru_cache(maxsize=1)  # source and adapted model are tested on the same stream, one after the other
 def _dataset(
     split: Split, count: int, seed: int, corruption: Corruption | None, sorted_by_label: bool
 ) -> TensorDataset:
