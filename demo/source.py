@@ -19,7 +19,9 @@ OUTPUT = Path("demo/output")
 
 def train_source() -> Path:
     """The source model's checkpoint: trained now, or the last time if neither model, data nor training has changed."""
-    sources = (Path(lightning_abpem.data.digits.__file__), Path(__file__).with_name("model.py"), Path(__file__))
+    data = Path(lightning_abpem.data.digits.__file__)
+    clips = data.parent / "spoken_digits" / "clips.ogg"
+    sources = (data, clips, Path(__file__).with_name("model.py"), Path(__file__))
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     path = OUTPUT / f"source-{key}.ckpt"
     if not path.exists():
@@ -27,7 +29,8 @@ def train_source() -> Path:
         seed_everything(0, verbose=False)
         trainer = silent_trainer(max_epochs=6, enable_progress_bar=True)
         trainer.fit(DigitsModel(), DigitsAV(batch_size=64))
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(partial := path.with_suffix(".partial"))
+        partial.rename(path)  # so that an interrupted save is not taken for the model
     return path
 
 

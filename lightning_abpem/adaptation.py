@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_abpem.attention import capture_attention, list_attention_calls, score_statistics
+from lightning_abpem.attention import AttentionCall, capture_attention, list_attention_calls, score_statistics
 from lightning_abpem.memory import TokenMemory
 from lightning_abpem.modules import (
     find_modules,
     is_compiled,
     normal_tensor,
     only_trainable,
-    random_in_training,
     without_inference_tensors,
 )
 from lightning_abpem.projections import FusionAttention, find_attention
@@ -38,12 +37,13 @@ log = logging.getLogger(__name__)
 
 
 def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]:
-    """What adapts: weights and biases of the q, k and v projections of the fusion attention, by full name."""
-    return {name: parameter for attention in fusion for name, parameter in attention.parameters.items()}
+    """What adapts: weights and biases of the q, k, v projections of the fusion attention, by full name, once each."""
+    named = {p: name for attention in reversed(list(fusion)) for name, p in reversed(attention.parameters.items())}
+    return {name: parameter for parameter, name in reversed(named.items())}
 
 
 def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor:
-    """The (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's first tensor, or `how(output)`.
+    """The (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's (B, C), or `how(output)`.
 
     Raises:
         ValueError: if there are none, or they are not two-dimensional floats of two classes or more.
@@ -56,7 +56,13 @@ def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor
     elif isinstance(output, Mapping):
         logits = output.get("logits")
     elif isinstance(output, tuple | list):
-        logits = next((item for item in output if isinstance(item, Tensor)), None)
+        candidates = [item for item in output if isinstance(item, Tensor) and item.dim() == 2]
+        if len(candidates) > 1:
+            raise ValueError(
+                f"Expected one (batch, classes) tensor in the target's output, but got {len(candidates)} that could "
+                f"be: {[tuple(item.shape) for item in candidates]}. Pass `logits`, a function to the right one."
+            )
+        logits = next(iter(candidates), None)
     if not isinstance(logits, Tensor):
         keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise ValueError(
@@ -103,15 +109,22 @@ class Adaptation:
         self.fusion = [find_attention(module, name) for name, module in modules.items()]
         self.params = collect_params(self.fusion)
         self.memory = self._find_memory() if settings.memory_batches > 1 else None
-        if random := random_in_training(model):
+        if training := [name or "itself" for name, module in model.named_modules() if module.training]:
             raise ValueError(
-                f"Expected a model in eval mode, but {len(random)} of its modules are in training mode and not "
-                f"deterministic in it: {', '.join(random[:3])}{', ...' if random[3:] else ''}. Call model.eval() first."
+                f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
+                f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
+            )
+        if any(
+            isinstance(getattr(hook, "__self__", None), Adaptation) for hook in self.target._forward_pre_hooks.values()
+        ):
+            raise ValueError(
+                f"ABPEM already adapts this {type(self.target).__name__}. Close the first one, or reset() it."
             )
         self.calls = self.updates = self.skipped = 0
         self.record: dict[str, Tensor] = {}
         self._updates_since_reset = 0
-        self._inside = self._checked = self._warned_single = False
+        self._inside = self._warned_single = False
+        self._edits_inputs: bool | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Adaptation:
@@ -136,7 +149,7 @@ class Adaptation:
         self._source = [p.detach().clone() for p in adapted]
         if self.settings.restore:
             self._stack.callback(self._restore_source)
-        self._optimizer = self.settings.optimizer(adapted)
+        self._optimizer = self._make_optimizer()
         self._replay = FrozenReplay(self.target, adapted)
         self._replay.enabled = self.settings.replay and not is_compiled(self.model)
         if self._replay.enabled:
@@ -155,7 +168,7 @@ class Adaptation:
         """Back to the source model: its weights, a fresh optimizer, an empty memory."""
         with torch.inference_mode(False):
             self._restore_source()
-            self._optimizer = self.settings.optimizer(list(self.params.values()))
+            self._optimizer = self._make_optimizer()
         if self.memory is not None:
             self.memory.clear()
         self._updates_since_reset = 0
@@ -183,7 +196,6 @@ class Adaptation:
         if self._reset_is_due():
             self.reset()
         with torch.inference_mode(False), torch.enable_grad():
-            args, kwargs = tree_map(normal_tensor, (args, kwargs))
             self.forward_and_adapt(args, kwargs)
         self._replay.start_pass()
 
@@ -192,6 +204,8 @@ class Adaptation:
         updated = False
         for _ in range(max(self.settings.steps, 1)):
             loss, record, samples = self._observe(args, kwargs)
+            if samples == 0:
+                return
             updated = self.settings.steps > 0 and self._update(loss)
             self.record = record | {"updated": loss.new_tensor(float(updated)).detach()}
             if self.on_step is not None:
@@ -202,32 +216,36 @@ class Adaptation:
     def _observe(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor], int]:
         """One forward over memory and batch, its attention captured: the loss, its figures, the batch's size."""
         self._replay.start_pass()
-        extended = nullcontext() if self.memory is None else self.memory.extend()
-        with self._inner_call(), extended, capture_attention(self.fusion) as calls:
-            output = self.target.forward(*args, **kwargs)
+        with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.fusion) as calls:
+            output = self._run_target(args, kwargs)
         logits = read_logits(output, self.settings.logits)
-        if not calls:
-            self._raise_nothing_captured(args, kwargs)
-        if not self._checked:
-            for call in calls:
-                check_spans(self.settings.spans, call, cover=self.settings.spans_cover)
-            self._checked = True
         stored = 0 if self.memory is None else self.memory.verify(logits)
+        samples = logits.shape[0] - stored
+        if samples == 0:
+            return logits.sum(), {}, 0
+        self._check_calls(calls, logits, args, kwargs)
         if logits.shape[0] == 1 and not self._warned_single:
             self._warned_single = True
             log.warning("A batch of one sample: the balance of a single prediction is its own entropy, not a balance.")
         with torch.autocast(logits.device.type, enabled=False):
             statistics = [score_statistics(call, self.settings.spans) for call in calls]
             loss, record = self.settings.objective(logits, statistics)
-        return loss, record, logits.shape[0] - stored
+        return loss, record, samples
 
     def _update(self, loss: Tensor) -> bool:
         """Backward and step, or neither if the loss or a gradient is not finite; whether the step was taken."""
         adapted = list(self.params.values())
-        loss.backward()
-        gradients = [p.grad for p in adapted if p.grad is not None]
-        finite = bool(torch.stack([torch.isfinite(x).all() for x in (loss, *gradients)]).all())
+        if not loss.requires_grad:
+            raise ValueError(
+                f"Expected gradients through the target's forward, but no gradient reaches {', '.join(self.params)}. "
+                "Is the forward, or a part of it after the fusion attention, under torch.no_grad() or inference_mode()?"
+            )
+        gradients = torch.autograd.grad(loss, adapted, allow_unused=True)
+        figures = [loss, *(gradient for gradient in gradients if gradient is not None)]
+        finite = bool(torch.stack([torch.isfinite(x).all() for x in figures]).all())
         if finite:
+            for parameter, gradient in zip(adapted, gradients, strict=True):
+                parameter.grad = gradient
             self._optimizer.step()
             torch.clear_autocast_cache()
             self.updates += 1
@@ -258,15 +276,61 @@ class Adaptation:
     def _restore_source(self) -> None:
         for parameter, source in zip(self.params.values(), self._source, strict=True):
             parameter.copy_(source)
+        torch.clear_autocast_cache()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.settings.optimizer(list(self.params.values()))
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                f"Expected `optimizer` to make a torch optimizer that steps without a closure, but got {optimizer!r}."
+            )
+        return optimizer
 
     @contextmanager
-    def _inner_call(self) -> Iterator[None]:
-        """Calls of the target in here are the engine's own."""
+    def _own_inputs(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+        """The arguments as autograd takes them, in containers of their own; copies, if the forward edits its inputs.
+
+        Whether it does is seen in the first pass, which works on copies.
+        """
+        args, kwargs = tree_map(normal_tensor, (args, kwargs))
+        if self._edits_inputs is not False:
+            args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        before = [(x, x._version) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        yield args, kwargs
+        if self._edits_inputs is None:
+            self._edits_inputs = any(x._version != version for x, version in before)
+
+    def _run_target(self, args: Any, kwargs: Any) -> Any:
+        """The target's forward on memory and batch; calls of the target within it are the engine's own."""
         self._inside = True
         try:
-            yield
+            if self.memory is None:
+                return self.target.forward(*args, **kwargs)
+            with self.memory.extend():
+                return self.target.forward(*args, **kwargs)
         finally:
             self._inside = False
+
+    def _check_calls(self, calls: list[AttentionCall], logits: Tensor, args: Any, kwargs: Any) -> None:
+        """Every fusion attention was called, batch-first, on tokens that the spans fit."""
+        if silent := [attention.name for attention in self.fusion if attention.name not in {c.name for c in calls}]:
+            self._inside = True
+            try:
+                with torch.no_grad():
+                    seen = list_attention_calls(self.model, lambda: self.target.forward(*args, **kwargs))
+            finally:
+                self._inside = False
+            raise ValueError(
+                f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
+                f"Seen elsewhere: {'; '.join(seen) or 'none'}."
+            )
+        for call in calls:
+            if call.q.shape[0] != logits.shape[0]:
+                raise ValueError(
+                    f"Expected '{call.name}' to attend with {logits.shape[0]} samples, as many as the logits have, but "
+                    f"got {call.q.shape[0]}: are its tokens batch-first, its heads a dimension of their own?"
+                )
+            check_spans(self.settings.spans, call, cover=self.settings.spans_cover)
 
     def _submodule(self, name: str, option: str) -> nn.Module:
         try:
@@ -296,12 +360,3 @@ class Adaptation:
         adapted = {id(p) for p in self.params.values()}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return [name for name, p in everywhere if id(p) in adapted and name not in self.params]
-
-    def _raise_nothing_captured(self, args: Any, kwargs: Any) -> None:
-        with self._inner_call(), torch.no_grad():
-            seen = list_attention_calls(self.model, lambda: self.target.forward(*args, **kwargs))
-        names = ", ".join(attention.name for attention in self.fusion)
-        raise ValueError(
-            f"Expected attention calls inside {names}, but none was seen in a forward of the target. "
-            f"Seen elsewhere: {'; '.join(seen) or 'none'}."
-        )

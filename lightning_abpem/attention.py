@@ -59,7 +59,7 @@ class _Watch(TorchFunctionMode):
 
     attention: FusionAttention
     calls: list[AttentionCall]
-    eager: list[Tensor] = field(default_factory=list)
+    projected: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     entered: bool = False
     seen: int = 0
 
@@ -73,12 +73,12 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.calls.append(_fused_call(self.attention.name, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
-            self.calls.append(_multi_head_call(self.attention, *args, **kwargs))
+            self.calls.append(_multi_head_call(self.attention.name, *args, **kwargs))
         return func(*args, **kwargs)
 
     def enter(self, *_: Any) -> None:
         self.entered, self.seen = True, len(self.calls)
-        self.eager.clear()
+        self.projected = {linear: [] for linear in self.attention.linears}
         self.__enter__()
 
     def leave(self, module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
@@ -87,10 +87,11 @@ class _Watch(TorchFunctionMode):
         self.entered = False
         self.__exit__(None, None, None)
         if output is not None and len(self.calls) == self.seen:
-            self.calls.extend(_eager_calls(self.attention, self.eager))
+            self.calls.extend(_eager_calls(self.attention, list(self.projected.values())))
 
     def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.eager.append(output)
+        if self.entered:
+            self.projected[module].append(output)
 
 
 @contextmanager
@@ -140,43 +141,74 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _multi_head_call(attention: FusionAttention, query: Tensor, key: Tensor, *_: Any, **kwargs: Any) -> AttentionCall:
+def _multi_head_call(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    *_: Any,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    **__: Any,
+) -> AttentionCall:
     """From the arguments of F.multi_head_attention_forward: tokens (N, B, D), projected here once more."""
-    name, owner = attention.name, attention.owner
-    assert isinstance(owner, nn.MultiheadAttention)
-    masks = (kwargs.get("key_padding_mask"), kwargs.get("attn_mask"), owner.bias_k)
-    _refuse_mask(name, any(mask is not None for mask in masks) or owner.add_zero_attn)
+    _refuse_mask(name, add_zero_attn or any(x is not None for x in (key_padding_mask, attn_mask, bias_k)))
     if query.dim() != 3:
         raise ValueError(f"Expected batched tokens in '{name}', but got queries {tuple(query.shape)}.")
-    if owner.in_proj_weight is not None:
-        w_q, w_k, _w_v = owner.in_proj_weight.chunk(3)
-    else:
-        w_q, w_k = owner.q_proj_weight, owner.k_proj_weight
-    b_q, b_k = (None, None) if owner.in_proj_bias is None else owner.in_proj_bias.chunk(3)[:2]
-    q, k = F.linear(query, w_q, b_q).transpose(0, 1), F.linear(key, w_k, b_k).transpose(0, 1)
-    return AttentionCall(name, q, k, owner.head_dim**-0.5 / owner.num_heads, "multi_head")
+    if in_proj_weight is not None:
+        q_proj_weight, k_proj_weight, _v = in_proj_weight.chunk(3)
+    assert q_proj_weight is not None
+    assert k_proj_weight is not None
+    b_q, b_k = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
+    q, k = F.linear(query, q_proj_weight, b_q).transpose(0, 1), F.linear(key, k_proj_weight, b_k).transpose(0, 1)
+    return AttentionCall(name, q, k, (embed_dim // heads) ** -0.5 / heads, "multi_head")
 
 
-def _eager_calls(attention: FusionAttention, outputs: list[Tensor]) -> Iterator[AttentionCall]:
-    """From the outputs of the q and k projections: (B, N, D), or (B, N, 3D) where one linear makes q, k and v."""
+def _eager_calls(attention: FusionAttention, projected: list[list[Tensor]]) -> Iterator[AttentionCall]:
+    """From the outputs of the q and k projections, call by call: (B, N, D) of each, or (B, N, 3D) of one for all."""
     name, owner = attention.name, attention.owner
-    if any(isinstance(getattr(owner, norm, None), nn.Module) and not isinstance(getattr(owner, norm), nn.Identity)
-           for norm in ("q_norm", "k_norm")):  # fmt: skip
+    if not any(projected):
+        return
+    if any(not isinstance(getattr(owner, norm, nn.Identity()), nn.Identity) for norm in ("q_norm", "k_norm")):
         raise ValueError(f"'{name}' normalises q and k after projecting them: use its fused attention.")
+    if len(projected) == 1:
+        linear = attention.linears[0]
+        if linear.out_features != 3 * linear.in_features:
+            raise ValueError(
+                f"Expected the projection of the eager attention '{name}' to make q, k and v side by side, but it maps "
+                f"{linear.in_features} to {linear.out_features} values."
+            )
+        halves = [output.chunk(3, dim=-1) for output in projected[0]]
+        projected = [[q for q, _, _ in halves], [k for _, k, _ in halves]]
+    for q, k in zip(*projected, strict=True):
+        yield AttentionCall(name, q, k, _eager_scale(name, owner, q.shape[-1]), "eager")
+
+
+def _eager_scale(name: str, owner: nn.Module, width: int) -> float:
+    """1 / sqrt(width of a head), over the number of heads."""
     heads = next((getattr(owner, n) for n in _HEADS_NAMES if isinstance(getattr(owner, n, None), int)), None)
     if heads is None:
         raise ValueError(
             f"Expected the eager attention '{name}' to tell its number of heads as one of {', '.join(_HEADS_NAMES)}, "
             f"but {type(owner).__name__} has none of them."
         )
-    if len(attention.linears) == 1:
-        pairs = [output.chunk(3, dim=-1)[:2] for output in outputs]
-    else:
-        pairs = list(zip(outputs[::2], outputs[1::2], strict=True))
-    for q, k in pairs:
-        own_scale = getattr(owner, "scale", None)
-        scale = own_scale if isinstance(own_scale, float) else math.sqrt(heads / q.shape[-1])
-        yield AttentionCall(name, q, k, scale / heads, "eager")
+    usual = math.sqrt(heads / width)
+    own = getattr(owner, "scale", usual)
+    if isinstance(own, float) and not any(math.isclose(own, known, rel_tol=1e-6) for known in (usual, 1 / usual)):
+        raise ValueError(
+            f"'{name}' has `scale` {own}, which is neither {usual:.6g}, the factor for {heads} heads, nor the divisor "
+            f"{1 / usual:.6g}: the scores of eager code cannot be told then. Use its fused attention."
+        )
+    return usual / heads
 
 
 def list_attention_calls(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
@@ -203,6 +235,8 @@ def list_attention_calls(model: nn.Module, forward: Callable[[], Any]) -> list[s
 
     with ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks from Python
+                continue
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         inside.append(names[id(model)])

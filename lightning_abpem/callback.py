@@ -47,7 +47,7 @@ class ABPEM(Callback):
         target: the module whose call adapts. Default: the LightningModule itself; set it if the step calls a submodule
             directly.
         logits: from the target's output to (B, C) logits, where it is not a tensor, `.logits`, `["logits"]` or a
-            tuple's first tensor.
+            tuple's only (B, C) tensor.
         reset: when the source model returns: "never" within a run, before each "batch" (episodic), at each new
             "dataloader", or after that many updates.
         restore: put the source weights back after the run; False keeps the adapted ones.
@@ -109,6 +109,7 @@ class ABPEM(Callback):
         self.stages = tuple(stages)
         self.updates = self.skipped = 0
         self.averages: dict[int, dict[str, Tensor]] = {}
+        self._logged = 0
         self._run: _Run | None = None
 
     @contextmanager
@@ -133,18 +134,14 @@ class ABPEM(Callback):
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 _check_trainer(trainer)
-                self._run = _Run(trainer, pl_module, own_stage)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._run is not None:
-            self.updates, self.skipped, self.averages = 0, 0, {}
-            self._run.start(self.settings)
+                self.updates, self.skipped, self.averages = 0, 0, {}
+                self._run = _Run(trainer, pl_module, own_stage, self._logged)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._run is not None:
-            self._run.start_batch(dataloader_idx)
+            self._run.start_batch(self.settings, dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -156,15 +153,15 @@ class ABPEM(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._run is not None:
-            self._run.end_batch()
+            self.updates, self.skipped = self._run.end_batch()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
             self.averages = self._run.averages()
             if self._run.stage == "predict":  # there Lightning has no results and refuses to log
-                self._run.log(_flat(self.averages))
+                self._run.log(self._run.named(self.averages))
             else:
-                pl_module.log_dict(_flat(self.averages), add_dataloader_idx=False)
+                pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
@@ -172,7 +169,6 @@ class ABPEM(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end()
 
-    on_validation_start = on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
@@ -180,15 +176,20 @@ class ABPEM(Callback):
     def _end(self) -> None:
         run, self._run = self._run, None
         if run is not None:
-            self.updates, self.skipped = run.close()
+            run.close()
+            self._logged = run.logged
 
 
 class _Run:
     """One run of a Trainer's loop with the engine in it, from setup to teardown or an exception."""
 
-    def __init__(self, trainer: Any, module: LightningModule, stage: Stage) -> None:
+    def __init__(self, trainer: Any, module: LightningModule, stage: Stage, logged: int) -> None:
         self.trainer, self.module, self.stage = trainer, module, stage
+        self.logged = logged  # steps handed to the loggers, over all runs of the callback
         self.adaptation: Adaptation | None = None
+        self._means: dict[int, RecordMean] = {}
+        self._pending: list[dict[str, Tensor]] = []
+        self._dataloader = 0
         self._training = {m: m.training for m in module.modules()}
         # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
         self._loop: Any = getattr(trainer, f"{stage}_loop")
@@ -196,32 +197,27 @@ class _Run:
         if self._inference_mode is not None:
             self._loop.inference_mode = False
 
-    def start(self, settings: Settings) -> None:
-        self._names = [*Objective.record_names(list(settings.spans)), "updated"]
-        self._means: dict[int, RecordMean] = {}
-        self._pending: list[dict[str, Tensor]] = []
-        self._logged = 0
-        self._dataloader = 0
-        adaptation = Adaptation(self.module, settings, on_step=self._on_step)
-        self.adaptation = adaptation.__enter__()
-        rank_zero_info(adaptation.describe())
-
-    def start_batch(self, dataloader: int) -> None:
-        assert self.adaptation is not None
-        if dataloader != self._dataloader and self.adaptation.settings.reset == "dataloader":
+    def start_batch(self, settings: Settings, dataloader: int) -> None:
+        """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
+        if self.adaptation is None:
+            self._names = [*Objective.record_names(list(settings.spans)), "updated"]
+            self.adaptation = Adaptation(self.module, settings, on_step=self._on_step).__enter__()
+            rank_zero_info(self.adaptation.describe())
+        elif dataloader != self._dataloader and settings.reset == "dataloader":
             self.adaptation.reset()
         self._dataloader = dataloader
-        self._calls_before = self.adaptation.calls
 
-    def end_batch(self) -> None:
+    def end_batch(self) -> tuple[int, int]:
+        """The updates taken and the steps skipped so far."""
         assert self.adaptation is not None
-        if self.adaptation.calls == self._calls_before:
+        if self.adaptation.calls == 0:
             target = self.adaptation.settings.target
             raise MisconfigurationException(
                 f"The {self.stage} step ended without calling {f'`{target}`' if target else 'the LightningModule'}, so "
                 "nothing was adapted. Set ABPEM's `target` to the name of the module that the step calls with the "
                 "batch, and call it as a function, not by its `.forward`."
             )
+        return self.adaptation.updates, self.adaptation.skipped
 
     def averages(self) -> dict[int, dict[str, Tensor]]:
         """The figures' means so far, by dataloader."""
@@ -231,19 +227,27 @@ class _Run:
         """Hand figures to the loggers, after the last step."""
         self._flush()
         for logger in self.trainer.loggers:
-            logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self._logged)
+            logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self.logged)
 
-    def close(self) -> tuple[int, int]:
-        """Put everything back; the updates taken and the steps skipped."""
+    def named(self, averages: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The averages under the names of the result dict, with the dataloader's where the run has several."""
+        batches = {"test": "num_test_batches", "predict": "num_predict_batches", "validate": "num_val_batches"}
+        several = len(getattr(self.trainer, batches[self.stage])) > 1
+        return {
+            f"abpem/{name}" + (f"/dataloader_idx_{dataloader}" if several else ""): value
+            for dataloader, means in averages.items()
+            for name, value in means.items()
+        }
+
+    def close(self) -> None:
+        """Put everything back."""
         if self._inference_mode is not None:
             self._loop.inference_mode = self._inference_mode
         for module, training in self._training.items():
             module.training = training
-        if self.adaptation is None:
-            return 0, 0
-        self.adaptation.close()
-        self._flush()
-        return self.adaptation.updates, self.adaptation.skipped
+        if self.adaptation is not None:
+            self.adaptation.close()
+            self._flush()
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
         if self._dataloader not in self._means:
@@ -268,18 +272,9 @@ class _Run:
         for row in table.tolist():
             figures = {f"abpem/{name}_step": value for name, value in zip(self._names, row, strict=True)}
             for logger in self.trainer.loggers:
-                logger.log_metrics(figures, step=self._logged)
-            self._logged += 1
+                logger.log_metrics(figures, step=self.logged)
+            self.logged += 1
         self._pending.clear()
-
-
-def _flat(averages: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The averages under the names of the result dict, with the dataloader's where there are several."""
-    return {
-        f"abpem/{name}" + (f"/dataloader_idx_{dataloader}" if len(averages) > 1 else ""): value
-        for dataloader, means in averages.items()
-        for name, value in means.items()
-    }
 
 
 def _check_trainer(trainer: Any) -> None:

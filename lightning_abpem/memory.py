@@ -27,8 +27,8 @@ class TokenMemory:
 
     def __init__(self, block: nn.Module, name: str, batches: int) -> None:
         self.block, self.name = block, name
-        self._stored: deque[list[Tensor]] = deque(maxlen=batches - 1)
-        self._current: list[Tensor] | None = None
+        self._stored: deque[dict[int, Tensor]] = deque(maxlen=batches - 1)
+        self._current: dict[int, Tensor] | None = None
         self._predicted: Tensor | None = None
         self._awaits_prediction = self._verified = False
 
@@ -39,6 +39,13 @@ class TokenMemory:
         handle = self.block.register_forward_pre_hook(self._extend_input, with_kwargs=True)
         try:
             yield
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not self.samples or self._current is None or isinstance(error, torch.OutOfMemoryError):
+                raise  # the memory had no part in it
+            raise ValueError(
+                f"The forward failed with {self.samples} stored samples in front of the batch, at '{self.name}': "
+                f"{error}. Everything after that module must depend on the batch through its input alone. {_ADVICE}"
+            ) from error
         finally:
             handle.remove()
 
@@ -67,15 +74,14 @@ class TokenMemory:
         """
         if self._current is None:
             raise ValueError(f"Expected `memory_at` to name a module that the target calls, but got '{self.name}'.")
-        counts = [batch[0].shape[0] for batch in self._stored]
-        stored, size = sum(counts), self._current[0].shape[0]
+        stored, size = self.samples, _size(self._current)
         if logits.shape[0] != stored + size:
             raise ValueError(
                 f"Expected {stored} stored and {size} current samples to give as many logits, but got "
                 f"{logits.shape[0]}: '{self.name}' is not where the joint tokens enter batch-first. {_ADVICE}"
             )
         if self._predicted is not None:
-            again = logits[stored - counts[-1] : stored].detach()
+            again = logits[stored - _size(self._stored[-1]) : stored].detach()
             bound = (5e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3) * self._predicted.abs().max()
             if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
                 raise ValueError(
@@ -85,19 +91,36 @@ class TokenMemory:
             self._predicted, self._verified = None, True
         return stored
 
+    @property
+    def samples(self) -> int:
+        """Samples stored."""
+        return sum(map(_size, self._stored))
+
     def _extend_input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         leaves, spec = tree_flatten((args, kwargs))
-        size = next(x.shape[0] for x in leaves if isinstance(x, Tensor))
-        batched = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() and x.shape[0] == size]
-        self._current = [leaves[i].detach().clone() for i in batched]  # a block may edit its input in place
-        for position, i in enumerate(batched):
-            past = [batch[position] for batch in self._stored]
-            if any(p.shape[1:] != leaves[i].shape[1:] for p in past):
-                raise ValueError(
-                    f"Expected every batch to enter '{self.name}' with the same number of tokens, but the memory holds "
-                    f"{[tuple(p.shape[1:]) for p in past]} and the batch has {tuple(leaves[i].shape[1:])}. Pad the "
-                    "batches alike, or set memory_batches=1."
-                )
-            leaves[i] = torch.cat([*past, leaves[i]])
+        sizes = {i: x.shape[0] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim()}
+        if not sizes:
+            raise ValueError(f"Expected '{self.name}' to be called with tokens, but got {leaves}. {_ADVICE}")
+        # What has as many rows as the tokens is batched; where one sample makes all look so, the other batches tell.
+        size = next(iter(sizes.values()))
+        batched = [i for i in sizes if sizes[i] == size]
+        self._current = {i: leaves[i].detach().clone() for i in batched}  # a block may edit its input in place
+        for i in batched:
+            if all(i in batch for batch in self._stored):
+                leaves[i] = self._with_past(i, leaves[i])
         new_args, new_kwargs = tree_unflatten(leaves, spec)
         return new_args, new_kwargs
+
+    def _with_past(self, i: int, current: Tensor) -> Tensor:
+        past = [batch[i] for batch in self._stored]
+        if any(p.shape[1:] != current.shape[1:] for p in past):
+            raise ValueError(
+                f"Expected every batch to enter '{self.name}' with the same number of tokens, but the memory holds "
+                f"{[tuple(p.shape[1:]) for p in past]} and the batch has {tuple(current.shape[1:])}. Pad the batches "
+                "alike, or set memory_batches=1."
+            )
+        return torch.cat([*past, current])
+
+
+def _size(batch: dict[int, Tensor]) -> int:
+    return next(iter(batch.values())).shape[0]

@@ -14,7 +14,6 @@ __all__ = [
     "is_compiled",
     "normal_tensor",
     "only_trainable",
-    "random_in_training",
     "without_inference_tensors",
 ]
 
@@ -30,22 +29,27 @@ def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, n
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise ValueError("Expected `fusion` to hold at least one name pattern, but got none.")
-    names = [name for name, _ in model.named_modules() if name]
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     matched: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if _regex(pattern).fullmatch(name)}
+        found = {name for name in named if _regex(pattern).fullmatch(name)}
         if not found:
             raise ValueError(
                 f"Expected `fusion` to match a module of {type(model).__name__}, but {pattern!r} matches none of its "
-                f"{len(names)} modules. {_closest(names, pattern)}"
+                f"{len(named)} modules. {_closest(list(named), pattern)}"
             )
         matched |= found
-    return {name: module for name, module in model.named_modules() if name in matched}
+    unique: dict[int, str] = {}
+    for name, module in named.items():
+        if name in matched:
+            unique.setdefault(id(module), name)
+    return {name: named[name] for name in unique.values()}
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    tokens = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    return re.compile("".join(tokens.get(part, re.escape(part)) for part in re.split(r"(\*\*|\*|\?)", pattern)))
+    tokens = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    parts = re.split(r"(\*\*\.|\*\*|\*|\?)", pattern)
+    return re.compile("".join(tokens.get(part, re.escape(part)) for part in parts))
 
 
 def _closest(names: Sequence[str], pattern: str) -> str:
@@ -54,19 +58,6 @@ def _closest(names: Sequence[str], pattern: str) -> str:
     attention = [name for name in names if "attn" in name.rsplit(".", 1)[-1].lower() or "attention" in name.lower()]
     shown = (alike or attention or list(names))[:8]
     return f"Names like it: {', '.join(shown)}." if shown else "The model has no submodules."
-
-
-def random_in_training(model: nn.Module) -> list[str]:
-    """Names of the modules that are in training mode and not deterministic in it."""
-
-    def is_random(module: nn.Module) -> bool:
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            return module.track_running_stats
-        if isinstance(module, nn.MultiheadAttention):
-            return module.dropout > 0
-        return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-
-    return [name for name, module in model.named_modules() if module.training and is_random(module)]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -103,16 +94,17 @@ def only_trainable(model: nn.Module, trainable: Collection[nn.Parameter]) -> Ite
 @contextmanager
 def without_inference_tensors(model: nn.Module) -> Iterator[None]:
     """Stand in normal copies for what an earlier run in inference mode left in the model: buffers, cached tensors."""
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     places: list[dict[str, Any]] = [p for m in model.modules() for p in (m._buffers, m._parameters, m.__dict__)]
+    replaced: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = []
     try:
         for place in places:
             for name, value in list(place.items()):
                 if isinstance(value, Tensor) and value.is_inference():
-                    replaced.append((place, name, value))
-                    is_parameter = isinstance(value, nn.Parameter)
-                    place[name] = nn.Parameter(value.clone(), value.requires_grad) if is_parameter else value.clone()
+                    copy = value.clone()
+                    place[name] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+                    replaced.append((place, name, value, place[name], place[name]._version))
         yield
     finally:
-        for place, name, value in replaced:
-            place[name] = value
+        for place, name, value, stand_in, version in replaced:
+            if place.get(name) is stand_in and stand_in._version == version:  # else the run wrote something newer
+                place[name] = value

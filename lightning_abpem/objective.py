@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -47,11 +48,11 @@ class Objective:
     balance: Balance = "marginal"
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if isinstance(self.k, bool) or not isinstance(self.k, Integral) or self.k < 1:
             raise ValueError(f"Expected `k` to be an integer in [1, number of classes], but got {self.k!r}.")
         for name in ("attention_weight", "balance_weight"):
             weight = getattr(self, name)
-            if not 0 <= weight < float("inf"):
+            if not isinstance(weight, Real) or not 0 <= weight < float("inf"):
                 raise ValueError(f"Expected `{name}` to be a finite number >= 0, but got {weight!r}.")
         if self.balance not in _BALANCES:
             raise ValueError(f"Expected `balance` to be one of {sorted(_BALANCES)}, but got {self.balance!r}.")

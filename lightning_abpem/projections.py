@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["FusionAttention", "find_attention"]
 
-_FUSED_NAMES = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value")
+_FUSED_NAMES = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv")
 _SPLIT_NAMES = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
@@ -35,7 +35,7 @@ class FusionAttention:
     name: str
     module: nn.Module
     parameters: dict[str, nn.Parameter]
-    linears: tuple[nn.Module, ...]
+    linears: tuple[nn.Linear, ...]
     owner: nn.Module
 
 
@@ -65,15 +65,15 @@ def find_attention(module: nn.Module, name: str) -> FusionAttention:
     )
 
 
-def _own_projections(owner: nn.Module) -> tuple[tuple[str, ...], tuple[nn.Module, ...]] | None:
+def _own_projections(owner: nn.Module) -> tuple[tuple[str, ...], tuple[nn.Linear, ...]] | None:
     """How the names of its projections' parameters start, and its q and k linears; None if `owner` is no attention."""
     if isinstance(owner, nn.MultiheadAttention):
         return ("in_proj", "q_proj", "k_proj", "v_proj"), ()
-    children = dict(owner.named_children())
+    linears = {name: child for name, child in owner.named_children() if isinstance(child, nn.Linear)}
     for fused in _FUSED_NAMES:
-        if isinstance(children.get(fused), nn.Linear):
-            return (f"{fused}.",), (children[fused],)
+        if fused in linears:
+            return (f"{fused}.",), (linears[fused],)
     for names in _SPLIT_NAMES:
-        if all(isinstance(children.get(child), nn.Linear) for child in names):
-            return tuple(f"{child}." for child in names), (children[names[0]], children[names[1]])
+        if all(name in linears for name in names):
+            return tuple(f"{name}." for name in names), (linears[names[0]], linears[names[1]])
     return None

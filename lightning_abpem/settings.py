@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -67,7 +68,7 @@ class Settings:
     @property
     def spans_cover(self) -> bool:
         """Whether the spans were given as lengths, which have to cover the whole sequence."""
-        return all(isinstance(value, int) for value in self.modalities.values())
+        return all(isinstance(value, Integral) for value in self.modalities.values())
 
     @property
     def updates_per_reset(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,15 +23,19 @@ def token_spans(modalities: Mapping[str, int | Span]) -> dict[str, slice]:
     """
     if len(modalities) < 2:
         raise ValueError(f"Expected `modalities` to name at least two modalities, but got {dict(modalities)!r}.")
-    lengths = [isinstance(value, int) for value in modalities.values()]
+    lengths = [isinstance(value, Integral) for value in modalities.values()]
     if any(lengths) and not all(lengths):
         raise ValueError(f"Expected `modalities` to be all lengths or all (start, stop), but got {dict(modalities)!r}.")
     spans: dict[str, slice] = {}
     end = 0
     for name, value in modalities.items():
-        spans[name] = slice(end, end := end + value) if isinstance(value, int) else _explicit_span(name, value)
+        if isinstance(value, int | Integral):
+            value = (end, end := end + int(value))
+        spans[name] = _explicit_span(name, value)
         if spans[name].start < 0 or spans[name].stop - spans[name].start < 2:
-            raise ValueError(f"Expected at least two tokens of modality '{name}', from 0 on, but got {value!r}.")
+            raise ValueError(
+                f"Expected at least two tokens of modality '{name}', from 0 on, but got {modalities[name]!r}."
+            )
     ordered = sorted(spans.items(), key=lambda item: item[1].start)
     for (name_a, a), (name_b, b) in pairwise(ordered):
         if b.start < a.stop:
@@ -43,9 +48,9 @@ def _explicit_span(name: str, value: Span) -> slice:
         if value.step not in (None, 1):
             raise ValueError(f"Expected a span of step 1 for modality '{name}', but got {value!r}.")
         value = (value.start or 0, value.stop)
-    if len(value) != 2 or not all(isinstance(bound, int) for bound in value):
+    if len(value) != 2 or not all(isinstance(bound, Integral) for bound in value):
         raise ValueError(f"Expected a length or (start, stop) for modality '{name}', but got {value!r}.")
-    return slice(value[0], value[1])
+    return slice(int(value[0]), int(value[1]))
 
 
 def check_spans(spans: Mapping[str, slice], call: AttentionCall, *, cover: bool) -> None:

@@ -1,5 +1,6 @@
 """The engine through `attach`: the authors' numbers, restoration, guards, memory, and clear refusals."""
 
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -180,7 +181,6 @@ def test_everything_is_put_back(fails, memory_batches):
     model = make_toy()
     model.head[1].weight.requires_grad_(False)
     model.fusion[0].attn.qkv.weight.grad = torch.ones(3 * WIDTH, WIDTH)
-    model.video.train()
     before, state = fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
     try:
         with abpem(memory_batches=memory_batches).attach(model):
@@ -225,7 +225,7 @@ def test_a_failing_optimizer_leaves_nothing():
 def test_state_left_by_inference_mode():
     """A cached tensor from an earlier run in inference mode must not break a later one."""
     model = make_toy()
-    model.fusion[0].norm = nn.Sequential(Scale())
+    model.fusion[0].norm = nn.Sequential(Scale()).eval()
     with torch.inference_mode():
         model(*batches(1)[0])
     assert model.fusion[0].norm[0].cache.is_inference()
@@ -285,7 +285,7 @@ def test_memory_that_misses_a_bypass():
             x = torch.cat((self.inner.audio(audio), self.inner.video(video)), dim=1)
             return self.inner.head((x + self.inner.fusion[0](x)).mean(1))
 
-    model = Bypass()
+    model = Bypass().eval()
     with pytest.raises(ValueError, match="'inner.fusion.0' to give the same logits again.*memory_at"):
         predictions(model, batches(3, size=1), fusion="inner.fusion.0.attn", memory_batches=2)
 
@@ -301,14 +301,14 @@ def test_memory_needs_a_block():
 
     with (
         pytest.raises(ValueError, match="'attn' has no block of its own"),
-        abpem(fusion="attn", memory_batches=2).attach(Bare()),
+        abpem(fusion="attn", memory_batches=2).attach(Bare().eval()),
     ):
         pass
 
 
 def test_memory_at_a_module_that_is_not_called():
     model = make_toy()
-    model.unused = nn.Linear(2, 2)
+    model.unused = nn.Linear(2, 2).eval()
     with pytest.raises(ValueError, match="a module that the target calls, but got 'unused'"):
         predictions(model, batches(1), memory_batches=2, memory_at="unused")
 
@@ -356,7 +356,7 @@ def test_a_single_sample_is_said_once(caplog):
 
 def test_target_and_logits():
     expected = predictions(make_toy(), batches())
-    outer = nn.Module()
+    outer = nn.Module().eval()
     outer.model = make_toy()
     with torch.no_grad(), abpem(fusion="model.fusion.*.attn", target="model").attach(outer):
         got = [outer.model(*args) for args in batches()]
@@ -429,7 +429,7 @@ def test_what_does_not_fit_the_model(changes, message):
 )
 def test_what_shows_at_the_first_batch(changes, message):
     model = make_toy()
-    model.unused = FusedAttention()
+    model.unused = FusedAttention().eval()
     state, before = {k: v.clone() for k, v in model.state_dict().items()}, fingerprint(model)
     with pytest.raises(ValueError, match=message), abpem(**changes).attach(model):
         try:
@@ -463,8 +463,7 @@ def test_options_out_of_range(changes, message):
 
 def test_training_mode_with_dropout():
     model = make_toy()
-    model.head.insert(0, nn.Dropout(0.1))
-    model.train()
+    model.head.insert(0, nn.Dropout(0.1).train())
     with pytest.raises(ValueError, match=r"eval mode, but 1 of its modules .*: head.0. Call model.eval\(\)"):
         predictions(model, batches(1))
     assert torch.equal(predictions(model.eval(), batches(1))[0], predictions(make_toy(), batches(1))[0])
@@ -484,3 +483,166 @@ def test_parameters_made_in_inference_mode():
         model = make_toy()
     with pytest.raises(ValueError, match="made inside torch.inference_mode"), abpem().attach(model):
         pass
+
+
+# --------------------------------------------------------------------------------------- what a review brought to light
+
+
+class Mutating(nn.Module):
+    """Edits its inputs in place, and takes them out of their dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_toy()
+
+    def forward(self, batch):
+        audio = batch.pop("audio")
+        audio -= 1
+        return self.inner(audio, batch["video"])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_forward_that_edits_its_inputs(steps):
+    shifted = [(audio - 1, video) for audio, video in batches()]
+    expected = predictions(make_toy(), shifted, steps=steps)
+    model = Mutating().eval()
+    with torch.no_grad(), abpem(fusion="inner.fusion.*.attn", steps=steps).attach(model):
+        for (audio, video), logits in zip(batches(), expected, strict=True):
+            batch = {"audio": audio.clone(), "video": video}
+            assert torch.equal(model(batch), logits)
+            assert set(batch) == {"video"}
+
+
+def test_spans_are_held_against_every_batch():
+    model = make_toy()
+    good, (audio, video) = batches(2)
+    with pytest.raises(ValueError, match="but got 10 .* and 12 tokens"):
+        predictions(model, [good, (audio, torch.cat((video, video[:, :2]), dim=1))])
+
+
+def test_attention_that_is_not_batch_first_is_refused():
+    class Folded(FusedAttention):
+        """Heads folded into the batch."""
+
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (3, -1)).transpose(1, 2).flatten(0, 1) for part in self.qkv(x).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.proj(y.unflatten(0, (-1, 3)).transpose(1, 2).flatten(2))
+
+    with pytest.raises(ValueError, match="'fusion.0.attn' to attend with 4 samples, .* got 12"):
+        predictions(make_toy(Folded()), batches(1))
+
+
+def test_shared_projections_are_stepped_once():
+    model = make_toy(depth=2)
+    model.fusion[1].attn.qkv = model.fusion[0].attn.qkv
+    with torch.no_grad(), abpem(optimizer=partial(torch.optim.Adam, lr=1e-3)).attach(model) as adaptation:
+        before = model.fusion[0].attn.qkv.weight.clone()
+        model(*batches(1)[0])
+        assert (model.fusion[0].attn.qkv.weight - before).abs().max() == pytest.approx(1e-3, rel=1e-2)
+        assert set(adaptation.params) == {"fusion.0.attn.qkv.weight", "fusion.0.attn.qkv.bias"}
+        assert "fusion.1.attn.qkv.weight is the same tensor" in adaptation.describe()
+
+
+@pytest.mark.parametrize("reset", ["never", "batch"])
+def test_no_stale_casts_in_a_surrounding_autocast(reset):
+    def run(around):
+        model, logits = make_toy(), []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
+            with abpem(reset=reset, optimizer=partial(torch.optim.SGD, lr=0.5)).attach(model):
+                for args in batches():
+                    with torch.autocast("cpu", torch.bfloat16):
+                        logits.append(model(*args))
+            with torch.autocast("cpu", torch.bfloat16):
+                logits.append(model(*batches(1)[0]))
+        return torch.stack(logits)
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_gradients_of_the_caller_stay_apart():
+    expected = predictions(make_toy(), batches())
+    model = make_toy()
+    outside = nn.Linear(5, 5)
+    model.extra = [outside]
+    with abpem(logits=lambda output: output + 0 * model.extra[0](output)).attach(model):
+        for args, logits in zip(batches(), expected, strict=True):
+            output = model(*args)
+            torch.testing.assert_close(output, logits)
+            (100 * output.sum()).backward()
+    assert outside.weight.grad is None
+
+
+def test_every_matched_attention_must_be_called():
+    model = make_toy(depth=2)
+    model.unused = FusedAttention().eval()
+    with pytest.raises(ValueError, match="attention calls inside unused, but .* Seen elsewhere: fusion.0.attn"):
+        predictions(model, batches(1), fusion=["fusion.*.attn", "unused"])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LSTM(3, 3, 2, dropout=0.5), lambda: nn.LayerNorm(3), lambda: nn.Dropout(0.1)]
+)
+def test_any_module_in_training_mode_is_refused(make):
+    model = make_toy()
+    model.more = make().train()
+    with pytest.raises(ValueError, match=r"eval mode, but 1 of its modules .*: more. Call model.eval\(\)"):
+        predictions(model, batches(1))
+
+
+def test_several_candidates_for_the_logits():
+    with pytest.raises(ValueError, match="2 that could be"):
+        read_logits((torch.ones(2, 7), torch.ones(2, 3)))
+    assert read_logits((torch.ones(2, 7, 4), logits := torch.ones(2, 3))) is logits
+
+
+def test_attaching_twice():
+    model = make_toy()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="already adapts"), abpem().attach(model), abpem().attach(model):
+        pass
+    assert fingerprint(model) == before
+
+
+def test_memory_failures_name_the_memory():
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_toy()
+
+        def forward(self, audio, video, labels):
+            logits = self.inner(audio, video)
+            return nn.functional.cross_entropy(logits, labels), logits
+
+    model = WithLoss().eval()
+    labelled = [(*args, torch.zeros(4, dtype=torch.long)) for args in batches(2)]
+    options = {"fusion": "inner.fusion.*.attn", "logits": lambda output: output[1]}
+    assert len(predictions(model, labelled, **options)) == 2
+    with pytest.raises(ValueError, match="with 4 stored samples in front of .* 'inner.fusion.0'.*memory_batches=1"):
+        predictions(model, labelled, memory_batches=2, **options)
+
+
+def test_a_forward_without_gradients():
+    model = make_toy()
+    model.forward = torch.no_grad()(model.forward)
+    with pytest.raises(ValueError, match="no gradient reaches .*torch.no_grad"):
+        predictions(model, batches(1))
+    assert len(predictions(model, batches(1), steps=0)) == 1
+
+
+@pytest.mark.parametrize("memory_batches", [1, 2])
+def test_an_empty_batch_is_left_alone(memory_batches):
+    model = make_toy()
+    first, second = batches(2)
+    empty = tuple(x[:0] for x in first)
+    got = predictions(model, [first, empty, second], memory_batches=memory_batches)
+    expected = predictions(make_toy(), [first, second], memory_batches=memory_batches)
+    assert got[1].shape == (0, CLASSES)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[2], expected[1])
+
+
+@pytest.mark.parametrize("factory", [lambda params: None, torch.optim.LBFGS])
+def test_a_factory_of_something_else(factory):
+    with pytest.raises(ValueError, match="`optimizer` to make a torch optimizer that steps without a closure"):
+        predictions(make_toy(), batches(1), optimizer=factory)

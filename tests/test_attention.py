@@ -17,6 +17,7 @@ from tests.toy import (
     FusedAttention,
     GroupedAttention,
     TorchAttention,
+    heads_first,
 )
 
 
@@ -175,3 +176,85 @@ def test_listing_calls():
     model = nn.Sequential(FusedAttention(), TorchAttention())
     seen = list_attention_calls(model, lambda: model(torch.randn(2, 10, WIDTH)))
     assert seen == ["0 (10 query and 10 key tokens)", "1.mha (10 query and 10 key tokens)"]
+
+
+class KeyFirst(EagerSplitAttention):
+    """Projects the keys before the queries, as some libraries do."""
+
+    def forward(self, x):
+        k, v, q = (heads_first(linear(x)) for linear in (self.key, self.value, self.query))
+        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_eager_q_and_k_are_told_apart_in_any_order():
+    torch.manual_seed(0)
+    module, x = KeyFirst(), torch.randn(2, 10, WIDTH)
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        module(x)
+    assert torch.equal(calls[0].q, module.query(x))
+    assert torch.equal(calls[0].k, module.key(x))
+
+
+@pytest.mark.parametrize("own", [4**-0.5, 4**0.5])
+def test_eager_scale_is_known_as_factor_or_divisor(own):
+    torch.manual_seed(0)
+    module, x = EagerSplitAttention(), torch.randn(2, 10, WIDTH)
+    module.scale = own
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        module(x)
+    torch.testing.assert_close(calls[0].scale, 4**-0.5 / HEADS)
+
+
+def test_eager_attention_with_another_scale_is_refused():
+    module = EagerSplitAttention()
+    module.scale = 1.0
+    with pytest.raises(ValueError, match="'attn' has `scale` 1.0"), capture_attention([find_attention(module, "attn")]):
+        module(torch.randn(2, 10, WIDTH))
+
+
+def test_eager_fused_projection_must_be_three_of_a_size():
+    module = EagerFusedAttention()
+    module.qkv = nn.Linear(WIDTH, 2 * WIDTH)
+    module.forward = lambda x: module.qkv(x)
+    with (
+        pytest.raises(ValueError, match="q, k and v side by"),
+        capture_attention([find_attention(module, "attn")]),
+    ):
+        module(torch.randn(2, 10, WIDTH))
+
+
+class PooledHead(nn.Module):
+    """Own linears, given to F.multi_head_attention_forward as weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        return F.multi_head_attention_forward(
+            *(x, x, x, WIDTH, HEADS, None, torch.cat([linear.bias for linear in linears]), None, None, False, 0.0),
+            *(self.c_proj.weight, self.c_proj.bias),
+            use_separate_proj_weight=True,
+            training=False,
+            need_weights=False,
+            **{f"{name}_weight": getattr(self, name).weight for name in ("q_proj", "k_proj", "v_proj")},
+        )[0].transpose(0, 1)
+
+
+def test_multi_head_attention_with_weights_of_other_modules():
+    torch.manual_seed(0)
+    module, x = PooledHead(), torch.randn(2, 10, WIDTH)
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        module(x)
+    torch.testing.assert_close(calls[0].q, module.q_proj(x))
+    torch.testing.assert_close(calls[0].k, module.k_proj(x))
+    sum(x.sum() for x in score_statistics(calls[0], SPANS)["audio", "video"]).backward()
+    assert module.q_proj.weight.grad.abs().sum() > 0
+    assert module.q_proj.bias.grad.abs().sum() > 0
+
+
+def test_listing_calls_beside_scripted_modules():
+    model = nn.Sequential(torch.jit.script(nn.Linear(WIDTH, WIDTH)), FusedAttention())
+    assert list_attention_calls(model, lambda: model(torch.randn(2, 10, WIDTH))) == ["1 (10 query and 10 key tokens)"]

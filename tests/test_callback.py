@@ -394,3 +394,65 @@ def test_a_callback_can_be_pickled():
     copy = pickle.loads(pickle.dumps(abpem(optimizer=partial(torch.optim.SGD, lr=0.1))))
     trainer(copy).test(make_toy(), loader(), verbose=False)
     assert copy.updates == 4
+
+
+# --------------------------------------------------------------------------------------- what a review brought to light
+
+
+def test_weights_that_the_module_loads_at_the_start_return():
+    other = make_toy()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1)
+
+    class Loading(Toy):
+        def on_test_start(self):
+            self.load_state_dict(other.state_dict())
+
+    model = Loading().eval()
+    trainer(abpem()).test(model, loader(), verbose=False)
+    assert same_state(model.state_dict(), other.state_dict())
+    expected = predictions(other, batches())
+    assert all(torch.equal(a, b) for a, b in zip(model.seen, expected, strict=True))
+
+
+def test_counts_are_there_at_the_end_and_gone_after_an_empty_run():
+    class Look(pl.Callback):
+        def on_test_end(self, trainer, pl_module):
+            self.updates = callback.updates
+
+    callback, look = abpem(), Look()
+    runner = trainer(callback, look)
+    runner.test(make_toy(), loader(), verbose=False)
+    assert look.updates == 4
+    assert callback.averages
+    runner.test(make_toy(), DataLoader([], batch_size=1), verbose=False)
+    assert callback.updates == callback.skipped == 0
+    assert callback.averages == {}
+
+
+def test_steps_in_the_loggers_go_on_over_runs(tmp_path):
+    logger = CSVLogger(tmp_path)
+    runner = trainer(abpem(), logger=logger)
+    for _ in range(2):
+        runner.predict(make_toy(), loader(3))
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["abpem/loss_step"]]
+    assert steps == list(range(6))
+
+
+def test_names_do_not_depend_on_the_data():
+    results = trainer(abpem()).test(make_toy(), [loader(2), DataLoader([], batch_size=1)], verbose=False)
+    assert "abpem/loss/dataloader_idx_0" in results[0]
+
+
+def test_a_step_may_skip_a_batch():
+    class Skipping(Toy):
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            if batch_idx != 2:
+                super().test_step(batch, batch_idx)
+
+    callback = abpem()
+    trainer(callback).test(Skipping().eval(), loader(), verbose=False)
+    assert callback.updates == 3

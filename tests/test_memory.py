@@ -43,3 +43,43 @@ def test_memory_of_another_length():
     with pytest.raises(ValueError, match=r"'fusion.0' with the same number of tokens.*\[\(2, 1\)\].*\(3, 1\)"):
         run_memory(memory, block, torch.ones(1, 3, 1))
     assert not block._forward_pre_hooks
+
+
+class Positioned(nn.Module):
+    """A block with a second argument that has no batch."""
+
+    def forward(self, x, positions, mask=None):
+        return x + positions
+
+
+def test_arguments_without_a_batch_are_left_alone():
+    block = Positioned()
+    memory = TokenMemory(block, "block", 3)
+    positions = torch.arange(2.0).view(1, 2, 1)
+    stored = []
+    for size in (4, 1, 4, 1, 1, 2):
+        x = torch.full((size, 2, 1), float(size))
+        with memory.extend():
+            assert torch.equal(block(x, positions), torch.cat([*stored[-2:], x]) + positions)
+        memory.push()
+        stored.append(x)
+
+
+def test_masks_are_remembered_with_their_tokens():
+    class Masked(nn.Module):
+        def forward(self, x, mask):
+            return x * mask[..., None]
+
+    block = Masked()
+    memory = TokenMemory(block, "block", 2)
+    for value, expected in ((1.0, [1.0, 1.0]), (2.0, [1.0, 1.0, 2.0, 2.0])):
+        with memory.extend():
+            output = block(torch.ones(2, 3, 1), mask=torch.full((2, 3), value))
+        assert output[:, 0, 0].tolist() == expected
+        memory.push()
+
+
+def test_a_block_without_tokens():
+    memory = TokenMemory(nn.Identity(), "fusion.0", 2)
+    with pytest.raises(ValueError, match="'fusion.0' to be called with tokens"), memory.extend():
+        memory.block(torch.tensor(1.0))

@@ -9,7 +9,6 @@ from lightning_abpem.modules import (
     is_compiled,
     normal_tensor,
     only_trainable,
-    random_in_training,
     without_inference_tensors,
 )
 from tests.reference import same_state
@@ -81,17 +80,30 @@ def test_normal_tensor():
     assert normal_tensor("text") == "text"
 
 
-def test_random_in_training():
-    model = nn.Sequential(
-        nn.Dropout(0.1), nn.Dropout(0.0), nn.BatchNorm1d(3), TorchAttention(dropout=0.2), nn.Linear(3, 3)
-    )
-    assert random_in_training(model) == ["0", "2", "3.mha"]
-    assert random_in_training(model.eval()) == []
-
-
 def test_is_compiled():
     model = nn.Sequential(nn.Linear(3, 3))
     assert not is_compiled(model)
     assert is_compiled(nn.Sequential(torch.compile(model)))
     model[0].compile()
     assert is_compiled(model)
+
+
+def test_patterns_match_at_the_top_and_under_any_name():
+    model = make_toy()
+    model.alias = model.fusion[0].attn
+    model.attn = TorchAttention()
+    assert list(find_modules(model, "**.attn")) == ["fusion.0.attn", "attn"]
+    assert list(find_modules(model, "alias")) == ["alias"]
+    assert list(find_modules(model, "fusion.**")) == [n for n, _ in model.named_modules() if n.startswith("fusion.")]
+    assert list(find_modules(model, ["alias", "fusion.0.attn"])) == ["fusion.0.attn"]
+
+
+def test_what_the_run_wrote_over_inference_tensors_stays():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.count, model.total = torch.zeros(1), torch.zeros(1)
+    with without_inference_tensors(model):
+        model.count = model.count + 1
+        model.total += 2
+    assert model.count == 1
+    assert model.total == 2

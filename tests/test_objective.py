@@ -1,5 +1,6 @@
 """The loss against the naive twin, and its bad inputs."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,7 @@ def test_self_blocks_are_constants():
         ({"k": 1, "attention_weight": -1.0}, "`attention_weight` .* got -1.0"),
         ({"k": 1, "balance_weight": -0.5}, "`balance_weight` .* got -0.5"),
         ({"k": 1, "balance_weight": float("nan")}, "`balance_weight` .* got nan"),
+        ({"k": 1, "attention_weight": None}, "`attention_weight` .* got None"),
         ({"k": 1, "balance": "none"}, "`balance` to be one of .* got 'none'"),
     ],
 )
@@ -65,3 +67,7 @@ def test_bad_options(options, message):
 def test_k_above_the_number_of_classes():
     with pytest.raises(ValueError, match="got 8 and logits of 7 classes"):
         Objective(k=8)(torch.randn(4, 7), layers(1)[0])
+
+
+def test_k_may_be_any_integer_type():
+    assert Objective(k=np.int64(2)).k == 2

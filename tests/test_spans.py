@@ -1,5 +1,6 @@
 """Token spans: the forms they are given in, and the sequences that they are held against."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from lightning_abpem.spans import check_spans, token_spans
         {"audio": (0, 6), "video": (6, 10)},
         {"audio": [0, 6], "video": range(6, 10)},
         {"video": slice(6, 10), "audio": slice(None, 6)},
+        {"audio": np.int64(6), "video": np.int64(4)},
     ],
 )
 def test_forms(given):
