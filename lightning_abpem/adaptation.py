@@ -9,7 +9,7 @@ step) -> the call itself, its frozen part replayed -> `_after_call`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_abpem.attention import AttentionCall, capture_attention, list_attention_calls, score_statistics
+from lightning_abpem.logits import read_logits
 from lightning_abpem.memory import TokenMemory
 from lightning_abpem.modules import (
     find_modules,
@@ -31,7 +32,7 @@ from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
 from lightning_abpem.spans import check_spans
 
-__all__ = ["Adaptation", "collect_params", "read_logits"]
+__all__ = ["Adaptation", "collect_params"]
 
 log = logging.getLogger(__name__)
 
@@ -40,41 +41,6 @@ def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]
     """What adapts: weights and biases of the q, k, v projections of the fusion attention, by full name, once each."""
     named = {p: name for attention in reversed(list(fusion)) for name, p in reversed(attention.parameters.items())}
     return {name: parameter for parameter, name in reversed(named.items())}
-
-
-def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor:
-    """The (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's (B, C), or `how(output)`.
-
-    Raises:
-        ValueError: if there are none, or they are not two-dimensional floats of two classes or more.
-    """
-    logits = output
-    if how is not None:
-        logits = how(output)
-    elif hasattr(output, "logits"):
-        logits = output.logits
-    elif isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif isinstance(output, tuple | list):
-        candidates = [item for item in output if isinstance(item, Tensor) and item.dim() == 2]
-        if len(candidates) > 1:
-            raise ValueError(
-                f"Expected one (batch, classes) tensor in the target's output, but got {len(candidates)} that could "
-                f"be: {[tuple(item.shape) for item in candidates]}. Pass `logits`, a function to the right one."
-            )
-        logits = next(iter(candidates), None)
-    if not isinstance(logits, Tensor):
-        keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
-        raise ValueError(
-            f"Expected logits in the target's output, but found none in a {type(output).__name__}{keys}. Pass "
-            "`logits`, a function from that output to a (batch, classes) tensor."
-        )
-    if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"Expected logits of shape (batch, classes) with at least two classes, but got {tuple(logits.shape)} "
-            f"{logits.dtype}. Pass `logits`, a function from the target's output to them."
-        )
-    return logits
 
 
 class Adaptation:
@@ -93,8 +59,9 @@ class Adaptation:
         record: the last step's figures, named in `Objective.record_names`, and `updated`: 1 if the step was taken.
 
     Raises:
-        ValueError: on construction, with nothing changed: the names match no attention, or the model is in training
-            mode and random in it. At the first call, before any weight moves: spans, k or logits do not fit the model.
+        ValueError: on construction, with nothing changed: the names match no attention, a part of the model is in
+            training mode, or it is being adapted already. At a call, before any weight moves: spans, k or logits do not
+            fit the model.
     """
 
     def __init__(
@@ -109,17 +76,7 @@ class Adaptation:
         self.fusion = [find_attention(module, name) for name, module in modules.items()]
         self.params = collect_params(self.fusion)
         self.memory = self._find_memory() if settings.memory_batches > 1 else None
-        if training := [name or "itself" for name, module in model.named_modules() if module.training]:
-            raise ValueError(
-                f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
-                f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
-            )
-        if any(
-            isinstance(getattr(hook, "__self__", None), Adaptation) for hook in self.target._forward_pre_hooks.values()
-        ):
-            raise ValueError(
-                f"ABPEM already adapts this {type(self.target).__name__}. Close the first one, or reset() it."
-            )
+        self._check_model()
         self.calls = self.updates = self.skipped = 0
         self.record: dict[str, Tensor] = {}
         self._updates_since_reset = 0
@@ -314,12 +271,8 @@ class Adaptation:
     def _check_calls(self, calls: list[AttentionCall], logits: Tensor, args: Any, kwargs: Any) -> None:
         """Every fusion attention was called, batch-first, on tokens that the spans fit."""
         if silent := [attention.name for attention in self.fusion if attention.name not in {c.name for c in calls}]:
-            self._inside = True
-            try:
-                with torch.no_grad():
-                    seen = list_attention_calls(self.model, lambda: self.target.forward(*args, **kwargs))
-            finally:
-                self._inside = False
+            with torch.no_grad():
+                seen = list_attention_calls(self.model, lambda: self._run_target(args, kwargs))
             raise ValueError(
                 f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
                 f"Seen elsewhere: {'; '.join(seen) or 'none'}."
@@ -341,6 +294,18 @@ class Adaptation:
                 f"Expected `{option}` to name a module of {type(self.model).__name__}, but got {name!r}. "
                 f"Its children: {children}."
             ) from None
+
+    def _check_model(self) -> None:
+        if training := [name or "itself" for name, module in self.model.named_modules() if module.training]:
+            raise ValueError(
+                f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
+                f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
+            )
+        hooks = self.target._forward_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), Adaptation) for hook in hooks):
+            raise ValueError(
+                f"ABPEM already adapts this {type(self.target).__name__}: close the first one, or reset it."
+            )
 
     def _find_memory(self) -> TokenMemory:
         name = self.settings.memory_at

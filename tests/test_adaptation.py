@@ -2,14 +2,12 @@
 
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_abpem import ABPEM
-from lightning_abpem.adaptation import read_logits
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
 from tests.toy import (
@@ -351,7 +349,7 @@ def test_a_single_sample_is_said_once(caplog):
     assert caplog.text.count("A batch of one sample") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- target and logits
+# --------------------------------------------------------------------------------------------------------- the target
 
 
 def test_target_and_logits():
@@ -361,38 +359,6 @@ def test_target_and_logits():
     with torch.no_grad(), abpem(fusion="model.fusion.*.attn", target="model").attach(outer):
         got = [outer.model(*args) for args in batches()]
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("wrap", "how"),
-    [
-        (lambda x: x, None),
-        (lambda x: {"loss": 0.0, "logits": x}, None),
-        (lambda x: SimpleNamespace(logits=x), None),
-        (lambda x: (x, "hidden"), None),
-        (lambda x: {"scores": [x]}, lambda output: output["scores"][0]),
-    ],
-)
-def test_forms_of_output(wrap, how):
-    x = torch.randn(2, 3)
-    assert read_logits(wrap(x), how) is x
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ({"scores": torch.ones(2, 3)}, "none in a dict with keys \\['scores'\\]. Pass `logits`"),
-        (("text",), "none in a tuple"),
-        (None, "none in a NoneType"),
-        (torch.ones(2, 3, 4), r"shape \(batch, classes\) .* got \(2, 3, 4\)"),
-        (torch.ones(2), r"got \(2,\)"),
-        (torch.ones(2, 1), r"at least two classes, but got \(2, 1\)"),
-        (torch.ones(2, 3, dtype=torch.long), "torch.int64"),
-    ],
-)
-def test_no_logits(output, message):
-    with pytest.raises(ValueError, match=message):
-        read_logits(output)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -588,12 +554,6 @@ def test_any_module_in_training_mode_is_refused(make):
     model.more = make().train()
     with pytest.raises(ValueError, match=r"eval mode, but 1 of its modules .*: more. Call model.eval\(\)"):
         predictions(model, batches(1))
-
-
-def test_several_candidates_for_the_logits():
-    with pytest.raises(ValueError, match="2 that could be"):
-        read_logits((torch.ones(2, 7), torch.ones(2, 3)))
-    assert read_logits((torch.ones(2, 7, 4), logits := torch.ones(2, 3))) is logits
 
 
 def test_attaching_twice():
