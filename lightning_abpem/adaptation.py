@@ -9,7 +9,7 @@ step) -> the call itself, its frozen part replayed -> `_after_call`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,20 +27,14 @@ from lightning_abpem.modules import (
     only_trainable,
     without_inference_tensors,
 )
-from lightning_abpem.projections import FusionAttention, find_attention
+from lightning_abpem.projections import collect_params, find_attention
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
 from lightning_abpem.spans import check_spans
 
-__all__ = ["Adaptation", "collect_params"]
+__all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
-
-
-def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]:
-    """What adapts: weights and biases of the q, k, v projections of the fusion attention, by full name, once each."""
-    named = {p: name for attention in reversed(list(fusion)) for name, p in reversed(attention.parameters.items())}
-    return {name: parameter for parameter, name in reversed(named.items())}
 
 
 class Adaptation:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["FusionAttention", "find_attention"]
+__all__ = ["FusionAttention", "collect_params", "find_attention"]
 
 _FUSED_NAMES = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv")
 _SPLIT_NAMES = (
@@ -63,6 +64,12 @@ def find_attention(module: nn.Module, name: str) -> FusionAttention:
         f"{type(module).__name__} (its children: {children}). Known: nn.MultiheadAttention; a fused linear named one "
         f"of {', '.join(_FUSED_NAMES)}; linears named {', '.join('/'.join(names) for names in _SPLIT_NAMES)}."
     )
+
+
+def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]:
+    """What adapts: weights and biases of the q, k, v projections of the fusion attention, by full name, once each."""
+    named = {p: name for attention in reversed(list(fusion)) for name, p in reversed(attention.parameters.items())}
+    return {name: parameter for parameter, name in reversed(named.items())}
 
 
 def _own_projections(owner: nn.Module) -> tuple[tuple[str, ...], tuple[nn.Linear, ...]] | None:
