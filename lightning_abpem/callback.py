@@ -64,10 +64,9 @@ class ABPEM(Callback):
         MisconfigurationException: the Trainer is used in a way that cannot work.
 
     Example:
-        >>> from lightning_abpem import ABPEM
-        >>> abpem = ABPEM(fusion="model.fusion.*.attn", modalities={"audio": 512, "video": 196}, k=7)
-        >>> # Trainer(callbacks=[abpem]).test(model, data), or without Lightning:
-        >>> # with abpem.attach(model): logits = model(audio, video)
+        ``abpem = ABPEM(fusion="model.fusion.*.attn", modalities={"audio": 512, "video": 196}, k=7)``, then
+        ``Trainer(callbacks=[abpem]).test(model, data)``; or, without a Trainer,
+        ``with abpem.attach(model): logits = model(audio, video)``.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class ABPEM(Callback):
         steps: int = 1,
         optimizer: OptimizerFactory = default_optimizer,
         target: str | None = None,
-        logits: Callable[..., Tensor] | None = None,
+        logits: Callable[..., Any] | None = None,
         reset: Reset = "never",
         restore: bool = True,
         stages: Sequence[Stage] = ("test", "predict"),

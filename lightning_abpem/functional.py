@@ -48,14 +48,14 @@ class TokenMoments(NamedTuple):
         return TokenMoments(self.mean.detach(), self.cov.detach(), self.tokens)
 
 
-def widen(x: Tensor) -> Tensor:
+def _widen(x: Tensor) -> Tensor:
     """``x`` in float32 if it is narrower, else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax of (B, C) logits, in nats: (B,)."""
-    log_p = widen(logits).log_softmax(-1)
+    log_p = _widen(logits).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -70,19 +70,19 @@ def principal_entropy(logits: Tensor, k: int, eps: float = 1e-6) -> Tensor:
     Returns:
         (B,), in nats.
     """
-    p = widen(logits).softmax(-1).topk(k, dim=-1).values
+    p = _widen(logits).softmax(-1).topk(k, dim=-1).values
     return -(p * (p + eps).log()).sum(-1)
 
 
 def marginal_balance(logits: Tensor) -> Tensor:
     """Entropy of the batch-mean prediction of (B, C) logits: a scalar, large when the classes are used evenly."""
-    log_p = widen(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
+    log_p = _widen(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
     return -(log_p.exp() * log_p).sum()  # in logs: a class that underflows everywhere keeps a finite gradient
 
 
 def read_balance(logits: Tensor) -> Tensor:
     """READ's form of the balance (ICLR 2024): entropy of the softmax of the predictions' sum over the batch."""
-    return entropy(widen(logits).softmax(-1).sum(0, keepdim=True)).squeeze(0)
+    return entropy(_widen(logits).softmax(-1).sum(0, keepdim=True)).squeeze(0)
 
 
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
@@ -99,14 +99,14 @@ def dense_score_statistics(q: Tensor, k: Tensor, scale: float) -> ScoreStatistic
         k: (B, N_k, D) keys of one modality.
         scale: the attention's scale divided by the number of heads, which makes S the mean over heads.
     """
-    scores = scale * (widen(q) @ widen(k).mT)
+    scores = scale * (_widen(q) @ _widen(k).mT)
     std, mean = torch.std_mean(scores.flatten(1), dim=1)
     return ScoreStatistics(mean, std)
 
 
 def token_moments(x: Tensor) -> TokenMoments:
     """Mean and covariance over the tokens of x, (B, N, D)."""
-    x = widen(x)
+    x = _widen(x)
     mean = x.mean(1)
     centred = x - mean.unsqueeze(1)
     return TokenMoments(mean, centred.mT @ centred / x.shape[1], x.shape[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["read_logits"]
 
 
-def read_logits(output: Any, how: Callable[..., Tensor] | None = None) -> Tensor:
+def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:
     """The (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's (B, C), or `how(output)`.
 
     Raises:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_abpem.objective import Objective
 from lightning_abpem.spans import Span, token_spans
@@ -37,7 +37,7 @@ class Settings:
     steps: int = 1
     optimizer: OptimizerFactory = default_optimizer
     target: str | None = None
-    logits: Callable[..., Tensor] | None = None
+    logits: Callable[..., Any] | None = None
     reset: Reset = "never"
     restore: bool = True
     replay: bool = True
