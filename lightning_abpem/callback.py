@@ -116,8 +116,8 @@ class ABPEM(Callback):
         """The same engine without a Trainer: inside the block, calls of `model` (or `target`) adapt it.
 
         Raises:
-            ValueError: what the constructor could not know: names without a match, a model in training mode with
-                dropout, reset="dataloader".
+            ValueError: what the constructor could not know: names without a match, a model that is in training mode or
+                being adapted already, reset="dataloader".
         """
         if self.settings.reset == "dataloader":
             raise ValueError(
@@ -282,12 +282,12 @@ def _check_trainer(trainer: Any) -> None:
             f"ABPEM is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
             "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
         )
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
     if trainer.world_size > 1:
         raise MisconfigurationException(
             f"ABPEM adapts in one process so far, but the Trainer runs {trainer.world_size}: their weights would part "
             "ways. Use devices=1, num_nodes=1."
         )
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
     count = sum(isinstance(callback, ABPEM) for callback in callbacks)
     if count > 1:
         raise MisconfigurationException(

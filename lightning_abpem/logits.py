@@ -24,13 +24,15 @@ def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:
     elif isinstance(output, Mapping):
         logits = output.get("logits")
     elif isinstance(output, tuple | list):
-        candidates = [item for item in output if isinstance(item, Tensor) and item.dim() == 2]
+        candidates = [item for item in output if _may_be_logits(item)]
         if len(candidates) > 1:
             raise ValueError(
                 f"Expected one (batch, classes) tensor in the target's output, but got {len(candidates)} that could "
                 f"be: {[tuple(item.shape) for item in candidates]}. Pass `logits`, a function to the right one."
             )
         logits = next(iter(candidates), None)
+    if how is not None and not isinstance(logits, Tensor):
+        raise ValueError(f"Expected `logits` to return a (batch, classes) tensor, but got a {type(logits).__name__}.")
     if not isinstance(logits, Tensor):
         keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise ValueError(
@@ -43,3 +45,7 @@ def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:
             f"{logits.dtype}. Pass `logits`, a function from the target's output to them."
         )
     return logits
+
+
+def _may_be_logits(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dim() == 2 and item.is_floating_point()

@@ -15,6 +15,7 @@ from lightning_abpem.logits import read_logits
         (lambda x: {"loss": 0.0, "logits": x}, None),
         (lambda x: SimpleNamespace(logits=x), None),
         (lambda x: (x, "hidden"), None),
+        (lambda x: (torch.tensor(0.5), torch.zeros(2, 3, dtype=torch.long), x), None),
         (lambda x: {"scores": [x]}, lambda output: output["scores"][0]),
     ],
 )
@@ -44,3 +45,8 @@ def test_several_candidates_for_the_logits():
     with pytest.raises(ValueError, match="2 that could be"):
         read_logits((torch.ones(2, 7), torch.ones(2, 3)))
     assert read_logits((torch.ones(2, 7, 4), logits := torch.ones(2, 3))) is logits
+
+
+def test_a_function_that_gives_no_tensor():
+    with pytest.raises(ValueError, match="`logits` to return a .* tensor, but got a NoneType"):
+        read_logits(torch.ones(2, 3), lambda output: None)
