@@ -9,10 +9,13 @@ define install
 	touch $@
 endef
 
-.PHONY: demo test lint docs speech clean
+.PHONY: demo check-demo test lint docs ablation speech clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m demo
+
+check-demo: demo
+	$(BIN)/python -m demo.check
 
 test: .venv/test.done
 	$(BIN)/python -m pytest

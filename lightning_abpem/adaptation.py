@@ -9,7 +9,7 @@ step) -> the call itself, its frozen part replayed -> `_after_call`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -35,6 +35,8 @@ from lightning_abpem.spans import check_spans
 __all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
+
+_ADAPTING: set[int] = set()  # ids of the parameters that some open Adaptation moves
 
 
 class Adaptation:
@@ -95,11 +97,15 @@ class Adaptation:
         adapted = list(self.params.values())
         if any(p.is_inference() for p in adapted):
             raise ValueError(f"Parameters made inside torch.inference_mode() cannot adapt: {', '.join(self.params)}.")
+        if not _ADAPTING.isdisjoint(map(id, adapted)):
+            raise ValueError(f"{', '.join(self.params)} are being adapted already: close the first Adaptation first.")
+        _ADAPTING.update(map(id, adapted))
+        self._stack.callback(_ADAPTING.difference_update, list(map(id, adapted)))
         self._stack.enter_context(without_inference_tensors(self.model))
         self._stack.enter_context(only_trainable(self.model, adapted))
         self._source = [p.detach().clone() for p in adapted]
         if self.settings.restore:
-            self._stack.callback(self._restore_source)
+            self._stack.callback(self._set_weights, self._source)
         self._optimizer = self._make_optimizer()
         self._replay = FrozenReplay(self.target, adapted)
         self._replay.enabled = self.settings.replay and not is_compiled(self.model)
@@ -118,7 +124,7 @@ class Adaptation:
     def reset(self) -> None:
         """Back to the source model: its weights, a fresh optimizer, an empty memory."""
         with torch.inference_mode(False):
-            self._restore_source()
+            self._set_weights(self._source)
             self._optimizer = self._make_optimizer()
         if self.memory is not None:
             self.memory.clear()
@@ -192,22 +198,40 @@ class Adaptation:
                 "Is the forward, or a part of it after the fusion attention, under torch.no_grad() or inference_mode()?"
             )
         gradients = torch.autograd.grad(loss, adapted, allow_unused=True)
-        figures = [loss, *(gradient for gradient in gradients if gradient is not None)]
-        finite = bool(torch.stack([torch.isfinite(x).all() for x in figures]).all())
+        finite = _all_finite(loss, *gradients) and self._step(gradients)
         if finite:
-            for parameter, gradient in zip(adapted, gradients, strict=True):
-                parameter.grad = gradient
-            self._optimizer.step()
-            torch.clear_autocast_cache()
             self.updates += 1
             self._updates_since_reset += 1
         else:
             self.skipped += 1
             if self.skipped == 1:
-                log.warning("Call %d: the loss or a gradient is not finite. Such steps are skipped.", self.calls)
-        for parameter in adapted:
-            parameter.grad = None
+                log.warning(
+                    "Call %d: the loss, a gradient or the step is not finite. Such steps are skipped.", self.calls
+                )
         return finite
+
+    @torch.no_grad()
+    def _step(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Move the weights; back to where they were, with a fresh optimizer, if they do not stay finite."""
+        before = [master.clone() for master in self._masters]
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.to(master)
+        with torch.enable_grad():
+            self._optimizer.step()
+        for master in self._masters:
+            master.grad = None
+        finite = _all_finite(*self._masters)
+        self._set_weights(self._masters if finite else before)
+        if not finite:
+            self._optimizer = self._make_optimizer()
+        return finite
+
+    @torch.no_grad()
+    def _set_weights(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.params.values(), values, strict=True):
+            if value is not parameter:
+                parameter.copy_(value)
+        torch.clear_autocast_cache()
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._inside:
@@ -223,14 +247,11 @@ class Adaptation:
             return self._updates_since_reset >= self.settings.updates_per_reset
         return self.settings.reset == "batch" and self._updates_since_reset > 0
 
-    @torch.no_grad()
-    def _restore_source(self) -> None:
-        for parameter, source in zip(self.params.values(), self._source, strict=True):
-            parameter.copy_(source)
-        torch.clear_autocast_cache()
-
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.settings.optimizer(list(self.params.values()))
+        """A fresh optimizer, of the parameters or, where they are narrower than float32, of float32 masters of them."""
+        narrow = (torch.float16, torch.bfloat16)
+        self._masters = [nn.Parameter(p.detach().float()) if p.dtype in narrow else p for p in self.params.values()]
+        optimizer = self.settings.optimizer(self._masters)
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 f"Expected `optimizer` to make a torch optimizer that steps without a closure, but got {optimizer!r}."
@@ -272,10 +293,10 @@ class Adaptation:
                 f"Seen elsewhere: {'; '.join(seen) or 'none'}."
             )
         for call in calls:
-            if call.q.shape[0] != logits.shape[0]:
+            if call.shape[0] != logits.shape[0]:
                 raise ValueError(
                     f"Expected '{call.name}' to attend with {logits.shape[0]} samples, as many as the logits have, but "
-                    f"got {call.q.shape[0]}: are its tokens batch-first, its heads a dimension of their own?"
+                    f"got {call.shape[0]}: are its tokens batch-first, its heads a dimension of their own?"
                 )
             check_spans(self.settings.spans, call, cover=self.settings.spans_cover)
 
@@ -294,11 +315,6 @@ class Adaptation:
             raise ValueError(
                 f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
                 f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
-            )
-        hooks = self.target._forward_pre_hooks.values()
-        if any(isinstance(getattr(hook, "__self__", None), Adaptation) for hook in hooks):
-            raise ValueError(
-                f"ABPEM already adapts this {type(self.target).__name__}: close the first one, or reset it."
             )
 
     def _find_memory(self) -> TokenMemory:
@@ -319,3 +335,7 @@ class Adaptation:
         adapted = {id(p) for p in self.params.values()}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return [name for name, p in everywhere if id(p) in adapted and name not in self.params]
+
+
+def _all_finite(*tensors: Tensor | None) -> bool:
+    return bool(torch.stack([torch.isfinite(x).all() for x in tensors if x is not None]).all())

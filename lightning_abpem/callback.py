@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -126,10 +126,13 @@ class ABPEM(Callback):
         with Adaptation(model, self.settings) as adaptation:
             rank_zero_info(adaptation.describe())
             yield adaptation
+            if adaptation.calls == 0:
+                rank_zero_warn("The `with` block ended without a call of the target: ABPEM adapted nothing.")
 
     # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end()  # a run that crashed before it could
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 _check_trainer(trainer)
@@ -190,6 +193,9 @@ class _Run:
         self._pending: list[dict[str, Tensor]] = []
         self._dataloader = 0
         self._training = {m: m.training for m in module.modules()}
+        # First in line, so that an exception in another callback's on_exception cannot keep this one from restoring.
+        self._callbacks = trainer.callbacks
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda callback: not isinstance(callback, ABPEM))
         # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
         self._loop: Any = getattr(trainer, f"{stage}_loop")
         self._inference_mode = getattr(self._loop, "inference_mode", None)
@@ -240,6 +246,7 @@ class _Run:
 
     def close(self) -> None:
         """Put everything back."""
+        self.trainer.callbacks = self._callbacks
         if self._inference_mode is not None:
             self._loop.inference_mode = self._inference_mode
         for module, training in self._training.items():
@@ -252,9 +259,9 @@ class _Run:
         if self._dataloader not in self._means:
             self._means[self._dataloader] = self._new_mean(record["loss"].device)
         self._means[self._dataloader].update(record, samples)
-        if self.trainer.loggers:
+        if self.trainer.loggers and self.trainer.log_every_n_steps > 0:
             self._pending.append(record)
-            if len(self._pending) >= max(self.trainer.log_every_n_steps, 1):
+            if len(self._pending) >= self.trainer.log_every_n_steps:
                 self._flush()
 
     def _new_mean(self, device: torch.device) -> RecordMean:

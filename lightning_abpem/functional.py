@@ -19,12 +19,15 @@ __all__ = [
     "dense_score_statistics",
     "entropy",
     "gaussian_kl",
+    "map_statistics",
     "marginal_balance",
     "moment_score_statistics",
     "principal_entropy",
     "read_balance",
     "token_moments",
 ]
+
+_EPS = 1e-6  # inside the logarithm of the principal entropy, as in the authors' program
 
 
 class ScoreStatistics(NamedTuple):
@@ -33,9 +36,6 @@ class ScoreStatistics(NamedTuple):
     mean: Tensor
     std: Tensor
 
-    def detach(self) -> ScoreStatistics:
-        return ScoreStatistics(self.mean.detach(), self.std.detach())
-
 
 class TokenMoments(NamedTuple):
     """Mean (B, D), covariance (B, D, D, divided by the number of tokens) and number of tokens of one modality."""
@@ -43,9 +43,6 @@ class TokenMoments(NamedTuple):
     mean: Tensor
     cov: Tensor
     tokens: int
-
-    def detach(self) -> TokenMoments:
-        return TokenMoments(self.mean.detach(), self.cov.detach(), self.tokens)
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -59,19 +56,18 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def principal_entropy(logits: Tensor, k: int, eps: float = 1e-6) -> Tensor:
+def principal_entropy(logits: Tensor, k: int) -> Tensor:
     """Entropy over the ``k`` most probable classes only, which are not renormalised (AAAI 2025, section 3.3).
 
     Args:
         logits: (B, C).
         k: classes kept per sample, in [1, C].
-        eps: added inside the logarithm, as the authors do.
 
     Returns:
         (B,), in nats.
     """
     p = _widen(logits).softmax(-1).topk(k, dim=-1).values
-    return -(p * (p + eps).log()).sum(-1)
+    return -(p * (p + _EPS).log()).sum(-1)
 
 
 def marginal_balance(logits: Tensor) -> Tensor:
@@ -91,6 +87,12 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     return -ratio.log() + (ratio.square() + ((mean_p - mean_q) / std_q).square() - 1) / 2
 
 
+def map_statistics(scores: Tensor) -> ScoreStatistics:
+    """Statistics of a block (B, N_q, N_k) of head-averaged scores."""
+    std, mean = torch.std_mean(_widen(scores).flatten(1), dim=1)
+    return ScoreStatistics(mean, std)
+
+
 def dense_score_statistics(q: Tensor, k: Tensor, scale: float) -> ScoreStatistics:
     """Statistics of S = scale * q k^T from the (B, N_q, N_k) map itself: one product of the heads side by side.
 
@@ -99,9 +101,7 @@ def dense_score_statistics(q: Tensor, k: Tensor, scale: float) -> ScoreStatistic
         k: (B, N_k, D) keys of one modality.
         scale: the attention's scale divided by the number of heads, which makes S the mean over heads.
     """
-    scores = scale * (_widen(q) @ _widen(k).mT)
-    std, mean = torch.std_mean(scores.flatten(1), dim=1)
-    return ScoreStatistics(mean, std)
+    return map_statistics(scale * (_widen(q) @ _widen(k).mT))
 
 
 def token_moments(x: Tensor) -> TokenMoments:

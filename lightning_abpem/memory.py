@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["TokenMemory"]
+
+log = logging.getLogger(__name__)
 
 _ADVICE = "Name the fusion block with `memory_at`, or set memory_batches=1."
 
@@ -39,13 +42,14 @@ class TokenMemory:
         handle = self.block.register_forward_pre_hook(self._extend_input, with_kwargs=True)
         try:
             yield
-        except (RuntimeError, ValueError, IndexError) as error:
-            if not self.samples or self._current is None or isinstance(error, torch.OutOfMemoryError):
-                raise  # the memory had no part in it
-            raise ValueError(
-                f"The forward failed with {self.samples} stored samples in front of the batch, at '{self.name}': "
-                f"{error}. Everything after that module must depend on the batch through its input alone. {_ADVICE}"
-            ) from error
+        except Exception as error:
+            if self._stored and self._current is not None:
+                _add_note(
+                    error,
+                    f"ABPEM's memory had put {self.samples} stored samples in front of the batch at '{self.name}'. "
+                    f"Everything after that module must depend on the batch through its input alone. {_ADVICE}",
+                )
+            raise
         finally:
             handle.remove()
 
@@ -124,3 +128,10 @@ class TokenMemory:
 
 def _size(batch: dict[int, Tensor]) -> int:
     return next(iter(batch.values())).shape[0]
+
+
+def _add_note(error: Exception, note: str) -> None:
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        log.warning(note)

@@ -88,7 +88,11 @@ class Objective:
         principal = principal_entropy(logits, self.k).mean()
         balance = _BALANCES[self.balance](logits)
         gaps, divergences = self._compare(attention)
-        loss = principal - self.balance_weight * balance + self.attention_weight * sum(divergences.values())
+        loss = principal
+        if self.balance_weight:  # a part that does not count cannot spoil the loss either
+            loss = loss - self.balance_weight * balance
+        if self.attention_weight:
+            loss = loss + self.attention_weight * torch.stack(list(divergences.values())).sum()
         with torch.no_grad():
             record = {
                 "loss": loss,

@@ -9,7 +9,7 @@ from torch import nn
 
 __all__ = ["FusionAttention", "collect_params", "find_attention"]
 
-_FUSED_NAMES = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv")
+_FUSED_NAMES = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value")
 _SPLIT_NAMES = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
@@ -23,21 +23,17 @@ _SPLIT_NAMES = (
 
 @dataclass(frozen=True)
 class FusionAttention:
-    """An attention module with its q, k and v projections.
+    """An attention module and what adapts in it.
 
     Args:
         name: its name in the model.
         module: the module whose forward is watched.
-        parameters: what adapts, by full name: weights and biases of the projections.
-        linears: the linear modules that compute q and k: one fused (its output is q, k, v side by side) or two.
-        owner: the module that holds them, whose attributes tell the number of heads and the scale.
+        parameters: weights and biases of its q, k and v projections, by full name.
     """
 
     name: str
     module: nn.Module
     parameters: dict[str, nn.Parameter]
-    linears: tuple[nn.Linear, ...]
-    owner: nn.Module
 
 
 def find_attention(module: nn.Module, name: str) -> FusionAttention:
@@ -46,18 +42,14 @@ def find_attention(module: nn.Module, name: str) -> FusionAttention:
     Raises:
         ValueError: if there is no attention in it, or more than one; both list what was found.
     """
-    found = {
-        path: (owner, *projections)
-        for path, owner in module.named_modules(prefix=name)
-        if (projections := _own_projections(owner)) is not None
-    }
-    if len(found) == 1:
-        path, (owner, names, linears) = next(iter(found.items()))
-        parameters = {f"{path}.{own}": p for own, p in owner.named_parameters() if own.startswith(names)}
-        return FusionAttention(name, module, parameters, linears, owner)
-    if found:
-        listed = ", ".join(f"'{path}'" for path in found)
-        raise ValueError(f"Expected '{name}' to be one attention module, but it holds {len(found)}: {listed}.")
+    owners = {path: owner for path, owner in module.named_modules(prefix=name) if _projections(owner)}
+    if len(owners) == 1:
+        path, owner = next(iter(owners.items()))
+        adapting = [(own, p) for own, p in owner.named_parameters() if own.startswith(_projections(owner))]
+        return FusionAttention(name, module, {f"{path}.{own}": p for own, p in adapting})
+    if owners:
+        listed = ", ".join(f"'{path}'" for path in owners)
+        raise ValueError(f"Expected '{name}' to be one attention module, but it holds {len(owners)}: {listed}.")
     children = ", ".join(child for child, _ in module.named_children()) or "none"
     raise ValueError(
         f"Expected '{name}' to be an attention module, but no query, key and value projections were found in this "
@@ -72,15 +64,12 @@ def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]
     return {name: parameter for parameter, name in reversed(named.items())}
 
 
-def _own_projections(owner: nn.Module) -> tuple[tuple[str, ...], tuple[nn.Linear, ...]] | None:
-    """How the names of its projections' parameters start, and its q and k linears; None if `owner` is no attention."""
+def _projections(owner: nn.Module) -> tuple[str, ...]:
+    """How the names of a module's own projections start; empty if it has none."""
     if isinstance(owner, nn.MultiheadAttention):
-        return ("in_proj", "q_proj", "k_proj", "v_proj"), ()
-    linears = {name: child for name, child in owner.named_children() if isinstance(child, nn.Linear)}
-    for fused in _FUSED_NAMES:
-        if fused in linears:
-            return (f"{fused}.",), (linears[fused],)
-    for names in _SPLIT_NAMES:
-        if all(name in linears for name in names):
-            return tuple(f"{name}." for name in names), (linears[names[0]], linears[names[1]])
-    return None
+        return ("in_proj", "q_proj", "k_proj", "v_proj")
+    linears = {name for name, child in owner.named_children() if isinstance(child, nn.Linear)}
+    for names in (*((fused,) for fused in _FUSED_NAMES), *_SPLIT_NAMES):
+        if linears.issuperset(names):
+            return tuple(f"{name}." for name in names)
+    return ()

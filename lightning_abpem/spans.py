@@ -62,7 +62,7 @@ def check_spans(spans: Mapping[str, slice], call: AttentionCall, *, cover: bool)
     Raises:
         ValueError: naming the spans' total and the tokens seen.
     """
-    n_q, n_k = call.q.shape[1], call.k.shape[1]
+    _, n_q, n_k = call.shape
     if n_q != n_k:
         raise ValueError(
             f"Expected '{call.name}' to attend within one joint sequence, but got {n_q} query and {n_k} key tokens. "

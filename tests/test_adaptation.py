@@ -89,9 +89,7 @@ def test_golden(name, dtype, bound, replay):
 def test_replay_changes_no_bit(memory_batches, steps, attention):
     results = []
     for replay in (True, False):
-        torch.manual_seed(0)
         model = make_toy(attention())
-        model.load_state_dict(make_toy(attention()).state_dict(), strict=False)
         torch.manual_seed(1)
         for p in model.parameters():
             nn.init.normal_(p, std=0.3)
@@ -135,7 +133,7 @@ def test_it_is_repeated_adam_on_the_loss():
     weights = [by_hand.fusion[0].attn.qkv.weight, by_hand.fusion[0].attn.qkv.bias]
     optimizer = ADAM(weights)
     objective = abpem().settings.objective
-    from lightning_abpem.attention import AttentionCall, score_statistics
+    from lightning_abpem.attention import FusedCall, score_statistics
     from tests.toy import HEADS, SPANS
 
     with torch.no_grad(), abpem().attach(model):
@@ -144,7 +142,7 @@ def test_it_is_repeated_adam_on_the_loss():
             with torch.enable_grad():
                 tokens = torch.cat((by_hand.audio(args[0]), by_hand.video(args[1])), dim=1)
                 q, k, _ = by_hand.fusion[0].attn.qkv(by_hand.fusion[0].norm(tokens)).chunk(3, dim=-1)
-                call = AttentionCall("", q, k, (WIDTH // HEADS) ** -0.5 / HEADS, "")
+                call = FusedCall("", q, k, (WIDTH // HEADS) ** -0.5 / HEADS)
                 loss, _ = objective(by_hand(*args), [score_statistics(call, SPANS)])
                 optimizer.zero_grad()
                 loss.backward()
@@ -559,7 +557,7 @@ def test_any_module_in_training_mode_is_refused(make):
 def test_attaching_twice():
     model = make_toy()
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="already adapts"), abpem().attach(model), abpem().attach(model):
+    with pytest.raises(ValueError, match="being adapted already"), abpem().attach(model), abpem().attach(model):
         pass
     assert fingerprint(model) == before
 
@@ -578,8 +576,10 @@ def test_memory_failures_name_the_memory():
     labelled = [(*args, torch.zeros(4, dtype=torch.long)) for args in batches(2)]
     options = {"fusion": "inner.fusion.*.attn", "logits": lambda output: output[1]}
     assert len(predictions(model, labelled, **options)) == 2
-    with pytest.raises(ValueError, match="with 4 stored samples in front of .* 'inner.fusion.0'.*memory_batches=1"):
+    with pytest.raises(ValueError, match="Expected input batch_size") as caught:
         predictions(model, labelled, memory_batches=2, **options)
+    notes = getattr(caught.value, "__notes__", None)  # Python 3.10 has none and logs it
+    assert notes is None or "4 stored samples in front of the batch at 'inner.fusion.0'" in notes[0]
 
 
 def test_a_forward_without_gradients():
@@ -606,3 +606,62 @@ def test_an_empty_batch_is_left_alone(memory_batches):
 def test_a_factory_of_something_else(factory):
     with pytest.raises(ValueError, match="`optimizer` to make a torch optimizer that steps without a closure"):
         predictions(make_toy(), batches(1), optimizer=factory)
+
+
+def test_attaching_to_a_part_of_what_adapts():
+    outer = nn.Module().eval()
+    outer.model = make_toy()
+    first = abpem(fusion="model.fusion.*.attn", target="model")
+    with pytest.raises(ValueError, match="being adapted already"), first.attach(outer), abpem().attach(outer.model):
+        pass
+    assert len(predictions(outer.model, batches(1))) == 1
+
+
+def test_nothing_was_called():
+    model = make_toy()
+    with pytest.warns(UserWarning, match="adapted nothing"), abpem().attach(model):
+        model.forward(*batches(1)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_weights_move_by_way_of_float32(dtype):
+    """Adam at 1e-4 moves no bfloat16 weight of 1 by itself, and makes float16 ones non-finite."""
+    model = make_toy().to(dtype)
+    source = {name: p.clone() for name, p in model.named_parameters()}
+    stream = [tuple(x.to(dtype) for x in args) for args in batches(12)]
+    optimizer = partial(torch.optim.Adam, lr=1e-3)
+    with torch.no_grad(), abpem(optimizer=optimizer).attach(model) as adaptation:
+        logits = [model(*args) for args in stream]
+        assert (adaptation.updates, adaptation.skipped) == (12, 0)
+        moved = (model.fusion[0].attn.qkv.weight - source["fusion.0.attn.qkv.weight"]).abs()
+        assert moved.max() > 5e-3
+        assert moved.ne(0).float().mean() > 0.9
+    assert all(x.isfinite().all() for x in logits)
+    assert same_state(source, dict(model.named_parameters()))
+
+
+def test_a_step_that_ruins_the_weights_is_taken_back():
+    class Ruin(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            if Ruin.countdown == 0:
+                self.param_groups[0]["params"][0].data.fill_(float("inf"))
+            Ruin.countdown -= 1
+
+    Ruin.countdown = 2
+    stream, model = batches(5), make_toy()
+    with torch.no_grad(), abpem(optimizer=partial(Ruin, lr=0.1)).attach(model) as adaptation:
+        got = [model(*args) for args in stream]
+        assert (adaptation.updates, adaptation.skipped) == (4, 1)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    expected = predictions(make_toy(), [*stream[:2], *stream[3:]], optimizer=sgd)
+    assert all(torch.equal(a, b) for a, b in zip([*got[:2], *got[3:]], expected, strict=True))
+
+
+def test_a_part_without_weight_cannot_spoil_the_loss():
+    """Tokens all alike: no divergence exists, but none is asked for."""
+    alike = torch.ones(2, AUDIO, 3), torch.ones(2, VIDEO, 3)
+    model = make_toy()
+    with torch.no_grad(), abpem(attention_weight=0.0).attach(model) as adaptation:
+        model(*alike)
+        assert adaptation.updates == 1

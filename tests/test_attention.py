@@ -17,7 +17,6 @@ from tests.toy import (
     FusedAttention,
     GroupedAttention,
     TorchAttention,
-    heads_first,
 )
 
 
@@ -154,72 +153,66 @@ def test_masks_of_multi_head_attention_are_refused():
         mha(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
 
 
-def test_eager_attention_must_tell_its_heads():
-    module = EagerSplitAttention()
-    del module.num_attention_heads
-    module.forward = lambda x: module.query(x) + module.key(x)
-    with (
-        pytest.raises(ValueError, match="number of heads as one of num_heads"),
-        capture_attention([find_attention(module, "fusion")]),
-    ):
-        module(torch.randn(2, 10, WIDTH))
-
-
-def test_eager_attention_with_normalised_q_and_k_is_refused():
-    module = EagerFusedAttention()
-    module.q_norm = nn.LayerNorm(4)
-    with pytest.raises(ValueError, match="normalises q and k"), capture_attention([find_attention(module, "fusion")]):
-        module(torch.randn(2, 10, WIDTH))
-
-
 def test_listing_calls():
     model = nn.Sequential(FusedAttention(), TorchAttention())
     seen = list_attention_calls(model, lambda: model(torch.randn(2, 10, WIDTH)))
     assert seen == ["0 (10 query and 10 key tokens)", "1.mha (10 query and 10 key tokens)"]
 
 
-class KeyFirst(EagerSplitAttention):
-    """Projects the keys before the queries, as some libraries do."""
+class EagerVariant(EagerFusedAttention):
+    """Eager attention as others write it: returns its output and keeps the scores that its softmax got."""
+
+    def __init__(self, scores, layout=lambda x: x.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)):
+        super().__init__()
+        self.own_scores, self.layout = scores, layout
 
     def forward(self, x):
-        k, v, q = (heads_first(linear(x)) for linear in (self.key, self.value, self.query))
-        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        q, k, v = self.layout(self.qkv(x))
+        self.scores = self.own_scores(q, k)
+        p = nn.functional.softmax(self.scores, dim=-1)
+        return self.proj((p @ v).transpose(1, 2).flatten(2))
 
 
-def test_eager_q_and_k_are_told_apart_in_any_order():
-    torch.manual_seed(0)
-    module, x = KeyFirst(), torch.randn(2, 10, WIDTH)
+BIAS = torch.linspace(-1, 1, 100).view(1, 1, 10, 10)
+EAGER = {
+    "divided by sqrt(d)": EagerVariant(lambda q, k: q @ k.mT / 2),
+    "no scale, as in T5": EagerVariant(lambda q, k: q @ k.mT),
+    "normalised q and k": EagerVariant(lambda q, k: 5 * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT),
+    "with a bias": EagerVariant(lambda q, k: q @ k.mT / 2 + BIAS),
+    "rotated": EagerVariant(lambda q, k: q.roll(1, -1) @ (k * torch.linspace(0.5, 2, 4)).mT),
+    "interleaved per head": EagerVariant(
+        lambda q, k: q @ k.mT / 2, lambda x: x.unflatten(-1, (HEADS, 3, -1)).permute(3, 0, 2, 1, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("module", EAGER.values(), ids=EAGER)
+def test_eager_scores_are_those_that_the_softmax_sees(module):
     with capture_attention([find_attention(module, "attn")]) as calls:
-        module(x)
-    assert torch.equal(calls[0].q, module.query(x))
-    assert torch.equal(calls[0].k, module.key(x))
+        module(torch.randn(2, 10, WIDTH))
+    assert len(calls) == 1
+    torch.testing.assert_close(calls[0].scores, module.scores.mean(1))
+    sum(x.sum() for x in score_statistics(calls[0], SPANS)["audio", "video"]).backward()
+    assert module.qkv.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("own", [4**-0.5, 4**0.5])
-def test_eager_scale_is_known_as_factor_or_divisor(own):
-    torch.manual_seed(0)
-    module, x = EagerSplitAttention(), torch.randn(2, 10, WIDTH)
-    module.scale = own
-    with capture_attention([find_attention(module, "attn")]) as calls:
-        module(x)
-    torch.testing.assert_close(calls[0].scale, 4**-0.5 / HEADS)
-
-
-def test_eager_attention_with_another_scale_is_refused():
-    module = EagerSplitAttention()
-    module.scale = 1.0
-    with pytest.raises(ValueError, match="'attn' has `scale` 1.0"), capture_attention([find_attention(module, "attn")]):
+@pytest.mark.parametrize("masked", [float("-inf"), torch.finfo(torch.float32).min, -10000.0])
+def test_masks_of_eager_attention_are_refused(masked):
+    mask = torch.zeros(10)
+    mask[7:] = masked
+    module = EagerVariant(lambda q, k: q @ k.mT + mask)
+    with (
+        pytest.raises(ValueError, match="'attn' attends under a mask"),
+        capture_attention([find_attention(module, "attn")]),
+    ):
         module(torch.randn(2, 10, WIDTH))
 
 
-def test_eager_fused_projection_must_be_three_of_a_size():
-    module = EagerFusedAttention()
-    module.qkv = nn.Linear(WIDTH, 2 * WIDTH)
-    module.forward = lambda x: module.qkv(x)
-    with (
-        pytest.raises(ValueError, match="q, k and v side by"),
-        capture_attention([find_attention(module, "attn")]),
-    ):
+def test_eager_heads_folded_into_the_batch_are_refused():
+    module = EagerSplitAttention()
+    module.forward = lambda x: (module.query(x) @ module.key(x).mT).softmax(-1) @ module.value(x)
+    message = r"to get \(batch, heads, tokens, tokens\), but it got \(2, 10, 10\)"
+    with pytest.raises(ValueError, match=message), capture_attention([find_attention(module, "attn")]):
         module(torch.randn(2, 10, WIDTH))
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_abpem.models import CAVMAE
 from tests.golden_runs import Golden, published_weights
@@ -69,3 +71,25 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path):
     torch.save({"norm.weight": Harm()}, path)
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         small().load_published(path)
+
+
+def test_only_the_known_keys_are_ignored():
+    weights = published_weights()
+    for key in ("head.norm_a.weight", "norm1_v.weight", "blocks_a.0.norm1_a.scale"):
+        with pytest.raises(ValueError, match=f"unexpected: {key}"):
+            small().load_published({**weights, key: torch.zeros(24)})
+
+
+def test_accuracy_is_per_dataloader_and_weighted_by_samples():
+    class Fixed(CAVMAE):
+        def forward(self, audio, video):
+            return audio
+
+    def loader(*batches):
+        return DataLoader([((torch.eye(10)[: len(b)], torch.zeros(len(b))), torch.tensor(b)) for b in batches], None)
+
+    runner = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    loaders = [loader([0, 1, 2, 3], [0, 9]), loader([9])]
+    first, second = runner.test(Fixed(10, 24, 3), loaders, verbose=False)
+    assert first["accuracy/dataloader_idx_0"] == pytest.approx(5 / 6)
+    assert second["accuracy/dataloader_idx_1"] == 0

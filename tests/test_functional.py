@@ -1,5 +1,8 @@
 """Each equation against the naive float64 twin."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -97,3 +100,9 @@ def test_half_precision_is_computed_in_float32(dtype):
     ):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, expected)
+
+
+def test_read_balance_of_the_authors():
+    record = np.load(Path(__file__).parent / "golden" / "read.npz")
+    for step, (_, balance) in enumerate(record["losses"]):
+        close(F.read_balance(torch.from_numpy(record[f"before_{step}"])), balance, 1e-12)

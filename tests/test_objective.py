@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_abpem.attention import AttentionCall, score_statistics
+from lightning_abpem.attention import FusedCall, score_statistics
 from lightning_abpem.objective import Objective
 from tests import reference
 
@@ -13,9 +13,7 @@ SPANS = {"audio": slice(0, 6), "video": slice(6, 10), "text": slice(10, 15)}
 
 def layers(count, spans=SPANS):
     torch.manual_seed(0)
-    calls = [
-        AttentionCall("a", *torch.randn(2, 4, 15, 12, dtype=torch.float64), 0.5 / 3, "fused") for _ in range(count)
-    ]
+    calls = [FusedCall("a", *torch.randn(2, 4, 15, 12, dtype=torch.float64), 0.5 / 3) for _ in range(count)]
     scores = [reference.mean_scores(call.q, call.k, 3, 0.5) for call in calls]
     return [score_statistics(call, spans) for call in calls], scores
 
@@ -41,7 +39,7 @@ def test_self_blocks_are_constants():
     """The gradient is that of the cross blocks alone: moving a self block's statistics has no gradient."""
     q, k = torch.randn(2, 2, 10, 12, dtype=torch.float64).requires_grad_().unbind()
     spans = {name: SPANS[name] for name in ("audio", "video")}
-    statistics = score_statistics(AttentionCall("a", q, k, 0.1, "fused"), spans)
+    statistics = score_statistics(FusedCall("a", q, k, 0.1), spans)
     assert not any(statistics[n, n].mean.requires_grad or statistics[n, n].std.requires_grad for n in spans)
     assert all(statistics[m, n].mean.requires_grad for m in spans for n in spans if m != n)
 

@@ -27,7 +27,7 @@ THIRD_PARTY = {
     "callback": {"torch", "lightning"},
     "__init__": set(),
     "models.__init__": set(),
-    "models.cavmae": {"torch", "lightning", "torchmetrics"},
+    "models.cavmae": {"torch", "lightning"},
     "data.__init__": set(),
     "data.corruptions": {"numpy", "scipy"},
     "data.digits": {"kaldi_native_fbank", "lightning", "numpy", "scipy", "sklearn", "soundfile", "torch"},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_abpem.attention import AttentionCall
+from lightning_abpem.attention import FusedCall
 from lightning_abpem.spans import check_spans, token_spans
 
 
@@ -44,7 +44,7 @@ def test_bad_spans(given, message):
 
 
 def call(n_q, n_k):
-    return AttentionCall("fusion.attn", torch.zeros(1, n_q, 4), torch.zeros(1, n_k, 4), 1.0, "fused")
+    return FusedCall("fusion.attn", torch.zeros(1, n_q, 4), torch.zeros(1, n_k, 4), 1.0)
 
 
 def test_spans_against_the_tokens():

@@ -1,7 +1,8 @@
 """Corruptions of sensors at severities 1 to 5: images in [0, 1], waveforms in [-1, 1], in batches.
 
 Kinds and parameters are those of ImageNet-C and of Kinetics50-C / VGGSound-C. Lengths in pixels, given there for images
-of 224 x 224, are scaled to the image at hand. Noise on audio is procedural here, and loud: its gain is over the speech.
+of 224 x 224, are scaled to the image at hand. White noise on audio has its standard deviation; the other noises are
+procedural, and loud: their gain is over the speech.
 """
 
 from __future__ import annotations
