@@ -21,7 +21,7 @@ from lightning_abpem.data.digits import Corruption, DigitsAV, Split
 
 SEEDS = (0, 1, 2)
 FUSION, MODALITIES = "fusion.self_attn", {"audio": 32, "image": 16}
-# The published recipe: Adam, one step per batch of 8, 32 samples in the memory, attention weight 1, prediction after the
+# The published recipe: Adam, one step per batch of 8, memory of 32 samples, attention weight 1, prediction after the
 # update. Chosen on held-out corruptions (`python -m demo.choose`): k of 10 classes and the learning rate.
 RECIPE: dict[str, Any] = {"k": 3, "attention_weight": 1.0, "memory_batches": 4, "learning_rate": 1e-3}
 

@@ -9,7 +9,7 @@ step) -> the call itself, its frozen part replayed -> `_after_call`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from lightning_abpem.projections import collect_params, find_attention
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
 from lightning_abpem.spans import check_spans
+from lightning_abpem.weights import AdaptedWeights, all_finite
 
 __all__ = ["Adaptation"]
 
@@ -103,10 +104,9 @@ class Adaptation:
         self._stack.callback(_ADAPTING.difference_update, list(map(id, adapted)))
         self._stack.enter_context(without_inference_tensors(self.model))
         self._stack.enter_context(only_trainable(self.model, adapted))
-        self._source = [p.detach().clone() for p in adapted]
+        self.weights = AdaptedWeights(adapted, self.settings.optimizer)
         if self.settings.restore:
-            self._stack.callback(self._set_weights, self._source)
-        self._optimizer = self._make_optimizer()
+            self._stack.callback(self.weights.restore)
         self._replay = FrozenReplay(self.target, adapted)
         self._replay.enabled = self.settings.replay and not is_compiled(self.model)
         if self._replay.enabled:
@@ -124,8 +124,7 @@ class Adaptation:
     def reset(self) -> None:
         """Back to the source model: its weights, a fresh optimizer, an empty memory."""
         with torch.inference_mode(False):
-            self._set_weights(self._source)
-            self._optimizer = self._make_optimizer()
+            self.weights.reset()
         if self.memory is not None:
             self.memory.clear()
         self._updates_since_reset = 0
@@ -198,7 +197,7 @@ class Adaptation:
                 "Is the forward, or a part of it after the fusion attention, under torch.no_grad() or inference_mode()?"
             )
         gradients = torch.autograd.grad(loss, adapted, allow_unused=True)
-        finite = _all_finite(loss, *gradients) and self._step(gradients)
+        finite = all_finite(loss, *gradients) and self.weights.step(gradients)
         if finite:
             self.updates += 1
             self._updates_since_reset += 1
@@ -209,29 +208,6 @@ class Adaptation:
                     "Call %d: the loss, a gradient or the step is not finite. Such steps are skipped.", self.calls
                 )
         return finite
-
-    @torch.no_grad()
-    def _step(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Move the weights; back to where they were, with a fresh optimizer, if they do not stay finite."""
-        before = [master.clone() for master in self._masters]
-        for master, gradient in zip(self._masters, gradients, strict=True):
-            master.grad = None if gradient is None else gradient.to(master)
-        with torch.enable_grad():
-            self._optimizer.step()
-        for master in self._masters:
-            master.grad = None
-        finite = _all_finite(*self._masters)
-        self._set_weights(self._masters if finite else before)
-        if not finite:
-            self._optimizer = self._make_optimizer()
-        return finite
-
-    @torch.no_grad()
-    def _set_weights(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.params.values(), values, strict=True):
-            if value is not parameter:
-                parameter.copy_(value)
-        torch.clear_autocast_cache()
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._inside:
@@ -246,17 +222,6 @@ class Adaptation:
         if self.settings.updates_per_reset is not None:
             return self._updates_since_reset >= self.settings.updates_per_reset
         return self.settings.reset == "batch" and self._updates_since_reset > 0
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimizer, of the parameters or, where they are narrower than float32, of float32 masters of them."""
-        narrow = (torch.float16, torch.bfloat16)
-        self._masters = [nn.Parameter(p.detach().float()) if p.dtype in narrow else p for p in self.params.values()]
-        optimizer = self.settings.optimizer(self._masters)
-        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                f"Expected `optimizer` to make a torch optimizer that steps without a closure, but got {optimizer!r}."
-            )
-        return optimizer
 
     @contextmanager
     def _own_inputs(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
@@ -335,7 +300,3 @@ class Adaptation:
         adapted = {id(p) for p in self.params.values()}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return [name for name, p in everywhere if id(p) in adapted and name not in self.params]
-
-
-def _all_finite(*tensors: Tensor | None) -> bool:
-    return bool(torch.stack([torch.isfinite(x).all() for x in tensors if x is not None]).all())

@@ -1,0 +1,84 @@
+"""The weights that move: their source values, their optimizer, a step that is taken back if it ruins them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_abpem.settings import OptimizerFactory
+
+__all__ = ["AdaptedWeights", "all_finite"]
+
+
+class AdaptedWeights:
+    """Parameters with an optimizer of their own and the way back to where they came from.
+
+    Parameters narrower than float32 move by way of float32 masters: Adam at 1e-4 would not move a bfloat16 weight of 1,
+    and its epsilon is 0 in float16.
+
+    Args:
+        params: what moves; their present values are the source.
+        optimizer: from parameters to a torch optimizer.
+
+    Raises:
+        ValueError: if the factory makes no optimizer, or one that needs a closure.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], optimizer: OptimizerFactory) -> None:
+        self._params = list(params)
+        self._factory = optimizer
+        self._source = [p.detach().clone() for p in params]
+        self._start()
+
+    def restore(self) -> None:
+        """Back to the source values, bit by bit."""
+        self._set(self._source)
+
+    def reset(self) -> None:
+        """Back to the source values, with a fresh optimizer."""
+        self._set(self._source)
+        self._start()
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None]) -> bool:
+        """One step of the optimizer; where weights would not stay finite they return, with a fresh optimizer.
+
+        Returns:
+            Whether the step was taken.
+        """
+        before = [master.clone() for master in self._masters]
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.to(master)
+        with torch.enable_grad():
+            self._optimizer.step()
+        for master in self._masters:
+            master.grad = None
+        finite = all_finite(*self._masters)
+        self._set(self._masters if finite else before)
+        if not finite:
+            self._start()
+        return finite
+
+    def _start(self) -> None:
+        narrow = (torch.float16, torch.bfloat16)
+        self._masters = [nn.Parameter(p.detach().float()) if p.dtype in narrow else p for p in self._params]
+        self._optimizer = self._factory(self._masters)
+        if not isinstance(self._optimizer, torch.optim.Optimizer) or isinstance(self._optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "Expected `optimizer` to make a torch optimizer that steps without a closure, but got "
+                f"{self._optimizer!r}."
+            )
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._params, values, strict=True):
+            if value is not parameter:
+                parameter.copy_(value)
+        torch.clear_autocast_cache()  # a surrounding autocast would go on with the casts of the old values
+
+
+def all_finite(*tensors: Tensor | None) -> bool:
+    """Whether no tensor holds NaN or infinity; None counts as finite."""
+    return bool(torch.stack([torch.isfinite(x).all() for x in tensors if x is not None]).all())

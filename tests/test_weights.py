@@ -1,0 +1,54 @@
+"""The weights that move, by themselves: steps, narrow dtypes, the way back."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_abpem.weights import AdaptedWeights, all_finite
+
+SGD = partial(torch.optim.SGD, lr=1e-4)
+
+
+def ones(dtype=torch.float32):
+    return [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.full((2,), 2.0, dtype=dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_many_small_steps_add_up(dtype):
+    """A hundred steps of 1e-4: each is lost on a bfloat16 1.0, all of them together are not."""
+    params = ones(dtype)
+    weights = AdaptedWeights(params, SGD)
+    for _ in range(100):
+        assert weights.step([torch.ones(3, dtype=dtype), None])
+    assert params[0].tolist() == pytest.approx([0.99] * 3, abs=4e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert torch.equal(params[1], torch.full((2,), 2.0, dtype=dtype))
+    assert all(p.grad is None for p in params)
+    weights.restore()
+    assert torch.equal(params[0], torch.ones(3, dtype=dtype))
+
+
+def test_a_reset_forgets_the_momentum():
+    params = ones()
+    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    gradients = [torch.ones(3), torch.ones(2)]
+    weights.step(gradients)
+    first = params[0].clone()
+    weights.step(gradients)
+    weights.reset()
+    weights.step(gradients)
+    assert torch.equal(params[0], first)
+
+
+def test_an_overflowing_step_is_taken_back():
+    params = ones()
+    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=1e30))
+    assert not weights.step([torch.full((3,), 1e30), None])
+    assert torch.equal(params[0], torch.ones(3))
+
+
+def test_all_finite():
+    assert all_finite(torch.ones(2), None, torch.zeros(1))
+    assert not all_finite(torch.ones(2), torch.tensor([1.0, float("nan")]))
+    assert not all_finite(torch.tensor(float("inf")))
