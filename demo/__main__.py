@@ -44,7 +44,7 @@ def main() -> None:
     console.print(f"Every run: {OUTPUT / 'results.csv'}. Severities 0 to 5: {OUTPUT / 'severity.png'}.")
 
 
-def _runs(options: tuple[tuple[str, Any], ...]) -> list[Run]:
+def _runs(options: dict[str, Any]) -> list[Run]:
     """Clean and severity 5 with every seed, severities 1 to 4 with the first."""
     corruptions: list[tuple[Corruption | None, int]] = [(None, seed) for seed in SEEDS]
     for modality, kind in KINDS:

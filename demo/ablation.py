@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from demo.protocol import SEEDS, Run, evaluate_all, recipe
+from demo.protocol import Run, accuracy_by_seed, recipe
 from demo.source import quiet, train_source
 from lightning_abpem.data.digits import Corruption
 
@@ -32,16 +32,13 @@ MEMORY_SAMPLES = 32
 def main() -> None:
     quiet()
     cells = list(product((False, True), (4, 8, 32), ("source", *PARTS), (None, *CORRUPTIONS)))
-    runs = []
-    for sorted_by_label, batch_size, parts, corruption in cells:
+    runs = {}
+    for cell in cells:
+        sorted_by_label, batch_size, parts, corruption = cell
         changes = {"memory_batches": MEMORY_SAMPLES // batch_size, **PARTS.get(parts, {})}
         options = None if parts == "source" else recipe(**changes)
-        for seed in SEEDS:
-            runs.append(
-                Run(corruption, seed, options, batch_size=batch_size, sorted_by_label=sorted_by_label),
-            )
-    rows = iter(evaluate_all(runs, train_source(), "ablation"))
-    accuracy = {cell: [next(rows)["accuracy"] for _ in SEEDS] for cell in cells}
+        runs[cell] = Run(corruption, 0, options, batch_size=batch_size, sorted_by_label=sorted_by_label)
+    accuracy = accuracy_by_seed(runs, train_source(), "ablation")
     table = Table("order", "batch", "data", "source", *PARTS)
     for sorted_by_label, batch_size, data in product((False, True), (4, 8, 32), ((None,), CORRUPTIONS)):
         values = []

@@ -12,7 +12,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from demo.protocol import SEEDS, Run, evaluate_all, recipe
+from demo.protocol import Run, accuracy_by_seed, recipe
 from demo.source import quiet, train_source
 from lightning_abpem.data.digits import Corruption
 
@@ -25,18 +25,14 @@ def main() -> None:
     corruptions = [None, *(Corruption(modality, kind, 5) for modality, kind in HELD_OUT)]
     candidates = [None, *(dict(zip(GRID, values, strict=True)) for values in product(*GRID.values()))]
     cells = list(product(range(len(candidates)), range(len(corruptions))))
-    runs = []
-    for candidate, corruption in cells:
-        changes = candidates[candidate]
-        options = None if changes is None else recipe(**changes)
-        runs += [Run(corruptions[corruption], seed, options, split="dev") for seed in SEEDS]
-    rows = iter(evaluate_all(runs, train_source(), "choosing"))
-    accuracy = {cell: fmean(next(rows)["accuracy"] for _ in SEEDS) for cell in cells}
+    options = [None if changes is None else recipe(**changes) for changes in candidates]
+    runs = {(i, j): Run(corruptions[j], 0, options[i], split="dev") for i, j in cells}
+    accuracy = accuracy_by_seed(runs, train_source(), "choosing")
     table = Table("lr", "weight", "k", "clean", *(f"{m}: {k}".replace("_", " ") for m, k in HELD_OUT), "corrupted")
     for candidate, changes in enumerate(candidates):
-        options = ["source", "", ""] if changes is None else [f"{value:g}" for value in changes.values()]
-        values = [accuracy[candidate, corruption] for corruption in range(len(corruptions))]
-        table.add_row(*options, *(f"{value:.1f}" for value in values), f"{fmean(values[1:]):.1f}")
+        names = ["source", "", ""] if changes is None else [f"{value:g}" for value in changes.values()]
+        values = [fmean(accuracy[candidate, corruption]) for corruption in range(len(corruptions))]
+        table.add_row(*names, *(f"{value:.1f}" for value in values), f"{fmean(values[1:]):.1f}")
     Console(width=120).print(table)
 
 

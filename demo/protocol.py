@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,6 +26,7 @@ FUSION, MODALITIES = "fusion.self_attn", {"audio": 32, "image": 16}
 RECIPE: dict[str, Any] = {"k": 3, "attention_weight": 1.0, "memory_batches": 4, "learning_rate": 1e-3}
 
 Row = dict[str, Any]
+Cell = TypeVar("Cell", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,22 @@ class Run:
 
     corruption: Corruption | None
     seed: int
-    options: tuple[tuple[str, Any], ...] | None
-    labels: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] | None
+    labels: dict[str, Any] = field(default_factory=dict)
     split: Split = "test"
     batch_size: int = 8
     pairs: int = 640
     sorted_by_label: bool = False
 
 
-def recipe(**changes: Any) -> tuple[tuple[str, Any], ...]:
+def recipe(**changes: Any) -> dict[str, Any]:
     """The demo's recipe with some options changed."""
-    return tuple((RECIPE | changes).items())
+    return RECIPE | changes
 
 
 def evaluate(run: Run, checkpoint: Path) -> Row:
     """One run's accuracy, in percent, and the figures that ABPEM records, averaged over the stream."""
-    options = {"k": RECIPE["k"], "steps": 0, "learning_rate": 1e-4} if run.options is None else dict(run.options)
+    options = recipe(steps=0, memory_batches=1) if run.options is None else dict(run.options)
     optimizer = partial(torch.optim.Adam, lr=options.pop("learning_rate"))
     abpem = ABPEM(FUSION, MODALITIES, optimizer=optimizer, **options)
     data = DigitsAV(run.batch_size, run.corruption, run.split, run.pairs, run.seed, run.sorted_by_label)
@@ -74,6 +75,13 @@ def evaluate_all(runs: Iterable[Run], checkpoint: Path, title: str, runs_per_str
             rows.append(row)
             progress.advance(bar)
         return rows
+
+
+def accuracy_by_seed(runs: Mapping[Cell, Run], checkpoint: Path, title: str) -> dict[Cell, list[float]]:
+    """Each run's accuracy, in percent, with every seed in turn."""
+    seeded = [replace(run, seed=seed) for run in runs.values() for seed in SEEDS]
+    rows = iter(evaluate_all(seeded, checkpoint, title))
+    return {cell: [next(rows)["accuracy"] for _ in SEEDS] for cell in runs}
 
 
 def _quiet_worker() -> None:

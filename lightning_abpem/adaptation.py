@@ -131,6 +131,8 @@ class Adaptation:
 
     def describe(self) -> str:
         """What adapts, by name, with counts."""
+        if self.settings.steps == 0:
+            return "ABPEM observes, with steps=0: no weight moves."
         count = sum(p.numel() for p in self.params.values())
         share = count / sum(p.numel() for p in self.model.parameters())
         fate = "return" if self.settings.restore else "do not return (restore=False)"
@@ -139,8 +141,6 @@ class Adaptation:
             *(f"  {name} {tuple(p.shape)}" for name, p in self.params.items()),
             *(f"  {tied} is the same tensor, so it moves as well" for tied in self._tied()),
         ]
-        if self.settings.steps == 0:
-            return "ABPEM observes, with steps=0: no weight moves."
         return "\n".join([*lines, f"Their source values {fate} after the run."])
 
     # ------------------------------------------------------------------------------------------- the way of a batch
@@ -159,9 +159,10 @@ class Adaptation:
         """Adapt to one batch, the target's arguments: `steps` times forward, loss, backward and step."""
         updated = False
         for _ in range(max(self.settings.steps, 1)):
-            loss, record, samples = self._observe(args, kwargs)
-            if samples == 0:
+            observed = self._observe(args, kwargs)
+            if observed is None:
                 return
+            loss, record, samples = observed
             updated = self.settings.steps > 0 and self._update(loss)
             self.record = record | {"updated": loss.new_tensor(float(updated)).detach()}
             if self.on_step is not None:
@@ -169,8 +170,11 @@ class Adaptation:
         if updated and self.memory is not None:
             self.memory.push()
 
-    def _observe(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor], int]:
-        """One forward over memory and batch, its attention captured: the loss, its figures, the batch's size."""
+    def _observe(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor], int] | None:
+        """One forward over memory and batch, its attention captured: the loss, its figures, the batch's size.
+
+        None if the batch is empty.
+        """
         self._replay.start_pass()
         with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.fusion) as calls:
             output = self._run_target(args, kwargs)
@@ -178,7 +182,7 @@ class Adaptation:
         stored = 0 if self.memory is None else self.memory.verify(logits)
         samples = logits.shape[0] - stored
         if samples == 0:
-            return logits.sum(), {}, 0
+            return None
         self._check_calls(calls, logits, args, kwargs)
         if logits.shape[0] == 1 and not self._warned_single:
             self._warned_single = True
@@ -219,9 +223,8 @@ class Adaptation:
     # --------------------------------------------------------------------------------------------------- the details
 
     def _reset_is_due(self) -> bool:
-        if self.settings.updates_per_reset is not None:
-            return self._updates_since_reset >= self.settings.updates_per_reset
-        return self.settings.reset == "batch" and self._updates_since_reset > 0
+        limit = self.settings.updates_per_reset
+        return limit is not None and self._updates_since_reset >= limit
 
     @contextmanager
     def _own_inputs(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:

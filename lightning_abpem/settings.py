@@ -72,7 +72,9 @@ class Settings:
 
     @property
     def updates_per_reset(self) -> int | None:
-        """After how many updates the source model returns; None if not by count."""
+        """After how many updates the source model returns before the next call; None if updates do not decide."""
+        if self.reset == "batch":
+            return 1
         return self.reset if isinstance(self.reset, int) else None
 
     def _counted_reset(self) -> bool:

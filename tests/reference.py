@@ -61,28 +61,27 @@ def block_statistics(scores: Tensor, rows: slice, columns: slice) -> list[tuple[
     return statistics
 
 
-def divergences(scores: Tensor, spans: dict[str, slice]) -> dict[tuple[str, str], float]:
-    """Batch mean of KL(cross block || self block of the key modality), by (query, key) modality."""
+def cross_and_self(scores: Tensor, spans: dict[str, slice]) -> dict[tuple[str, str], list[tuple]]:
+    """Per sample: statistics of each cross block and of the key modality's self block, by (query, key) modality."""
     result = {}
     for m, rows in spans.items():
         for n, columns in spans.items():
             if m != n:
                 cross, target = block_statistics(scores, rows, columns), block_statistics(scores, columns, columns)
-                terms = [gaussian_kl(*c, *t) for c, t in zip(cross, target, strict=True)]
-                result[m, n] = sum(terms) / len(terms)
+                result[m, n] = list(zip(cross, target, strict=True))
     return result
+
+
+def divergences(scores: Tensor, spans: dict[str, slice]) -> dict[tuple[str, str], float]:
+    """Batch mean of KL(cross block || self block of the key modality), by (query, key) modality."""
+    blocks = cross_and_self(scores, spans)
+    return {pair: sum(gaussian_kl(*c, *t) for c, t in samples) / len(samples) for pair, samples in blocks.items()}
 
 
 def gaps(scores: Tensor, spans: dict[str, slice]) -> dict[tuple[str, str], float]:
     """Batch mean of mean(n, n) - mean(m, n), by (query, key) modality."""
-    result = {}
-    for m, rows in spans.items():
-        for n, columns in spans.items():
-            if m != n:
-                cross, target = block_statistics(scores, rows, columns), block_statistics(scores, columns, columns)
-                terms = [t[0] - c[0] for c, t in zip(cross, target, strict=True)]
-                result[m, n] = sum(terms) / len(terms)
-    return result
+    blocks = cross_and_self(scores, spans)
+    return {pair: sum(t[0] - c[0] for c, t in samples) / len(samples) for pair, samples in blocks.items()}
 
 
 def loss(

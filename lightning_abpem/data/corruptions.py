@@ -38,11 +38,7 @@ def corrupt_audio(waves: Array, kind: str, severity: int, seed: int, rate: int, 
         ValueError: an unknown kind, or a severity outside 1 to 5.
     """
     corruption, parameter = _look_up(AUDIO_CORRUPTIONS, kind, severity)
-    rng = np.random.default_rng([seed, severity])
-    if corruption is _white:
-        return np.clip(waves + parameter * rng.standard_normal(waves.shape), -1, 1)
-    noise = _crowd(waves, speech, rng) if corruption is _crowd else corruption(waves, rate, rng)
-    return np.clip(_overlay(waves, noise, gain_db=parameter), -1, 1)
+    return np.clip(corruption(waves, parameter, rate, speech, np.random.default_rng([seed, severity])), -1, 1)
 
 
 def _look_up(table: dict[str, tuple], kind: str, severity: int) -> tuple[Callable, float]:  # type: ignore[type-arg]
@@ -139,17 +135,30 @@ IMAGE_CORRUPTIONS: dict[str, tuple] = {  # type: ignore[type-arg]
 # ------------------------------------------------------------------------------------------------------------ audio
 
 
-def _white(waves: Array, rate: int, rng: Rng) -> Array:
-    return rng.standard_normal(waves.shape)
+def _white_noise(waves: Array, sd: float, rate: int, speech: Array, rng: Rng) -> Array:
+    return waves + sd * rng.standard_normal(waves.shape)
 
 
-def _pink(waves: Array, rate: int, rng: Rng) -> Array:
+def _louder(noise: Callable[[Array, int, Array, Rng], Array]) -> Callable[..., Array]:
+    """The corruption that adds `noise` at a gain, in dB, over each waveform's own level."""
+
+    def level(x: Array) -> Array:
+        return np.sqrt((x**2).mean(1, keepdims=True))
+
+    def corrupt(waves: Array, gain_db: float, rate: int, speech: Array, rng: Rng) -> Array:
+        added = noise(waves, rate, speech, rng)
+        return waves + added * (level(waves) / level(added)) * 10 ** (gain_db / 20)
+
+    return corrupt
+
+
+def _pink(waves: Array, rate: int, speech: Array, rng: Rng) -> Array:
     """Noise whose power falls with 1 / frequency."""
     spectrum = np.fft.rfft(rng.standard_normal(waves.shape))
     return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(spectrum.shape[1]), 1)), waves.shape[1])
 
 
-def _wind(waves: Array, rate: int, rng: Rng) -> Array:
+def _wind(waves: Array, rate: int, speech: Array, rng: Rng) -> Array:
     """Low rumble that comes in gusts."""
     rumble = _band(rng.standard_normal(waves.shape), rate, 30, 500)
     seconds = waves.shape[1] / rate
@@ -158,7 +167,7 @@ def _wind(waves: Array, rate: int, rng: Rng) -> Array:
     return rumble * np.exp(gusts)
 
 
-def _rain(waves: Array, rate: int, rng: Rng) -> Array:
+def _rain(waves: Array, rate: int, speech: Array, rng: Rng) -> Array:
     """A hiss with drops: short decaying bursts at random moments, about 200 a second."""
     hiss = rng.standard_normal(waves.shape)
     drops = (rng.random(waves.shape) < 200 / rate) * rng.exponential(size=waves.shape)
@@ -167,7 +176,7 @@ def _rain(waves: Array, rate: int, rng: Rng) -> Array:
     return _band(hiss / hiss.std() + bursts / bursts.std(), rate, 1000, 0.48 * rate)
 
 
-def _traffic(waves: Array, rate: int, rng: Rng) -> Array:
+def _traffic(waves: Array, rate: int, speech: Array, rng: Rng) -> Array:
     """Engines: harmonics of 40 to 120 Hz over tyre noise."""
     time = np.arange(waves.shape[1]) / rate
     base = rng.uniform(40, 120, (len(waves), 1, 1))
@@ -178,7 +187,7 @@ def _traffic(waves: Array, rate: int, rng: Rng) -> Array:
     return engine / engine.std() + tyres / tyres.std()
 
 
-def _crowd(waves: Array, speech: Array, rng: Rng) -> Array:
+def _crowd(waves: Array, rate: int, speech: Array, rng: Rng) -> Array:
     """Many people speaking at once: twelve voices, each shifted at random."""
     crowd = np.zeros_like(waves)
     for _ in range(12):
@@ -192,21 +201,12 @@ def _band(noise: Array, rate: int, low: float, high: float) -> Array:
     return signal.sosfilt(signal.butter(2, (low, high), "bandpass", fs=rate, output="sos"), noise, axis=1)
 
 
-def _overlay(waves: Array, noise: Array, gain_db: float) -> Array:
-    """Noise added at `gain_db` over each waveform's own level."""
-
-    def level(x: Array) -> Array:
-        return np.sqrt((x**2).mean(1, keepdims=True))
-
-    return waves + noise * (level(waves) / level(noise)) * 10 ** (gain_db / 20)
-
-
 AUDIO_CORRUPTIONS: dict[str, tuple] = {  # type: ignore[type-arg]
-    "gaussian_noise": (_white, (0.08, 0.12, 0.18, 0.26, 0.38)),
-    "crowd": (_crowd, _GAIN_DB),
-    "rain": (_rain, _GAIN_DB),
-    "wind": (_wind, _GAIN_DB),
-    "traffic": (_traffic, _GAIN_DB),
-    "pink_noise": (_pink, _GAIN_DB),
+    "gaussian_noise": (_white_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "crowd": (_louder(_crowd), _GAIN_DB),
+    "rain": (_louder(_rain), _GAIN_DB),
+    "wind": (_louder(_wind), _GAIN_DB),
+    "traffic": (_louder(_traffic), _GAIN_DB),
+    "pink_noise": (_louder(_pink), _GAIN_DB),
 }
 """Function and parameter by severity: the standard deviation of white noise, or a gain in dB."""

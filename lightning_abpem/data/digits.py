@@ -100,8 +100,7 @@ def _dataset(
     if corruption is not None and corruption.modality == "image":
         x = corrupt_images(x, corruption.kind, corruption.severity, seed)
     elif corruption is not None:
-        speech = _place(_clips("train")[0], np.arange(len(_clips("train")[0])), np.random.default_rng(0))
-        w = corrupt_audio(w, corruption.kind, corruption.severity, seed, RATE, speech)
+        w = corrupt_audio(w, corruption.kind, corruption.severity, seed, RATE, _crowd_speech())
     audio = (np.stack([_filterbank(wave) for wave in w]) - AUDIO_MEAN) / AUDIO_STD
     image = (x[:, None] - IMAGE_MEAN) / IMAGE_STD
     return TensorDataset(*(torch.from_numpy(a).float() for a in (audio, image)), torch.from_numpy(digits))
@@ -124,6 +123,13 @@ def _clips(split: Split) -> tuple[list[Array], NDArray[np.int64]]:
     rows = _rows(split)
     starts = [(int(row["start"]), int(row["length"])) for row in rows]
     return [wave[start : start + length] for start, length in starts], np.array([int(row["digit"]) for row in rows])
+
+
+@cache
+def _crowd_speech() -> Array:
+    """What a crowd speaks: the training voices (N, SAMPLES)."""
+    waves, _ = _clips("train")
+    return _place(waves, np.arange(len(waves)), np.random.default_rng(0))
 
 
 def _rows(split: Split) -> list[dict[str, str]]:
@@ -151,14 +157,20 @@ def _place(waves: list[Array], chosen: NDArray[np.int64], rng: np.random.Generat
 
 
 def _filterbank(wave: Array) -> NDArray[np.float32]:
-    """Log-mel energies (FRAMES, MEL_BINS) by Kaldi's rules: 25 ms Hanning windows every 10 ms."""
+    """Log-mel energies (FRAMES, MEL_BINS) of one clip."""
+    fbank = knf.OnlineFbank(_filterbank_options())
+    fbank.accept_waveform(RATE, (wave - wave.mean()).tolist())
+    fbank.input_finished()
+    return np.stack([fbank.get_frame(i) for i in range(FRAMES)])
+
+
+@cache
+def _filterbank_options() -> knf.FbankOptions:
+    """Kaldi's rules: 25 ms Hanning windows every 10 ms, no dither."""
     options = knf.FbankOptions()
     options.frame_opts.samp_freq = RATE
     options.frame_opts.dither = 0
     options.frame_opts.window_type = "hanning"
     options.mel_opts.num_bins = MEL_BINS
     options.htk_compat, options.use_energy = True, False
-    fbank = knf.OnlineFbank(options)
-    fbank.accept_waveform(RATE, (wave - wave.mean()).tolist())
-    fbank.input_finished()
-    return np.stack([fbank.get_frame(i) for i in range(FRAMES)])
+    return options
