@@ -11,26 +11,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_abpem.attention import AttentionCall, capture_attention, list_attention_calls, score_statistics
+from lightning_abpem.attention import AttentionCall, capture_attention
+from lightning_abpem.fusion import find_fusion
 from lightning_abpem.logits import read_logits
 from lightning_abpem.memory import TokenMemory
 from lightning_abpem.modules import (
-    find_modules,
     is_compiled,
     normal_tensor,
     only_trainable,
     without_inference_tensors,
 )
-from lightning_abpem.projections import collect_params, find_attention
+from lightning_abpem.projections import collect_params
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
-from lightning_abpem.spans import check_spans
+from lightning_abpem.spans import Tokens, check_disjoint, select_tokens
+from lightning_abpem.tracing import SeenCall, joint_spans, trace_attention
 from lightning_abpem.weights import AdaptedWeights, all_finite
 
 __all__ = ["Adaptation"]
@@ -53,7 +54,7 @@ class Adaptation:
         calls: calls of the target so far.
         updates: steps taken.
         skipped: steps not taken because the loss or a gradient was not finite.
-        record: the last step's figures, named in `Objective.record_names`, and `updated`: 1 if the step was taken.
+        record: the last step's figures, as `Objective` names them, and `updated`: 1 if the step was taken.
 
     Raises:
         ValueError: on construction, with nothing changed: the names match no attention, a part of the model is in
@@ -69,9 +70,9 @@ class Adaptation:
     ) -> None:
         self.model, self.settings, self.on_step = model, settings, on_step
         self.target = model if settings.target is None else self._submodule(settings.target, "target")
-        modules = find_modules(model, settings.fusion)
-        self.fusion = [find_attention(module, name) for name, module in modules.items()]
-        self.params = collect_params(self.fusion)
+        self.fusion = find_fusion(model, settings.patterns)
+        self.params = collect_params(self.fusion.adapting)
+        self._spans_by_shape: dict[Any, dict[str, Tokens]] = {}
         self.memory = self._find_memory() if settings.memory_batches > 1 else None
         self._check_model()
         self.calls = self.updates = self.skipped = 0
@@ -107,7 +108,7 @@ class Adaptation:
         self.weights = AdaptedWeights(adapted, self.settings.optimizer)
         if self.settings.restore:
             self._stack.callback(self.weights.restore)
-        self._replay = FrozenReplay(self.target, adapted)
+        self._replay = FrozenReplay(self.target, adapted, watched=[x.module for x in self.fusion.watched])
         self._replay.enabled = self.settings.replay and not is_compiled(self.model)
         if self._replay.enabled:
             self._stack.enter_context(self._replay.attached())
@@ -158,8 +159,9 @@ class Adaptation:
     def forward_and_adapt(self, args: Any, kwargs: Any) -> None:
         """Adapt to one batch, the target's arguments: `steps` times forward, loss, backward and step."""
         updated = False
+        tokens = self._tokens(args, kwargs)
         for _ in range(max(self.settings.steps, 1)):
-            observed = self._observe(args, kwargs)
+            observed = self._observe(args, kwargs, tokens)
             if observed is None:
                 return
             loss, record, samples = observed
@@ -168,28 +170,30 @@ class Adaptation:
             if self.on_step is not None:
                 self.on_step(self.record, samples)
         if updated and self.memory is not None:
-            self.memory.push()
+            self.memory.push(tokens)
 
-    def _observe(self, args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Tensor], int] | None:
+    def _observe(
+        self, args: Any, kwargs: Any, tokens: dict[str, Tokens]
+    ) -> tuple[Tensor, dict[str, Tensor], int] | None:
         """One forward over memory and batch, its attention captured: the loss, its figures, the batch's size.
 
         None if the batch is empty.
         """
-        self._replay.start_pass()
-        with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.fusion) as calls:
+        self._replay.start_pass(watching=True)
+        with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.fusion.watched) as calls:
             output = self._run_target(args, kwargs)
         logits = read_logits(output, self.settings.logits)
         stored = 0 if self.memory is None else self.memory.verify(logits)
+        tokens = tokens if self.memory is None else self.memory.with_past(tokens)
         samples = logits.shape[0] - stored
         if samples == 0:
             return None
-        self._check_calls(calls, logits, args, kwargs)
+        self._check_calls(calls, tokens, logits, args, kwargs)
         if logits.shape[0] == 1 and not self._warned_single:
             self._warned_single = True
             log.warning("A batch of one sample: the balance of a single prediction is its own entropy, not a balance.")
         with torch.autocast(logits.device.type, enabled=False):
-            statistics = [score_statistics(call, self.settings.spans) for call in calls]
-            loss, record = self.settings.objective(logits, statistics)
+            loss, record = self.settings.objective(logits, self.fusion.compare(calls, tokens))
         return loss, record, samples
 
     def _update(self, loss: Tensor) -> bool:
@@ -251,22 +255,62 @@ class Adaptation:
         finally:
             self._inside = False
 
-    def _check_calls(self, calls: list[AttentionCall], logits: Tensor, args: Any, kwargs: Any) -> None:
-        """Every fusion attention was called, batch-first, on tokens that the spans fit."""
-        if silent := [attention.name for attention in self.fusion if attention.name not in {c.name for c in calls}]:
-            with torch.no_grad():
-                seen = list_attention_calls(self.model, lambda: self._run_target(args, kwargs))
-            raise ValueError(
-                f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
-                f"Seen elsewhere: {'; '.join(seen) or 'none'}."
-            )
+    def _check_calls(
+        self, calls: list[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any
+    ) -> None:
+        """Every fusion attention was called, batch-first, on the tokens of the modalities."""
+        if silent := [x.name for x in self.fusion.watched if x.name not in {call.name for call in calls}]:
+            self._refuse_silence(silent, self._trace(args, kwargs))
         for call in calls:
             if call.shape[0] != logits.shape[0]:
                 raise ValueError(
                     f"Expected '{call.name}' to attend with {logits.shape[0]} samples, as many as the logits have, but "
                     f"got {call.shape[0]}: are its tokens batch-first, its heads a dimension of their own?"
                 )
-            check_spans(self.settings.spans, call, cover=self.settings.spans_cover)
+        self.fusion.check(calls, tokens)
+
+    def _tokens(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+        """The tokens of each modality in this batch."""
+        if self.settings.spans is None:
+            shapes = tuple(x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            if shapes not in self._spans_by_shape:
+                self._spans_by_shape[shapes] = self._read_spans(args, kwargs)
+            return self._spans_by_shape[shapes]
+        with torch.no_grad():
+            tokens = select_tokens(self.settings.spans, *tree_map(normal_tensor, (args, kwargs)))
+        if self.calls == 1:
+            check_disjoint(tokens)
+        return tokens
+
+    def _read_spans(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+        """The modalities' spans as the concatenation ahead of the fusion shows them, in a forward of its own."""
+        seen = self._trace(args, kwargs)
+        own = [call for call in seen if any(_is_inside(call.name, x.name) for x in self.fusion.watched)]
+        if not own:
+            self._refuse_silence([x.name for x in self.fusion.watched], seen)
+        within = [str(call) for call in own if call.shape != "joint"]
+        if within and len(within) < len(own):
+            fitting = list(dict.fromkeys(call.name for call in own if call.shape == "joint"))
+            raise ValueError(
+                f"Expected `fusion` to match the attention over all modalities alone, but of its {len(own)} calls "
+                f"{len(within)} see one module's tokens only: {', '.join(within)}. Name fewer: fusion={fitting!r}."
+            )
+        spans = joint_spans(own[0])
+        listed = ", ".join(f'"{name}": ({own.span.start}, {own.span.stop})' for name, own in spans.items())
+        log.info("ABPEM reads the modalities of %s tokens off this batch: modalities={%s}", own[0].queries, listed)
+        return spans
+
+    def _trace(self, args: Any, kwargs: Any) -> list[SeenCall]:
+        """The attention calls that a forward makes."""
+        with self._own_inputs(args, kwargs) as (args, kwargs):
+            return trace_attention(self.model, lambda: self._run_target(args, kwargs))
+
+    @staticmethod
+    def _refuse_silence(silent: list[str], seen: list[SeenCall]) -> NoReturn:
+        raise ValueError(
+            f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
+            f"Seen elsewhere: {'; '.join(dict.fromkeys(map(str, seen))) or 'none'}."
+        )
 
     def _submodule(self, name: str, option: str) -> nn.Module:
         try:
@@ -288,13 +332,13 @@ class Adaptation:
     def _find_memory(self) -> TokenMemory:
         name = self.settings.memory_at
         if name is None:
-            name = self.fusion[0].name.rpartition(".")[0]
+            name = _block_of(self.fusion.adapting[0].name)
         block = self._submodule(name, "memory_at")
         if block is self.target or block is self.model:
             raise ValueError(
                 f"Expected `memory_at` to name the module that the joint tokens enter, when memory_batches > 1, but "
-                f"'{self.fusion[0].name}' has no block of its own around it. Wrap the attention, its residual and "
-                "what follows in a module, or set memory_batches=1."
+                f"'{self.fusion.adapting[0].name}' has no block of its own around it. Wrap the attention, its residual "
+                "and what follows in a module, or set memory_batches=1."
             )
         return TokenMemory(block, name, self.settings.memory_batches)
 
@@ -303,3 +347,14 @@ class Adaptation:
         adapted = {id(p) for p in self.params.values()}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return [name for name, p in everywhere if id(p) in adapted and name not in self.params]
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _block_of(attention: str) -> str:
+    """The name of the block around an attention: the innermost numbered module, as in a ModuleList, or its parent."""
+    parts = attention.split(".")
+    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[: numbered[-1] + 1] if numbered else parts[:-1])

@@ -1,4 +1,4 @@
-"""Capturing the scores of a fusion attention, without touching the model, and their statistics.
+"""Capturing the scores of a fusion attention, without touching the model.
 
 Scores are wanted before the softmax, with gradients, also where the attention is fused and never materialises them. So
 `capture_attention` watches the calls made inside the attention module: `F.scaled_dot_product_attention` and
@@ -9,7 +9,7 @@ side), H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,40 +19,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_abpem.functional import (
-    ScoreStatistics,
-    dense_score_statistics,
-    map_statistics,
-    moment_score_statistics,
-    token_moments,
-)
+from lightning_abpem.masks import causal_mask, read_mask
 from lightning_abpem.projections import FusionAttention
 
-__all__ = [
-    "AttentionCall",
-    "EagerCall",
-    "FusedCall",
-    "capture_attention",
-    "list_attention_calls",
-    "score_statistics",
-]
+__all__ = ["SOFTMAX", "AttentionCall", "EagerCall", "FusedCall", "capture_attention"]
 
-_MASKED = -9000.0  # no score, but one of the usual ways to mask one: -inf, the dtype's least value, -10000
-_SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)
+SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)
 
 
 @dataclass(frozen=True)
 class FusedCall:
     """One call of a fused attention: q (B, N_q, D) and k (B, N_k, D), heads side by side, with gradients.
 
-    `scale` is the attention's scale divided by the number of heads: ``scale * q @ k.mT`` is the mean over heads of the
-    scores that the softmax sees.
+    The mean over heads of the scores that the softmax sees is ``scale * q @ k.mT + bias``.
+
+    Args:
+        name: the attention module's name.
+        q: queries.
+        k: keys.
+        scale: the attention's scale divided by the number of heads.
+        bias: what the attention adds to the scores, (B or 1, N_q, N_k), averaged over heads; None if nothing.
+        keep: which scores are not masked, bool (B or 1, N_q or 1, N_k); None if all.
+        turn: how many calls of this module came before, in this forward.
     """
 
     name: str
     q: Tensor
     k: Tensor
     scale: float
+    bias: Tensor | None = None
+    keep: Tensor | None = None
+    turn: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,10 +59,15 @@ class FusedCall:
 
 @dataclass(frozen=True)
 class EagerCall:
-    """One call of an eager attention: what its softmax gets, averaged over heads, (B, N_q, N_k), with gradients."""
+    """One call of an eager attention: what its softmax gets, averaged over heads, (B, N_q, N_k), with gradients.
+
+    `name`, `keep` and `turn` are those of a `FusedCall`; scores that are not kept may be -inf.
+    """
 
     name: str
     scores: Tensor
+    keep: Tensor
+    turn: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,9 +82,10 @@ AttentionCall = FusedCall | EagerCall
 class _Watch(TorchFunctionMode):
     """Watches one attention module, between its forward pre-hook and its forward hook."""
 
-    name: str
+    attention: FusionAttention
     calls: list[AttentionCall]
-    fused: list[AttentionCall] = field(default_factory=list)
+    turn: int = 0
+    fused: list[FusedCall] = field(default_factory=list)
     softmaxed: list[Tensor] = field(default_factory=list)
     entered: bool = False
 
@@ -94,10 +97,10 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.fused.append(_fused_call(self.name, *args, **kwargs))
+            self.fused.append(_fused_call(self.attention, self.turn, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
-            self.fused.append(_multi_head_call(self.name, *args, **kwargs))
-        elif func in _SOFTMAX:
+            self.fused.append(_multi_head_call(self.attention, self.turn, *args, **kwargs))
+        elif func in SOFTMAX:
             self.softmaxed.append(args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
 
@@ -113,7 +116,18 @@ class _Watch(TorchFunctionMode):
         self.entered = False
         self.__exit__(None, None, None)
         if output is not None:
-            self.calls.extend(self.fused or [_eager_call(self.name, scores) for scores in self.softmaxed])
+            self.calls.extend(self.fused or [_eager_call(self.attention, self.turn, x) for x in self.softmaxed])
+            self._check()
+            self.turn += 1
+
+    def _check(self) -> None:
+        if not self.fused and not self.softmaxed:
+            raise ValueError(
+                f"'{self.attention.name}' was called, but neither F.scaled_dot_product_attention, "
+                "F.multi_head_attention_forward nor a softmax was seen inside: its kernel hides q and k. Use the "
+                "attention that torch has (in Hugging Face transformers attn_implementation='sdpa' or 'eager'; "
+                "elsewhere the option that turns flash, flex or memory-efficient attention off)."
+            )
 
 
 @contextmanager
@@ -121,12 +135,12 @@ def capture_attention(fusion: Iterable[FusionAttention]) -> Iterator[list[Attent
     """Collect the calls of these attention modules while the block lasts, in the order in which they are made.
 
     Raises:
-        ValueError: at a masked attention, or one whose heads are not a dimension of their own.
+        ValueError: at an attention whose kernel hides q and k, or whose heads cannot be told from its samples.
     """
     calls: list[AttentionCall] = []
     with ExitStack() as stack:
         for attention in fusion:
-            watch = _Watch(attention.name, calls)
+            watch = _Watch(attention, calls)
             stack.callback(watch.leave)
             stack.callback(attention.module.register_forward_pre_hook(watch.enter).remove)
             stack.callback(attention.module.register_forward_hook(watch.leave, always_call=True).remove)
@@ -134,7 +148,8 @@ def capture_attention(fusion: Iterable[FusionAttention]) -> Iterator[list[Attent
 
 
 def _fused_call(
-    name: str,
+    attention: FusionAttention,
+    turn: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,25 +159,42 @@ def _fused_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> FusedCall:
-    """From the arguments of F.scaled_dot_product_attention: (B, H, N, D/H), or (B, N, D) with a single head."""
-    _refuse_mask(name, attn_mask is not None or is_causal)
+    """From the arguments of F.scaled_dot_product_attention: (B, H, N, D/H), or three-dimensional.
+
+    Three dimensions are (B * H, N, D/H) where that fits the number of heads and the query projection's width, else
+    (B, N, D) with a single head.
+    """
     if query.dim() == 3:
-        query, key = query.unsqueeze(1), key.unsqueeze(1)
+        heads = attention.heads if attention.is_head_width(query.shape[-1]) else 1
+        query, key = _unfold_heads(query, heads), _unfold_heads(key, heads)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = _unfold_heads(attn_mask, heads)
     if query.dim() != 4:
-        raise ValueError(f"Expected queries (batch, heads, tokens, width) in '{name}', but got {tuple(query.shape)}.")
+        raise ValueError(
+            f"Expected queries (batch, heads, tokens, width) in '{attention.name}', but got {tuple(query.shape)}."
+        )
     heads = query.shape[1]
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return FusedCall(name, _side_by_side(query), _side_by_side(key), scale / heads)
+    masks = [] if attn_mask is None else [read_mask(attn_mask, key.shape[2])]
+    if is_causal:
+        masks.append((causal_mask(query.shape[2], key.shape[2], query.device), None))
+    return _masked_call(attention.name, turn, _side_by_side(query), _side_by_side(key), scale / heads, masks)
 
 
 def _side_by_side(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def _unfold_heads(x: Tensor, heads: int) -> Tensor:
+    """(B * H, N, M) as (B, H, N, M)."""
+    return x.unflatten(0, (-1, heads)) if x.shape[0] % heads == 0 else x.unsqueeze(1)
+
+
 def _multi_head_call(
-    name: str,
+    attention: FusionAttention,
+    turn: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -170,9 +202,6 @@ def _multi_head_call(
     heads: int,
     in_proj_weight: Tensor | None,
     in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
     *_: Any,
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
@@ -180,93 +209,57 @@ def _multi_head_call(
     k_proj_weight: Tensor | None = None,
     **__: Any,
 ) -> FusedCall:
-    """From the arguments of F.multi_head_attention_forward: tokens (N, B, D), projected here once more."""
-    _refuse_mask(name, add_zero_attn or any(x is not None for x in (key_padding_mask, attn_mask, bias_k)))
+    """From the arguments of F.multi_head_attention_forward: tokens (N, B, D), projected here once more.
+
+    The key tokens that `bias_k` and `add_zero_attn` append belong to no modality, so nothing needs to be known of them.
+    """
     if query.dim() != 3:
-        raise ValueError(f"Expected batched tokens in '{name}', but got queries {tuple(query.shape)}.")
+        raise ValueError(f"Expected batched tokens in '{attention.name}', but got queries {tuple(query.shape)}.")
     if in_proj_weight is not None:
         q_proj_weight, k_proj_weight, _v = in_proj_weight.chunk(3)
     assert q_proj_weight is not None
     assert k_proj_weight is not None
     b_q, b_k = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
     q, k = F.linear(query, q_proj_weight, b_q).transpose(0, 1), F.linear(key, k_proj_weight, b_k).transpose(0, 1)
-    return FusedCall(name, q, k, (embed_dim // heads) ** -0.5 / heads)
+    masks = []
+    if key_padding_mask is not None:
+        masks.append(read_mask(_allowed(key_padding_mask)[:, None, None], k.shape[1]))
+    if attn_mask is not None:
+        attn_mask = _allowed(attn_mask)
+        masks.append(read_mask(_unfold_heads(attn_mask, heads) if attn_mask.dim() == 3 else attn_mask, k.shape[1]))
+    return _masked_call(attention.name, turn, q, k, (embed_dim // heads) ** -0.5 / heads, masks)
 
 
-def _eager_call(name: str, scores: Tensor) -> EagerCall:
-    """From what a softmax gets: (B, H, N_q, N_k) scores, scaled and with whatever bias there is."""
+def _allowed(mask: Tensor) -> Tensor:
+    """nn.MultiheadAttention's masks say which scores to hide, those of F.scaled_dot_product_attention which to keep."""
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _masked_call(
+    name: str, turn: int, q: Tensor, k: Tensor, scale: float, masks: list[tuple[Tensor | None, Tensor | None]]
+) -> FusedCall:
+    """A call under several masks. What is added to a key's scores alike for all queries becomes a feature of it."""
+    keep = bias = None
+    for kept, added in masks:
+        if kept is not None:
+            keep = kept if keep is None else keep & kept
+        if added is not None and added.shape[1] == 1:
+            q = torch.cat([q, q.new_ones(*q.shape[:2], 1)], -1)
+            k = torch.cat([k, (added.mT / scale).to(k).expand(*k.shape[:2], 1)], -1)
+        elif added is not None:
+            bias = added if bias is None else bias + added
+    return FusedCall(name, q, k, scale, bias, keep, turn)
+
+
+def _eager_call(attention: FusionAttention, turn: int, scores: Tensor) -> EagerCall:
+    """From what a softmax gets: scores with scale and bias, (B, H, N_q, N_k) or (B * H, N_q, N_k)."""
+    if scores.dim() == 3 and attention.heads > 1 and scores.shape[0] % attention.heads == 0:
+        scores = _unfold_heads(scores, attention.heads)
     if scores.dim() != 4:
         raise ValueError(
-            f"Expected the softmax of the eager attention '{name}' to get (batch, heads, tokens, tokens), but it got "
-            f"{tuple(scores.shape)}. Use its fused attention."
+            f"Expected the softmax of the eager attention '{attention.name}' to get (batch, heads, tokens, tokens), "
+            f"but it got {tuple(scores.shape)}. Use its fused attention."
         )
-    _refuse_mask(name, bool((scores <= _MASKED).any()))
-    return EagerCall(name, scores.mean(1))
-
-
-def list_attention_calls(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
-    """Every fused or multi-head attention call during `forward()`: the module it was made in and its token counts."""
-    names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
-    inside: list[str] = []
-    seen: list[str] = []
-
-    class Lister(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
-                token_dim = -2 if func is F.scaled_dot_product_attention else 0
-                q = args[0] if args else kwargs["query"]
-                k = args[1] if len(args) > 1 else kwargs["key"]
-                seen.append(f"{inside[-1]} ({q.shape[token_dim]} query and {k.shape[token_dim]} key tokens)")
-            return func(*args, **kwargs)
-
-    def enter(module: nn.Module, args: Any) -> None:
-        inside.append(names[id(module)])
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        inside.pop()
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks from Python
-                continue
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        inside.append(names[id(model)])
-        with Lister():
-            forward()
-    return seen
-
-
-def _refuse_mask(name: str, masked: bool) -> None:
-    if masked:
-        raise ValueError(f"'{name}' attends under a mask (or with added key tokens), which is not supported yet.")
-
-
-# ------------------------------------------------------------------------------------------------- score statistics
-
-
-def score_statistics(
-    call: AttentionCall, spans: Mapping[str, slice], form: str = "auto"
-) -> dict[tuple[str, str], ScoreStatistics]:
-    """Statistics of every block of a call's head-averaged scores, by (query, key) modality; self blocks detached.
-
-    Args:
-        form: of a fused call: "dense" makes the N x N map; "moments" needs O(D^2) memory; "auto" takes the cheaper
-            one, which is "moments" where N > 2D. An eager call has made its map already.
-    """
-    block = _blocks(call, spans, form)
-    statistics = {(m, n): block(m, n) for m in spans for n in spans if m != n}
-    with torch.no_grad():
-        return statistics | {(n, n): block(n, n) for n in spans}
-
-
-def _blocks(call: AttentionCall, spans: Mapping[str, slice], form: str) -> Callable[[str, str], ScoreStatistics]:
-    """The statistics of a block by its (query, key) modality."""
-    if isinstance(call, EagerCall):
-        return lambda m, n: map_statistics(call.scores[:, spans[m], spans[n]])
-    q, k = ({name: x[:, span] for name, span in spans.items()} for x in (call.q, call.k))
-    if form == "dense" or (form == "auto" and call.q.shape[1] <= 2 * call.q.shape[2]):
-        return lambda m, n: dense_score_statistics(q[m], k[n], call.scale)
-    q_moments, k_moments = ({name: token_moments(x) for name, x in side.items()} for side in (q, k))
-    return lambda m, n: moment_score_statistics(q_moments[m], k_moments[n], call.scale)
+    keep, _ = read_mask(scores, scores.shape[-1])
+    assert keep is not None
+    return EagerCall(attention.name, scores.mean(1), keep, turn)

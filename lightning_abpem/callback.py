@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,10 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_abpem.adaptation import Adaptation
+from lightning_abpem.fusion import FusionPatterns
 from lightning_abpem.metrics import RecordMean
 from lightning_abpem.objective import Balance, Objective
 from lightning_abpem.settings import OptimizerFactory, Reset, Settings, default_optimizer
-from lightning_abpem.spans import Span
+from lightning_abpem.spans import Modalities
 
 __all__ = ["ABPEM", "Stage"]
 
@@ -33,9 +34,14 @@ class ABPEM(Callback):
 
     Args:
         fusion: name pattern(s) of the fusion attention module(s), relative to the LightningModule. `*` stands for one
-            part of a dotted name, `**` for any number.
-        modalities: the modalities' token spans in the joint sequence: lengths in order, which have to cover it, or
-            explicit (start, stop) ranges, which may leave tokens out.
+            part of a dotted name, `**` for any number, `NAME[i]` for call i of a module that is called several times in
+            a forward. Where self- and cross-attention are modules of their own, a mapping from ordered pairs of
+            modalities, ("video", "audio") or "video->audio" with the queries first, to patterns, self pairs included;
+            or a rule for all pairs of `modalities`, {"self": ..., "cross": ...}, its patterns with {query} and {key}.
+        modalities: the modalities' tokens in the joint sequence: lengths in order, which have to cover it; ranges
+            (start, stop), which may leave tokens out; or functions from the target's arguments to (B, N) bool masks.
+            "auto" reads them off the concatenation of the encoders' outputs. Where `fusion` is a mapping, the tokens in
+            the modality's own sequence, or the names alone: "auto" takes all tokens. Padded tokens never count.
         k: number of most probable classes whose entropy is minimised, in [1, C].
         attention_weight: weight of the attention bootstrapping, >= 0.
         balance_weight: weight of the balance term, >= 0.
@@ -71,8 +77,9 @@ class ABPEM(Callback):
 
     def __init__(
         self,
-        fusion: str | Sequence[str],
-        modalities: Mapping[str, int | Span],
+        fusion: FusionPatterns,
+        modalities: Modalities | Sequence[str] = "auto",
+        *,
         k: int,
         attention_weight: float = 1.0,
         balance_weight: float = 1.0,
@@ -205,7 +212,6 @@ class _Run:
     def start_batch(self, settings: Settings, dataloader: int) -> None:
         """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
         if self.adaptation is None:
-            self._names = [*Objective.record_names(list(settings.spans)), "updated"]
             self.adaptation = Adaptation(self.module, settings, on_step=self._on_step).__enter__()
             rank_zero_info(self.adaptation.describe())
         elif dataloader != self._dataloader and settings.reset == "dataloader":
@@ -257,30 +263,33 @@ class _Run:
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
         if self._dataloader not in self._means:
-            self._means[self._dataloader] = self._new_mean(record["loss"].device)
+            self._means[self._dataloader] = _new_mean(record)
         self._means[self._dataloader].update(record, samples)
         if self.trainer.loggers and self.trainer.log_every_n_steps > 0:
             self._pending.append(record)
             if len(self._pending) >= self.trainer.log_every_n_steps:
                 self._flush()
 
-    def _new_mean(self, device: torch.device) -> RecordMean:
-        mean = RecordMean(self._names)
-        if device.type == "mps":  # which has no float64
-            mean.set_dtype(torch.float32)
-        return mean.to(device)
-
     def _flush(self) -> None:
         """Hand each pending step to the loggers: one copy from the device for all of them."""
         if not self._pending:
             return
-        table = torch.stack([torch.stack([record[n].float() for n in self._names]) for record in self._pending])
+        names = list(self._pending[0])
+        table = torch.stack([torch.stack([record[n].float() for n in names]) for record in self._pending])
         for row in table.tolist():
-            figures = {f"abpem/{name}_step": value for name, value in zip(self._names, row, strict=True)}
+            figures = {f"abpem/{name}_step": value for name, value in zip(names, row, strict=True)}
             for logger in self.trainer.loggers:
                 logger.log_metrics(figures, step=self.logged)
             self.logged += 1
         self._pending.clear()
+
+
+def _new_mean(record: dict[str, Tensor]) -> RecordMean:
+    mean = RecordMean(list(record))
+    device = record["loss"].device
+    if device.type == "mps":  # which has no float64
+        mean.set_dtype(torch.float32)
+    return mean.to(device)
 
 
 def _check_trainer(trainer: Any) -> None:

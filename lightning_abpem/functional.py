@@ -31,18 +31,26 @@ _EPS = 1e-6  # inside the logarithm of the principal entropy, as in the authors'
 
 
 class ScoreStatistics(NamedTuple):
-    """Mean and unbiased standard deviation, each (B,), of one block of head-averaged attention scores."""
+    """Mean and unbiased standard deviation, each (B,), of one block of head-averaged attention scores.
+
+    `seen` is (B,) bool: whether a sample has the two scores at least that a standard deviation needs, in a block of
+    which a mask hides some; None if no mask does. The mean and the deviation of a sample that is not seen mean nothing.
+    """
 
     mean: Tensor
     std: Tensor
+    seen: Tensor | None = None
 
 
 class TokenMoments(NamedTuple):
-    """Mean (B, D), covariance (B, D, D, divided by the number of tokens) and number of tokens of one modality."""
+    """Mean (B, D), covariance (B, D, D, divided by the number of tokens) and number of tokens of one modality.
+
+    The number is (B,) where padding makes it differ from sample to sample.
+    """
 
     mean: Tensor
     cov: Tensor
-    tokens: int
+    tokens: int | Tensor
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -87,29 +95,55 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     return -ratio.log() + (ratio.square() + ((mean_p - mean_q) / std_q).square() - 1) / 2
 
 
-def map_statistics(scores: Tensor) -> ScoreStatistics:
-    """Statistics of a block (B, N_q, N_k) of head-averaged scores."""
-    std, mean = torch.std_mean(_widen(scores).flatten(1), dim=1)
-    return ScoreStatistics(mean, std)
+def map_statistics(scores: Tensor, keep: Tensor | None = None) -> ScoreStatistics:
+    """Statistics of a block (B, N_q, N_k) of head-averaged scores.
+
+    Args:
+        scores: the block; entries that do not count may hold anything, -inf too.
+        keep: which entries count, bool, of a shape that expands to that of the block; all if None.
+    """
+    scores = _widen(scores)
+    if keep is None:
+        std, mean = torch.std_mean(scores.flatten(1), dim=1)
+        return ScoreStatistics(mean, std)
+    keep = keep.expand(scores.shape)
+    count = keep.sum((1, 2))
+    seen = count > 1
+    mean = scores.where(keep, 0).sum((1, 2)) / count.clamp(min=1)
+    centred = (scores - mean[:, None, None]).where(keep, 0)
+    variance = centred.square().sum((1, 2)) / (count - 1).clamp(min=1)
+    return ScoreStatistics(mean, variance.where(seen, 1).sqrt(), seen)
 
 
-def dense_score_statistics(q: Tensor, k: Tensor, scale: float) -> ScoreStatistics:
-    """Statistics of S = scale * q k^T from the (B, N_q, N_k) map itself: one product of the heads side by side.
+def dense_score_statistics(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, keep: Tensor | None = None
+) -> ScoreStatistics:
+    """Statistics of S = scale * q k^T + bias from the (B, N_q, N_k) map itself: one product of the heads side by side.
 
     Args:
         q: (B, N_q, D) queries of one modality.
         k: (B, N_k, D) keys of one modality.
         scale: the attention's scale divided by the number of heads, which makes S the mean over heads.
+        bias: what the attention adds to the scores, averaged over heads; it expands to the map.
+        keep: which entries count, bool; it expands to the map. All if None.
     """
-    return map_statistics(scale * (_widen(q) @ _widen(k).mT))
+    scores = scale * (_widen(q) @ _widen(k).mT)
+    return map_statistics(scores if bias is None else scores + _widen(bias), keep)
 
 
-def token_moments(x: Tensor) -> TokenMoments:
-    """Mean and covariance over the tokens of x, (B, N, D)."""
+def token_moments(x: Tensor, keep: Tensor | None = None) -> TokenMoments:
+    """Mean and covariance over the tokens of x, (B, N, D), or over those that `keep`, (B, N) bool, names."""
     x = _widen(x)
-    mean = x.mean(1)
-    centred = x - mean.unsqueeze(1)
-    return TokenMoments(mean, centred.mT @ centred / x.shape[1], x.shape[1])
+    if keep is None:
+        mean = x.mean(1)
+        centred = x - mean.unsqueeze(1)
+        return TokenMoments(mean, centred.mT @ centred / x.shape[1], x.shape[1])
+    keep = keep.expand(x.shape[:2])
+    tokens = keep.sum(1)
+    divisor = tokens.clamp(min=1).to(x)
+    mean = x.where(keep.unsqueeze(-1), 0).sum(1) / divisor.unsqueeze(-1)
+    centred = (x - mean.unsqueeze(1)).where(keep.unsqueeze(-1), 0)
+    return TokenMoments(mean, centred.mT @ centred / divisor[:, None, None], tokens)
 
 
 def moment_score_statistics(q: TokenMoments, k: TokenMoments, scale: float) -> ScoreStatistics:
@@ -125,4 +159,8 @@ def moment_score_statistics(q: TokenMoments, k: TokenMoments, scale: float) -> S
     entries = q.tokens * k.tokens
     mean = scale * (q.mean * k.mean).sum(-1)
     variance = form(k.mean, q.cov) + form(q.mean, k.cov) + (q.cov * k.cov).sum((-2, -1))
-    return ScoreStatistics(mean, abs(scale) * (variance * (entries / (entries - 1))).sqrt())
+    if not isinstance(entries, Tensor):
+        return ScoreStatistics(mean, abs(scale) * (variance * (entries / (entries - 1))).sqrt())
+    seen = entries > 1
+    unbiased = variance * entries / (entries - 1).clamp(min=1)
+    return ScoreStatistics(mean, abs(scale) * unbiased.where(seen, 1).sqrt(), seen)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_abpem.spans import Tokens
 
 __all__ = ["TokenMemory"]
 
@@ -31,6 +33,7 @@ class TokenMemory:
     def __init__(self, block: nn.Module, name: str, batches: int) -> None:
         self.block, self.name = block, name
         self._stored: deque[dict[int, Tensor]] = deque(maxlen=batches - 1)
+        self._stored_masks: deque[dict[str, Tensor]] = deque(maxlen=batches - 1)
         self._current: dict[int, Tensor] | None = None
         self._predicted: Tensor | None = None
         self._awaits_prediction = self._verified = False
@@ -53,17 +56,30 @@ class TokenMemory:
         finally:
             handle.remove()
 
-    def push(self) -> None:
-        """Store the current batch's tokens; the oldest batch goes if the memory is full."""
+    def push(self, tokens: Mapping[str, Tokens]) -> None:
+        """Store the current batch's tokens and whose they are; the oldest batch goes if the memory is full."""
         if self._current is not None:
             self._stored.append(self._current)
+            self._stored_masks.append({name: own.keep for name, own in tokens.items() if own.keep is not None})
             self._predicted, self._awaits_prediction = None, not self._verified
 
     def clear(self) -> None:
         """Forget all tokens."""
         self._stored.clear()
+        self._stored_masks.clear()
         self._current = self._predicted = None
         self._awaits_prediction = False
+
+    def with_past(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
+        """Whose tokens the stored and the current ones are, as `extend` puts them together."""
+
+        def extended(name: str, keep: Tensor) -> Tensor:
+            return torch.cat([*(masks[name] for masks in self._stored_masks), keep])
+
+        return {
+            name: own if own.keep is None else own._replace(keep=extended(name, own.keep))
+            for name, own in tokens.items()
+        }
 
     def expect(self, prediction: Tensor) -> None:
         """The logits that the model gave for the newest stored batch, to be found again by `verify`."""

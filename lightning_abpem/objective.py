@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
@@ -19,11 +19,14 @@ from lightning_abpem.functional import (
     read_balance,
 )
 
-__all__ = ["Balance", "Objective", "Pair"]
+__all__ = ["Balance", "Comparison", "Objective", "Pair"]
 
 Balance = Literal["marginal", "read"]
 Pair = tuple[str, str]
 """An ordered pair of modalities: (the one that asks, the one that answers), that is (query, key)."""
+
+Comparison = tuple[ScoreStatistics, ScoreStatistics]
+"""A cross block's statistics and those of the self block that it is drawn to."""
 
 _BALANCES = {"marginal": marginal_balance, "read": read_balance}
 
@@ -57,25 +60,19 @@ class Objective:
         if self.balance not in _BALANCES:
             raise ValueError(f"Expected `balance` to be one of {sorted(_BALANCES)}, but got {self.balance!r}.")
 
-    @staticmethod
-    def record_names(modalities: Sequence[str]) -> list[str]:
-        """The names of the figures that a call returns, for these modalities."""
-        pairs = [f"{m}_to_{n}" for m in modalities for n in modalities if m != n]
-        return [
-            *("loss", "principal_entropy", "entropy", "balance"),
-            *(f"attention_gap/{pair}" for pair in pairs),
-            *(f"divergence/{pair}" for pair in pairs),
-        ]
-
     def __call__(
-        self, logits: Tensor, attention: Sequence[Mapping[Pair, ScoreStatistics]]
+        self, logits: Tensor, attention: Mapping[Pair, Sequence[Comparison]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and, under `record_names`, its parts as detached scalars (nats; scores for the gap).
+        """The loss and its parts as detached scalars (nats; scores for the gap).
+
+        The parts are `loss`, `principal_entropy`, `entropy`, `balance` and, for queries of m and keys of n,
+        `attention_gap/m_to_n` and `divergence/m_to_n`.
 
         Args:
             logits: (B, C).
-            attention: per fusion attention, the statistics of its blocks by (query, key) modality, self blocks
-                detached. Bootstrapping and the figures are averaged over the list.
+            attention: by (query, key) modality, for each layer, the statistics of the cross block and of the key
+                modality's self block, the latter detached. Bootstrapping and the figures are averaged over layers.
+                Samples of which a mask hides a block do not count there; a figure without any is NaN.
 
         Raises:
             ValueError: if k exceeds the number of classes.
@@ -87,34 +84,48 @@ class Objective:
             )
         principal = principal_entropy(logits, self.k).mean()
         balance = _BALANCES[self.balance](logits)
-        gaps, divergences = self._compare(attention)
+        gaps = {f"{m}_to_{n}": _average(layers, _gap) for (m, n), layers in attention.items()}
+        divergences = {f"{m}_to_{n}": _average(layers, _divergence) for (m, n), layers in attention.items()}
         loss = principal
         if self.balance_weight:  # a part that does not count cannot spoil the loss either
             loss = loss - self.balance_weight * balance
         if self.attention_weight:
-            loss = loss + self.attention_weight * torch.stack(list(divergences.values())).sum()
+            loss = loss + self.attention_weight * torch.stack([value for value, _ in divergences.values()]).sum()
         with torch.no_grad():
             record = {
                 "loss": loss,
                 "principal_entropy": principal,
                 "entropy": entropy(logits).mean(),
                 "balance": balance,
-                **{f"attention_gap/{pair}": gap for pair, gap in gaps.items()},
-                **{f"divergence/{pair}": divergence for pair, divergence in divergences.items()},
+                **{f"attention_gap/{pair}": figure for pair, (_, figure) in gaps.items()},
+                **{f"divergence/{pair}": figure for pair, (_, figure) in divergences.items()},
             }
         return loss, {name: value.detach() for name, value in record.items()}
 
-    @staticmethod
-    def _compare(
-        attention: Sequence[Mapping[Pair, ScoreStatistics]],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Per cross block, batch means over all layers: mean(n,n) - mean(m,n), and KL( (m,n) || (n,n) )."""
-        gaps, divergences = {}, {}
-        for m, n in attention[0]:
-            if m == n:
-                continue
-            cross, target = [layer[m, n] for layer in attention], [layer[n, n] for layer in attention]
-            pairs = list(zip(cross, target, strict=True))
-            gaps[f"{m}_to_{n}"] = torch.stack([(t.mean - c.mean).mean() for c, t in pairs]).mean()
-            divergences[f"{m}_to_{n}"] = torch.stack([gaussian_kl(*c, *t).mean() for c, t in pairs]).mean()
-        return gaps, divergences
+
+def _gap(cross: ScoreStatistics, target: ScoreStatistics) -> Tensor:
+    return target.mean - cross.mean
+
+
+def _divergence(cross: ScoreStatistics, target: ScoreStatistics) -> Tensor:
+    return gaussian_kl(cross.mean, cross.std, target.mean, target.std)
+
+
+def _average(
+    layers: Sequence[Comparison], compare: Callable[[ScoreStatistics, ScoreStatistics], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean over the samples that are seen, then over layers: 0 where none is, to add up, and NaN there, to report."""
+    sums, figures = [], []
+    for cross, target in layers:
+        values = compare(cross, target)
+        seen = [s.seen for s in (cross, target) if s.seen is not None]
+        if seen:
+            both = torch.stack(seen).all(0)
+            count = both.sum()
+            mean = values.where(both, 0).sum() / count.clamp(min=1)
+            figures.append(mean.detach().where(count > 0, torch.nan))
+        else:
+            mean = values.mean()
+            figures.append(mean.detach())
+        sums.append(mean)
+    return torch.stack(sums).mean(), torch.stack(figures).nanmean()

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["FusionAttention", "collect_params", "find_attention"]
+__all__ = ["FusionAttention", "collect_params", "find_attention", "has_projections"]
 
 _FUSED_NAMES = ("qkv", "qkv_proj", "in_proj", "to_qkv", "Wqkv", "query_key_value")
+_HEADS_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _SPLIT_NAMES = (
     ("q", "k", "v"),
     ("q_proj", "k_proj", "v_proj"),
@@ -29,11 +30,20 @@ class FusionAttention:
         name: its name in the model.
         module: the module whose forward is watched.
         parameters: weights and biases of its q, k and v projections, by full name.
+        heads: the number of heads that it declares; 1 if none.
     """
 
     name: str
     module: nn.Module
     parameters: dict[str, nn.Parameter]
+    heads: int = 1
+
+    def is_head_width(self, width: int) -> bool:
+        """Whether `width` is that of one head, of several."""
+        return self.heads > 1 and any(len(p) in (width * self.heads, 3 * width * self.heads) for p in self._weights())
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters.values() if p.dim() == 2]
 
 
 def find_attention(module: nn.Module, name: str) -> FusionAttention:
@@ -46,7 +56,7 @@ def find_attention(module: nn.Module, name: str) -> FusionAttention:
     if len(owners) == 1:
         path, owner = next(iter(owners.items()))
         adapting = [(own, p) for own, p in owner.named_parameters() if own.startswith(_projections(owner))]
-        return FusionAttention(name, module, {f"{path}.{own}": p for own, p in adapting})
+        return FusionAttention(name, module, {f"{path}.{own}": p for own, p in adapting}, _declared_heads(owner))
     if owners:
         listed = ", ".join(f"'{path}'" for path in owners)
         raise ValueError(f"Expected '{name}' to be one attention module, but it holds {len(owners)}: {listed}.")
@@ -62,6 +72,16 @@ def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]
     """What adapts: weights and biases of the q, k, v projections of the fusion attention, by full name, once each."""
     named = {p: name for attention in reversed(list(fusion)) for name, p in reversed(attention.parameters.items())}
     return {name: parameter for parameter, name in reversed(named.items())}
+
+
+def has_projections(module: nn.Module) -> bool:
+    """Whether a module has query, key and value projections of its own."""
+    return bool(_projections(module))
+
+
+def _declared_heads(owner: nn.Module) -> int:
+    declared = (getattr(owner, name, None) for name in _HEADS_NAMES)
+    return next((heads for heads in declared if isinstance(heads, int)), 1)
 
 
 def _projections(owner: nn.Module) -> tuple[str, ...]:

@@ -47,13 +47,22 @@ class FrozenReplay:
     Args:
         model: the module whose submodules are replayed, itself excepted.
         adapted: the parameters that change between the passes.
+        watched: modules that have to run in every pass that watches them; what holds one is replayed in the others.
         audited_batches: number of batches that are audited.
     """
 
-    def __init__(self, model: nn.Module, adapted: Collection[nn.Parameter], audited_batches: int = 2) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapted: Collection[nn.Parameter],
+        watched: Collection[nn.Module] = (),
+        audited_batches: int = 2,
+    ) -> None:
         moving = {id(p) for p in adapted}
         self.enabled = True
         self._modules = [m for m in model.modules() if m is not model and _is_frozen(m, moving)]
+        self._holding = {id(m) for m in self._modules if not set(watched).isdisjoint(m.modules())}
+        self._watching = False
         self._unaudited = audited_batches
         self._mode: str | None = None
         self._inside = False
@@ -76,8 +85,9 @@ class FrozenReplay:
                     module.__dict__["forward"] = own
             self.end_batch()
 
-    def start_pass(self) -> None:
+    def start_pass(self, watching: bool = False) -> None:
         """A pass over the batch begins: the first one records, those after it replay."""
+        self._watching = watching
         if self.enabled:
             self._mode = "record" if self._mode is None else "replay"
             self._turn.clear()
@@ -100,7 +110,8 @@ class FrozenReplay:
             if self._mode == "record":
                 return self._record(turn, forward, args, kwargs, inputs, spec)
             recorded = self._recorded.get(turn)
-            if recorded is None or not _matches(recorded, inputs, spec):
+            missed = self._watching and module in self._holding
+            if recorded is None or missed or not _matches(recorded, inputs, spec):
                 return forward(*args, **kwargs)
             if self._unaudited > 0:
                 self._audit(recorded, forward, args, kwargs)
@@ -160,6 +171,8 @@ def _matches(recorded: _Recorded, inputs: list[Any], spec: TreeSpec) -> bool:
 def _identical(x: Any, y: Any) -> bool:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return type(x) is type(y) and bool(x == y)
-    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or x.requires_grad:
+    if x.is_nested or y.is_nested or x.requires_grad:
+        return False
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
         return False
     return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_abpem.objective import Objective
-from lightning_abpem.spans import Span, token_spans
+from lightning_abpem.fusion import FusionPatterns, fusion_patterns
+from lightning_abpem.objective import Objective, Pair
+from lightning_abpem.spans import Modalities, TokenMask, Tokens, own_spans, token_spans
 
 __all__ = ["OptimizerFactory", "Reset", "Settings", "default_optimizer"]
 
@@ -29,8 +29,8 @@ class Settings:
         ValueError: naming the option, the value seen and what was expected.
     """
 
-    fusion: str | Sequence[str]
-    modalities: Mapping[str, int | Span]
+    fusion: FusionPatterns
+    modalities: Modalities | Sequence[str]
     objective: Objective
     memory_batches: int = 1
     memory_at: str | None = None
@@ -41,7 +41,8 @@ class Settings:
     reset: Reset = "never"
     restore: bool = True
     replay: bool = True
-    spans: dict[str, slice] = field(init=False)
+    patterns: list[str] | dict[Pair, list[str]] = field(init=False)
+    spans: dict[str, Tokens | TokenMask] | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name, least in (("memory_batches", 1), ("steps", 0)):
@@ -63,12 +64,7 @@ class Settings:
                 "Expected `optimizer` to be a function from parameters to a torch optimizer, such as "
                 f"functools.partial(torch.optim.Adam, lr=1e-4), but got {self.optimizer!r}."
             )
-        object.__setattr__(self, "spans", token_spans(self.modalities))
-
-    @property
-    def spans_cover(self) -> bool:
-        """Whether the spans were given as lengths, which have to cover the whole sequence."""
-        return all(isinstance(value, Integral) for value in self.modalities.values())
+        self._read_modalities()
 
     @property
     def updates_per_reset(self) -> int | None:
@@ -76,6 +72,30 @@ class Settings:
         if self.reset == "batch":
             return 1
         return self.reset if isinstance(self.reset, int) else None
+
+    def _read_modalities(self) -> None:
+        """Set `patterns`, and `spans`: None where the first batch has to show them."""
+        given = self.modalities
+        if not isinstance(given, Mapping) and (isinstance(given, str) and given != "auto"):
+            raise ValueError(f'Expected `modalities` to map names to tokens, or "auto", but got {given!r}.')
+        names = [] if given == "auto" else list(given)
+        patterns = fusion_patterns(self.fusion, names)
+        spans: dict[str, Tokens | TokenMask] | None = None
+        if isinstance(patterns, dict):
+            names = list(dict.fromkeys(name for pair in patterns for name in pair))
+            own = own_spans(given) if isinstance(given, Mapping) else dict.fromkeys(names, Tokens(slice(None)))
+            if missing := [name for name in names if name not in own]:
+                raise ValueError(f"Expected `modalities` to hold {missing}, which `fusion` names, but got {given!r}.")
+            spans = {name: own[name] for name in names}
+        elif isinstance(given, Mapping):
+            spans = token_spans(given)
+        elif given != "auto":
+            raise ValueError(
+                f"Expected `modalities` to say how many tokens of the joint sequence each has, but got {given!r}. "
+                'With "auto" the first batch shows it, where the encoders\' outputs are concatenated.'
+            )
+        object.__setattr__(self, "patterns", patterns)
+        object.__setattr__(self, "spans", spans)
 
     def _counted_reset(self) -> bool:
         return isinstance(self.reset, int) and not isinstance(self.reset, bool) and self.reset >= 1

@@ -1,78 +1,141 @@
-"""Which tokens of a joint sequence belong to which modality."""
+"""Which tokens of a sequence belong to which modality."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, combinations, pairwise
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TypeGuard
 
-if TYPE_CHECKING:
-    from lightning_abpem.attention import AttentionCall
+import torch
+from torch import Tensor
 
-__all__ = ["Span", "check_spans", "token_spans"]
+__all__ = ["Modalities", "Span", "TokenMask", "Tokens", "check_disjoint", "own_spans", "select_tokens", "token_spans"]
 
 Span = Sequence[int] | range | slice
+"""(start, stop), the stop excluded."""
+
+TokenMask = Callable[..., Tensor]
+"""From the target's arguments to a (B, N) bool tensor: which tokens of each sample belong to the modality."""
+
+Modalities = Mapping[str, int | Span | TokenMask]
+"""By modality: a number of tokens, a span or a mask."""
 
 
-def token_spans(modalities: Mapping[str, int | Span]) -> dict[str, slice]:
-    """The span of each modality in the joint sequence, from lengths in order or from explicit (start, stop) ranges.
+class Tokens(NamedTuple):
+    """The tokens of one modality.
+
+    `span` is a span of the sequence, `keep` says which of its n tokens count, (B or 1, n) bool, all if None; `of` is
+    the number of tokens that the sequence must have, None for any.
+    """
+
+    span: slice
+    keep: Tensor | None = None
+    of: int | None = None
+
+    def without(self, visible: Tensor | None) -> Tokens:
+        """Those that are also `visible`, (B or 1, N) bool over the whole sequence; all if None."""
+        if visible is None:
+            return self
+        visible = visible[:, self.span]
+        return self._replace(keep=visible if self.keep is None else self.keep & visible)
+
+
+def token_spans(modalities: Modalities) -> dict[str, Tokens | TokenMask]:
+    """The tokens of each modality in one joint sequence: lengths in their order, or (start, stop) ranges and masks.
 
     Raises:
-        ValueError: fewer than two modalities, a span of fewer than two tokens, overlapping spans, a mix of both forms.
+        ValueError: fewer than two modalities, spans of fewer than two tokens or overlapping, lengths beside others.
     """
     if len(modalities) < 2:
         raise ValueError(f"Expected `modalities` to name at least two modalities, but got {dict(modalities)!r}.")
-    lengths = [isinstance(value, Integral) for value in modalities.values()]
-    if any(lengths) and not all(lengths):
+    lengths = {name: int(value) for name, value in modalities.items() if isinstance(value, int | Integral)}
+    if lengths and len(lengths) < len(modalities):
         raise ValueError(f"Expected `modalities` to be all lengths or all (start, stop), but got {dict(modalities)!r}.")
-    spans: dict[str, slice] = {}
-    end = 0
+    ends = dict(zip(lengths, accumulate(lengths.values()), strict=True))
+    spans: dict[str, Tokens | TokenMask] = {}
     for name, value in modalities.items():
-        if isinstance(value, int | Integral):
-            value = (end, end := end + int(value))
-        spans[name] = _explicit_span(name, value)
-        if spans[name].start < 0 or spans[name].stop - spans[name].start < 2:
+        if name in lengths:
+            span = _span(name, (ends[name] - lengths[name], ends[name]), value)
+            spans[name] = Tokens(span, of=sum(lengths.values()))
+        else:
+            spans[name] = value if _is_mask(value) else Tokens(_span(name, value, value))
+    ordered = sorted((x.span.start, x.span.stop, name) for name, x in spans.items() if isinstance(x, Tokens))
+    for (start_a, stop_a, name_a), (start_b, stop_b, name_b) in pairwise(ordered):
+        if start_b < stop_a:
             raise ValueError(
-                f"Expected at least two tokens of modality '{name}', from 0 on, but got {modalities[name]!r}."
+                f"Expected disjoint token spans, but '{name_a}' {start_a}:{stop_a} and '{name_b}' {start_b}:{stop_b} "
+                "overlap."
             )
-    ordered = sorted(spans.items(), key=lambda item: item[1].start)
-    for (name_a, a), (name_b, b) in pairwise(ordered):
-        if b.start < a.stop:
-            raise ValueError(f"Expected disjoint token spans, but '{name_a}' {a} and '{name_b}' {b} overlap.")
     return spans
 
 
-def _explicit_span(name: str, value: Span) -> slice:
+def own_spans(modalities: Modalities) -> dict[str, Tokens | TokenMask]:
+    """The tokens of each modality in a sequence of its own: a length, which must be all, a range or a mask."""
+    spans: dict[str, Tokens | TokenMask] = {}
+    for name, value in modalities.items():
+        if isinstance(value, Integral):
+            spans[name] = Tokens(_span(name, (0, int(value)), value), of=int(value))
+        else:
+            spans[name] = value if _is_mask(value) else Tokens(_span(name, value, value))
+    return spans
+
+
+def _is_mask(value: Any) -> TypeGuard[TokenMask]:
+    return callable(value)
+
+
+def _span(name: str, value: Any, given: Any) -> slice:
     if isinstance(value, range | slice):
         if value.step not in (None, 1):
-            raise ValueError(f"Expected a span of step 1 for modality '{name}', but got {value!r}.")
+            raise ValueError(f"Expected a span of step 1 for modality '{name}', but got {given!r}.")
         value = (value.start or 0, value.stop)
-    if len(value) != 2 or not all(isinstance(bound, Integral) for bound in value):
-        raise ValueError(f"Expected a length or (start, stop) for modality '{name}', but got {value!r}.")
-    return slice(int(value[0]), int(value[1]))
+    two = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(bound, Integral) for bound in value)
+    if not two:
+        raise ValueError(f"Expected a length, (start, stop) or a function for modality '{name}', but got {given!r}.")
+    span = slice(int(value[0]), int(value[1]))
+    if span.start < 0 or span.stop - span.start < 2:
+        raise ValueError(f"Expected at least two tokens of modality '{name}', from 0 on, but got {given!r}.")
+    return span
 
 
-def check_spans(spans: Mapping[str, slice], call: AttentionCall, *, cover: bool) -> None:
-    """Hold the spans against the tokens that an attention call has.
-
-    Args:
-        cover: the spans must cover the whole sequence (they were given as lengths); ranges may leave tokens out.
+def select_tokens(
+    spans: Mapping[str, Tokens | TokenMask], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Tokens]:
+    """The tokens of each modality in one batch; masks are made from the target's arguments.
 
     Raises:
-        ValueError: naming the spans' total and the tokens seen.
+        ValueError: if a function gives something else than a (B, N) bool tensor.
     """
-    _, n_q, n_k = call.shape
-    if n_q != n_k:
-        raise ValueError(
-            f"Expected '{call.name}' to attend within one joint sequence, but got {n_q} query and {n_k} key tokens. "
-            "Separate self- and cross-attention modules are not supported yet."
-        )
-    total = max(span.stop for span in spans.values())
-    if total > n_q or (cover and total < n_q):
-        listed = ", ".join(f"{name} {span.start}:{span.stop}" for name, span in spans.items())
-        raise ValueError(
-            f"Expected the spans of `modalities` to add up to the tokens of '{call.name}', but got {total} ({listed}) "
-            f"and {n_q} tokens. Tokens that belong to no modality, such as a CLS token, are left out by giving "
-            "explicit (start, stop) ranges."
-        )
+    tokens = {}
+    for name, span in spans.items():
+        if isinstance(span, Tokens):
+            tokens[name] = span
+            continue
+        mask = span(*args, **kwargs)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
+            seen = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"Expected the function of modality '{name}' to make a (batch, tokens) bool tensor, but got {seen}."
+            )
+        tokens[name] = Tokens(slice(None), mask.detach(), mask.shape[1])
+    return tokens
+
+
+def check_disjoint(tokens: Mapping[str, Tokens]) -> None:
+    """Hold masks against each other and against spans.
+
+    Raises:
+        ValueError: if a token belongs to two modalities.
+    """
+    length = next((own.of for own in tokens.values() if own.keep is not None), None)
+    if length is None:
+        return
+    whole = {}
+    for name, (span, keep, _) in tokens.items():
+        whole[name] = torch.zeros(1, length, dtype=torch.bool)
+        whole[name][:, span] = True
+        whole[name] = whole[name] if keep is None else keep.cpu()
+    for a, b in combinations(whole, 2):
+        if bool((whole[a] & whole[b]).any()):
+            raise ValueError(f"Expected every token in one modality at most, but '{a}' and '{b}' share some.")

@@ -8,12 +8,17 @@ import torch
 from torch import nn
 
 from lightning_abpem import ABPEM
+from lightning_abpem.attention import FusedCall
+from lightning_abpem.fusion import JointFusion
+from lightning_abpem.spans import Tokens
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
 from tests.toy import (
     AUDIO,
     CLASSES,
+    HEADS,
     MODALITIES,
+    SPANS,
     VIDEO,
     WIDTH,
     EagerSplitAttention,
@@ -133,17 +138,16 @@ def test_it_is_repeated_adam_on_the_loss():
     weights = [by_hand.fusion[0].attn.qkv.weight, by_hand.fusion[0].attn.qkv.bias]
     optimizer = ADAM(weights)
     objective = abpem().settings.objective
-    from lightning_abpem.attention import FusedCall, score_statistics
-    from tests.toy import HEADS, SPANS
+    tokens = {name: Tokens(span) for name, span in SPANS.items()}
 
     with torch.no_grad(), abpem().attach(model):
         for args in batches():
             adapted = model(*args)
             with torch.enable_grad():
-                tokens = torch.cat((by_hand.audio(args[0]), by_hand.video(args[1])), dim=1)
-                q, k, _ = by_hand.fusion[0].attn.qkv(by_hand.fusion[0].norm(tokens)).chunk(3, dim=-1)
+                x = torch.cat((by_hand.audio(args[0]), by_hand.video(args[1])), dim=1)
+                q, k, _ = by_hand.fusion[0].attn.qkv(by_hand.fusion[0].norm(x)).chunk(3, dim=-1)
                 call = FusedCall("", q, k, (WIDTH // HEADS) ** -0.5 / HEADS)
-                loss, _ = objective(by_hand(*args), [score_statistics(call, SPANS)])
+                loss, _ = objective(by_hand(*args), JointFusion([], [("", None)]).compare([call], tokens))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

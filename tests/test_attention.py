@@ -1,12 +1,16 @@
 """Capturing q and k from attention written in many ways, against the same attention written out naively."""
 
+from itertools import permutations, product
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_abpem.attention import capture_attention, list_attention_calls, score_statistics
+from lightning_abpem.attention import capture_attention
+from lightning_abpem.blocks import score_statistics
 from lightning_abpem.projections import find_attention
+from lightning_abpem.spans import Tokens
 from tests import reference
 from tests.toy import (
     HEADS,
@@ -18,6 +22,8 @@ from tests.toy import (
     GroupedAttention,
     TorchAttention,
 )
+
+TOKENS = {name: Tokens(span) for name, span in SPANS.items()}
 
 
 def fused_weights(module):
@@ -85,7 +91,9 @@ def test_captured_statistics_are_the_naive_ones(variant, form):
         output = module(x)
     assert torch.equal(output, plain)
     assert len(calls) == 1
-    for (m, n), ours in score_statistics(calls[0], SPANS, form).items():
+    block = score_statistics(calls[0], TOKENS, TOKENS, form)
+    for m, n in product(SPANS, repeat=2):
+        ours = block(m, n)[:2]
         expected = torch.tensor(reference.block_statistics(scores, SPANS[m], SPANS[n]))
         torch.testing.assert_close(torch.stack(tuple(ours), dim=1).detach(), expected, rtol=0, atol=1e-6)
 
@@ -95,8 +103,8 @@ def test_gradients_reach_the_projections_of_q_and_k_alone(variant):
     attention = find_attention(module, "attn")
     with capture_attention([attention]) as calls:
         module(torch.randn(2, 10, WIDTH))
-    statistics = score_statistics(calls[0], SPANS)
-    sum(s.std.sum() + s.mean.sum() for (m, n), s in statistics.items() if m != n).backward()
+    block = score_statistics(calls[0], TOKENS, TOKENS)
+    sum(x.sum() for m, n in permutations(SPANS, 2) for x in block(m, n)[:2]).backward()
     reached = {f"attn.{name}" for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached
     assert reached <= set(attention.parameters)
@@ -125,38 +133,6 @@ def test_calls_outside_the_module_are_not_captured():
         inside(x)
         outside(x)
     assert [call.name for call in calls] == ["inside"]
-
-
-class Masked(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.qkv, self.options = nn.Linear(WIDTH, 3 * WIDTH), options
-
-    def forward(self, x):
-        return F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1)), **self.options)
-
-
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": torch.ones(10, 10, dtype=torch.bool)}])
-def test_masks_are_refused(options):
-    module = Masked(**options)
-    with (
-        pytest.raises(ValueError, match="'fusion' attends under a mask"),
-        capture_attention([find_attention(module, "fusion")]),
-    ):
-        module(torch.randn(2, 10, WIDTH))
-
-
-def test_masks_of_multi_head_attention_are_refused():
-    mha = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-    x = torch.randn(2, 10, WIDTH)
-    with pytest.raises(ValueError, match="mask"), capture_attention([find_attention(mha, "fusion")]):
-        mha(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
-
-
-def test_listing_calls():
-    model = nn.Sequential(FusedAttention(), TorchAttention())
-    seen = list_attention_calls(model, lambda: model(torch.randn(2, 10, WIDTH)))
-    assert seen == ["0 (10 query and 10 key tokens)", "1.mha (10 query and 10 key tokens)"]
 
 
 class EagerVariant(EagerFusedAttention):
@@ -192,20 +168,8 @@ def test_eager_scores_are_those_that_the_softmax_sees(module):
         module(torch.randn(2, 10, WIDTH))
     assert len(calls) == 1
     torch.testing.assert_close(calls[0].scores, module.scores.mean(1))
-    sum(x.sum() for x in score_statistics(calls[0], SPANS)["audio", "video"]).backward()
+    sum(x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]).backward()
     assert module.qkv.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("masked", [float("-inf"), torch.finfo(torch.float32).min, -10000.0])
-def test_masks_of_eager_attention_are_refused(masked):
-    mask = torch.zeros(10)
-    mask[7:] = masked
-    module = EagerVariant(lambda q, k: q @ k.mT + mask)
-    with (
-        pytest.raises(ValueError, match="'attn' attends under a mask"),
-        capture_attention([find_attention(module, "attn")]),
-    ):
-        module(torch.randn(2, 10, WIDTH))
 
 
 def test_eager_heads_folded_into_the_batch_are_refused():
@@ -243,11 +207,6 @@ def test_multi_head_attention_with_weights_of_other_modules():
         module(x)
     torch.testing.assert_close(calls[0].q, module.q_proj(x))
     torch.testing.assert_close(calls[0].k, module.k_proj(x))
-    sum(x.sum() for x in score_statistics(calls[0], SPANS)["audio", "video"]).backward()
+    sum(x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]).backward()
     assert module.q_proj.weight.grad.abs().sum() > 0
     assert module.q_proj.bias.grad.abs().sum() > 0
-
-
-def test_listing_calls_beside_scripted_modules():
-    model = nn.Sequential(torch.jit.script(nn.Linear(WIDTH, WIDTH)), FusedAttention())
-    assert list_attention_calls(model, lambda: model(torch.randn(2, 10, WIDTH))) == ["1 (10 query and 10 key tokens)"]

@@ -13,11 +13,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_abpem.objective import Objective
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
 from tests.test_adaptation import abpem, fingerprint, predictions
 from tests.toy import Toy, batches, loader, make_toy
+
+PAIRS = ("audio_to_video", "video_to_audio")
 
 
 def trainer(*callbacks, **options):
@@ -99,7 +100,8 @@ def test_the_result_dict_has_the_averages():
     with torch.no_grad(), abpem().attach(model) as adaptation:
         records = [model(*args) is None or dict(adaptation.record) for args in batches()]
     result = trainer(abpem()).test(make_toy(), loader(), verbose=False)[0]
-    names = [*Objective.record_names(["audio", "video"]), "updated"]
+    pairs = [f"{figure}/{pair}" for figure in ("attention_gap", "divergence") for pair in PAIRS]
+    names = ["loss", "principal_entropy", "entropy", "balance", *pairs, "updated"]
     assert set(result) == {"hits", *(f"abpem/{name}" for name in names)}
     for name in names:
         assert result[f"abpem/{name}"] == pytest.approx(sum(r[name].item() for r in records) / 4, rel=1e-5)

@@ -19,7 +19,7 @@ def test_memory_is_first_in_first_out():
     for x, expected in ((a, [a]), (b, [a, b]), (c, [a, b, c]), (d, [b, c, d])):
         assert torch.equal(run_memory(memory, block, x), torch.cat(expected))
         assert memory.verify(torch.zeros(sum(len(e) for e in expected), 2)) == sum(len(e) for e in expected[:-1])
-        memory.push()
+        memory.push({})
     assert not block._forward_pre_hooks
     memory.clear()
     assert torch.equal(run_memory(memory, block, a), a)
@@ -30,7 +30,7 @@ def test_memory_keeps_its_own_copy():
     memory = TokenMemory(block, "block", 2)
     x = torch.ones(1, 2, 1)
     run_memory(memory, block, x)
-    memory.push()
+    memory.push({})
     x.zero_()
     assert torch.equal(run_memory(memory, block, x), torch.tensor([[[1.0], [1.0]], [[0.0], [0.0]]]))
 
@@ -39,7 +39,7 @@ def test_memory_of_another_length():
     block = nn.Identity()
     memory = TokenMemory(block, "fusion.0", 2)
     run_memory(memory, block, torch.ones(1, 2, 1))
-    memory.push()
+    memory.push({})
     with pytest.raises(ValueError, match=r"'fusion.0' with the same number of tokens.*\[\(2, 1\)\].*\(3, 1\)"):
         run_memory(memory, block, torch.ones(1, 3, 1))
     assert not block._forward_pre_hooks
@@ -61,7 +61,7 @@ def test_arguments_without_a_batch_are_left_alone():
         x = torch.full((size, 2, 1), float(size))
         with memory.extend():
             assert torch.equal(block(x, positions), torch.cat([*stored[-2:], x]) + positions)
-        memory.push()
+        memory.push({})
         stored.append(x)
 
 
@@ -76,7 +76,7 @@ def test_masks_are_remembered_with_their_tokens():
         with memory.extend():
             output = block(torch.ones(2, 3, 1), mask=torch.full((2, 3), value))
         assert output[:, 0, 0].tolist() == expected
-        memory.push()
+        memory.push({})
 
 
 def test_a_block_without_tokens():

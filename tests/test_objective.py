@@ -4,18 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_abpem.attention import FusedCall, score_statistics
+from lightning_abpem.attention import FusedCall
+from lightning_abpem.fusion import JointFusion
 from lightning_abpem.objective import Objective
+from lightning_abpem.spans import Tokens
 from tests import reference
 
 SPANS = {"audio": slice(0, 6), "video": slice(6, 10), "text": slice(10, 15)}
+
+
+def compare(calls, spans):
+    return JointFusion([], [("a", None)]).compare(calls, {name: Tokens(span) for name, span in spans.items()})
 
 
 def layers(count, spans=SPANS):
     torch.manual_seed(0)
     calls = [FusedCall("a", *torch.randn(2, 4, 15, 12, dtype=torch.float64), 0.5 / 3) for _ in range(count)]
     scores = [reference.mean_scores(call.q, call.k, 3, 0.5) for call in calls]
-    return [score_statistics(call, spans) for call in calls], scores
+    return compare(calls, spans), scores
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -27,7 +33,9 @@ def test_loss_and_record(count, options, names):
     logits = torch.randn(4, 7, dtype=torch.float64)
     loss, record = Objective(k=3, **options)(logits, statistics)
     assert loss.item() == pytest.approx(reference.loss(logits, scores, spans, 3, **options), abs=1e-12)
-    assert set(record) == set(Objective.record_names(names))
+    pairs = [f"{m}_to_{n}" for m in names for n in names if m != n]
+    figures = [f"{figure}/{pair}" for figure in ("attention_gap", "divergence") for pair in pairs]
+    assert set(record) == {"loss", "principal_entropy", "entropy", "balance", *figures}
     for pair in reference.gaps(scores[0], spans):
         for figure, twin in (("attention_gap", reference.gaps), ("divergence", reference.divergences)):
             expected = sum(twin(score, spans)[pair] for score in scores) / count
@@ -39,9 +47,11 @@ def test_self_blocks_are_constants():
     """The gradient is that of the cross blocks alone: moving a self block's statistics has no gradient."""
     q, k = torch.randn(2, 2, 10, 12, dtype=torch.float64).requires_grad_().unbind()
     spans = {name: SPANS[name] for name in ("audio", "video")}
-    statistics = score_statistics(FusedCall("a", q, k, 0.1), spans)
-    assert not any(statistics[n, n].mean.requires_grad or statistics[n, n].std.requires_grad for n in spans)
-    assert all(statistics[m, n].mean.requires_grad for m in spans for n in spans if m != n)
+    compared = compare([FusedCall("a", q, k, 0.1)], spans)
+    for [(cross, target)] in compared.values():
+        assert cross.mean.requires_grad
+        assert not target.mean.requires_grad
+        assert not target.std.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_abpem.attention import FusedCall
-from lightning_abpem.spans import check_spans, token_spans
+from lightning_abpem.spans import Tokens, check_disjoint, own_spans, select_tokens, token_spans
 
 
 @pytest.mark.parametrize(
@@ -19,7 +18,18 @@ from lightning_abpem.spans import check_spans, token_spans
     ],
 )
 def test_forms(given):
-    assert token_spans(given) == {"audio": slice(0, 6), "video": slice(6, 10)}
+    spans = {name: tokens.span for name, tokens in token_spans(given).items()}
+    assert spans == {"audio": slice(0, 6), "video": slice(6, 10)}
+
+
+def test_lengths_say_how_long_the_sequence_is():
+    assert {tokens.of for tokens in token_spans({"audio": 6, "video": 4}).values()} == {10}
+    assert {tokens.of for tokens in token_spans({"audio": (0, 6), "video": (6, 10)}).values()} == {None}
+
+
+def test_sequences_of_their_own():
+    spans = own_spans({"audio": 6, "video": (1, 5)})
+    assert spans == {"audio": Tokens(slice(0, 6), of=6), "video": Tokens(slice(1, 5))}
 
 
 @pytest.mark.parametrize(
@@ -32,10 +42,10 @@ def test_forms(given):
         ({"audio": 6, "video": 1}, "at least two tokens of modality 'video'.* got 1"),
         ({"audio": (4, 2), "video": (6, 9)}, "at least two tokens of modality 'audio'"),
         ({"audio": (-1, 2), "video": (6, 9)}, "at least two tokens of modality 'audio'"),
-        ({"audio": (0, 6), "video": (5, 9)}, "overlap"),
+        ({"audio": (0, 6), "video": (5, 9)}, "'audio' 0:6 and 'video' 5:9 overlap"),
         ({"audio": range(0, 6, 2), "video": (6, 9)}, "step 1"),
-        ({"audio": (0, 2, 4), "video": (6, 9)}, "a length or"),
-        ({"audio": "six", "video": (6, 9)}, "a length or"),
+        ({"audio": (0, 2, 4), "video": (6, 9)}, r"a length, \(start, stop\) or a function"),
+        ({"audio": "six", "video": (6, 9)}, r"a length, \(start, stop\) or a function"),
     ],
 )
 def test_bad_spans(given, message):
@@ -43,17 +53,31 @@ def test_bad_spans(given, message):
         token_spans(given)
 
 
-def call(n_q, n_k):
-    return FusedCall("fusion.attn", torch.zeros(1, n_q, 4), torch.zeros(1, n_k, 4), 1.0)
+def is_text(ids, lengths):
+    return torch.arange(ids.shape[1]) < lengths[:, None]
 
 
-def test_spans_against_the_tokens():
-    spans = token_spans({"audio": (1, 6), "video": (6, 10)})
-    check_spans(spans, call(10, 10), cover=False)
-    check_spans(spans, call(12, 12), cover=False)
-    with pytest.raises(ValueError, match=r"'fusion.attn', but got 10 \(audio 1:6, video 6:10\) and 9 tokens"):
-        check_spans(spans, call(9, 9), cover=False)
-    with pytest.raises(ValueError, match="but got 10 .* and 12 tokens"):
-        check_spans(spans, call(12, 12), cover=True)
-    with pytest.raises(ValueError, match="one joint sequence, but got 4 query and 6 key tokens"):
-        check_spans(spans, call(4, 6), cover=False)
+def test_masks_are_made_from_the_targets_arguments():
+    spans = token_spans({"text": is_text, "image": (5, 8)})
+    ids, lengths = torch.zeros(2, 8), torch.tensor([3, 5])
+    tokens = select_tokens(spans, (ids,), {"lengths": lengths})
+    assert tokens["image"] == Tokens(slice(5, 8))
+    assert tokens["text"].keep.sum(1).tolist() == [3, 5]
+    assert tokens["text"].of == 8
+    check_disjoint(tokens)
+    with pytest.raises(ValueError, match="one modality at most, but 'text' and 'image' share some"):
+        check_disjoint(select_tokens(spans, (ids, torch.tensor([3, 6])), {}))
+
+
+@pytest.mark.parametrize("made", [torch.zeros(2, 8), torch.zeros(8, dtype=torch.bool), [True], None])
+def test_masks_of_another_form(made):
+    with pytest.raises(ValueError, match=r"modality 'text' to make a \(batch, tokens\) bool tensor, but got"):
+        select_tokens({"text": lambda: made}, (), {})
+
+
+def test_padding_takes_tokens_out():
+    visible = torch.tensor([[True, True, False, True]])
+    assert Tokens(slice(1, 4)).without(visible).keep.tolist() == [[True, False, True]]
+    keep = torch.tensor([[False, True, True]])
+    assert Tokens(slice(1, 4), keep).without(visible).keep.tolist() == [[False, False, True]]
+    assert Tokens(slice(1, 4)).without(None).keep is None

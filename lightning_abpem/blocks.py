@@ -1,0 +1,76 @@
+"""Statistics of the blocks of an attention call's scores: the queries of one modality against the keys of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+
+from torch import Tensor
+
+from lightning_abpem.attention import AttentionCall, EagerCall, FusedCall
+from lightning_abpem.functional import (
+    ScoreStatistics,
+    dense_score_statistics,
+    map_statistics,
+    moment_score_statistics,
+    token_moments,
+)
+from lightning_abpem.spans import Tokens
+
+__all__ = ["score_statistics", "visible_keys"]
+
+
+def score_statistics(
+    call: AttentionCall, rows: Mapping[str, Tokens], columns: Mapping[str, Tokens], form: str = "auto"
+) -> Callable[[str, str], ScoreStatistics]:
+    """The statistics of a block of a call's head-averaged scores, by its (query, key) modality.
+
+    Scores that the call masks do not count, nor do those of tokens that `rows` and `columns` leave out.
+
+    Args:
+        call: the attention call.
+        rows: which of its query tokens belong to which modality.
+        columns: the same of its key tokens.
+        form: of a fused call: "dense" makes the N x N map; "moments" needs O(D^2) memory, and cannot be had where the
+            mask or the bias differs from query to query; "auto" takes the cheaper one, "moments" where N > 2D.
+    """
+    if isinstance(call, EagerCall):
+        return lambda m, n: map_statistics(
+            call.scores[:, rows[m].span, columns[n].span], _kept(call, rows[m], columns[n])
+        )
+    moments_fit = call.bias is None and (call.keep is None or call.keep.shape[1] == 1)
+    if form == "dense" or not moments_fit or (form == "auto" and call.q.shape[1] <= 2 * call.q.shape[2]):
+        return lambda m, n: _dense(call, rows[m], columns[n])
+    kept_keys = {name: _both(tokens.keep, _key_mask(call, tokens.span)) for name, tokens in columns.items()}
+    q = {name: token_moments(call.q[:, tokens.span], tokens.keep) for name, tokens in rows.items()}
+    k = {name: token_moments(call.k[:, tokens.span], kept_keys[name]) for name, tokens in columns.items()}
+    return lambda m, n: moment_score_statistics(q[m], k[n], call.scale)
+
+
+def visible_keys(call: AttentionCall) -> Tensor | None:
+    """Which key tokens any query attends to, (B or 1, N_k) bool: the others are padding. None if nothing is masked."""
+    return None if call.keep is None else call.keep.any(1)
+
+
+def _dense(call: FusedCall, rows: Tokens, columns: Tokens) -> ScoreStatistics:
+    bias = None if call.bias is None else call.bias[:, rows.span, columns.span]
+    q, k = call.q[:, rows.span], call.k[:, columns.span]
+    return dense_score_statistics(q, k, call.scale, bias, _kept(call, rows, columns))
+
+
+def _kept(call: AttentionCall, rows: Tokens, columns: Tokens) -> Tensor | None:
+    """Which scores of a block count: (B or 1, N_q or 1, N_k or 1) bool; None if all."""
+    parts = [
+        None if call.keep is None else call.keep[:, rows.span if call.keep.shape[1] > 1 else slice(None), columns.span],
+        None if rows.keep is None else rows.keep.unsqueeze(2),
+        None if columns.keep is None else columns.keep.unsqueeze(1),
+    ]
+    return reduce(_both, parts)
+
+
+def _key_mask(call: FusedCall, span: slice) -> Tensor | None:
+    return None if call.keep is None else call.keep[:, 0, span]
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a & b

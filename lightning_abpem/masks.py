@@ -1,0 +1,35 @@
+"""What an attention mask, of any of the usual forms, says about the scores averaged over heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["causal_mask", "read_mask"]
+
+_MASKED = -9000.0  # no score, but one of the usual ways to mask one: -inf, the dtype's least value, -10000
+
+
+def read_mask(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which scores a mask keeps, and what it adds to them on average over heads.
+
+    Args:
+        mask: of a shape that expands to (B, H, N_q, N_k): bool, True where a query may attend, or what is added to the
+            scores. The scores themselves will do.
+        keys: N_k.
+
+    Returns:
+        keep: (B or 1, N_q or 1, N_k) bool, True where every head may attend.
+        bias: (B or 1, N_q or 1, N_k), 0 where not kept; None for a bool mask, which adds nothing.
+    """
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    mask = mask.expand(*mask.shape[:3], keys)
+    if mask.dtype == torch.bool:
+        return mask.all(1), None
+    keep = ~(mask <= _MASKED).any(1)  # NaN counts as a score, which does not pass unnoticed
+    return keep, mask.mean(1).where(keep, 0)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """F.scaled_dot_product_attention's `is_causal`: (1, N_q, N_k) bool, aligned at the first token."""
+    return torch.ones(1, queries, keys, dtype=torch.bool, device=device).tril()
