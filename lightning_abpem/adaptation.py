@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_abpem.attention import AttentionCall, capture_attention
-from lightning_abpem.fusion import find_fusion
+from lightning_abpem.fusion import check_samples, find_fusion
 from lightning_abpem.logits import read_logits
 from lightning_abpem.memory import TokenMemory
 from lightning_abpem.modules import (
@@ -26,12 +26,15 @@ from lightning_abpem.modules import (
     normal_tensor,
     only_trainable,
     without_inference_tensors,
+    without_nested_tensors,
 )
 from lightning_abpem.projections import collect_params
 from lightning_abpem.replay import FrozenReplay
+from lightning_abpem.seen import SeenCall
 from lightning_abpem.settings import Settings
-from lightning_abpem.spans import Tokens, check_disjoint, select_tokens
-from lightning_abpem.tracing import SeenCall, joint_spans, trace_attention
+from lightning_abpem.spans import Tokens
+from lightning_abpem.tokens import BatchTokens, refuse_silence
+from lightning_abpem.tracing import trace_attention
 from lightning_abpem.weights import AdaptedWeights, all_finite
 
 __all__ = ["Adaptation"]
@@ -72,7 +75,7 @@ class Adaptation:
         self.target = model if settings.target is None else self._submodule(settings.target, "target")
         self.fusion = find_fusion(model, settings.patterns)
         self.params = collect_params(self.fusion.adapting)
-        self._spans_by_shape: dict[Any, dict[str, Tokens]] = {}
+        self._tokens = BatchTokens(settings.spans, self.fusion, self._trace)
         self.memory = self._find_memory() if settings.memory_batches > 1 else None
         self._check_model()
         self.calls = self.updates = self.skipped = 0
@@ -248,9 +251,10 @@ class Adaptation:
         """The target's forward on memory and batch; calls of the target within it are the engine's own."""
         self._inside = True
         try:
-            if self.memory is None:
-                return self.target.forward(*args, **kwargs)
-            with self.memory.extend():
+            with ExitStack() as stack:
+                stack.enter_context(without_nested_tensors(self.model, [x.module for x in self.fusion.watched]))
+                if self.memory is not None:
+                    stack.enter_context(self.memory.extend())
                 return self.target.forward(*args, **kwargs)
         finally:
             self._inside = False
@@ -259,58 +263,17 @@ class Adaptation:
         self, calls: list[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any
     ) -> None:
         """Every fusion attention was called, batch-first, on the tokens of the modalities."""
-        if silent := [x.name for x in self.fusion.watched if x.name not in {call.name for call in calls}]:
-            self._refuse_silence(silent, self._trace(args, kwargs))
-        for call in calls:
-            if call.shape[0] != logits.shape[0]:
-                raise ValueError(
-                    f"Expected '{call.name}' to attend with {logits.shape[0]} samples, as many as the logits have, but "
-                    f"got {call.shape[0]}: are its tokens batch-first, its heads a dimension of their own?"
-                )
+        called = {call.name for call in calls}
+        if any(attention.name not in called for attention in self.fusion.watched):
+            refuse_silence(self.fusion, called, self._trace(args, kwargs))
+        stored = 0 if self.memory is None else self.memory.samples
+        check_samples(calls, logits.shape[0], stored, self.memory.name if self.memory else "")
         self.fusion.check(calls, tokens)
-
-    def _tokens(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
-        """The tokens of each modality in this batch."""
-        if self.settings.spans is None:
-            shapes = tuple(x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-            if shapes not in self._spans_by_shape:
-                self._spans_by_shape[shapes] = self._read_spans(args, kwargs)
-            return self._spans_by_shape[shapes]
-        with torch.no_grad():
-            tokens = select_tokens(self.settings.spans, *tree_map(normal_tensor, (args, kwargs)))
-        if self.calls == 1:
-            check_disjoint(tokens)
-        return tokens
-
-    def _read_spans(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
-        """The modalities' spans as the concatenation ahead of the fusion shows them, in a forward of its own."""
-        seen = self._trace(args, kwargs)
-        own = [call for call in seen if any(_is_inside(call.name, x.name) for x in self.fusion.watched)]
-        if not own:
-            self._refuse_silence([x.name for x in self.fusion.watched], seen)
-        within = [str(call) for call in own if call.shape != "joint"]
-        if within and len(within) < len(own):
-            fitting = list(dict.fromkeys(call.name for call in own if call.shape == "joint"))
-            raise ValueError(
-                f"Expected `fusion` to match the attention over all modalities alone, but of its {len(own)} calls "
-                f"{len(within)} see one module's tokens only: {', '.join(within)}. Name fewer: fusion={fitting!r}."
-            )
-        spans = joint_spans(own[0])
-        listed = ", ".join(f'"{name}": ({own.span.start}, {own.span.stop})' for name, own in spans.items())
-        log.info("ABPEM reads the modalities of %s tokens off this batch: modalities={%s}", own[0].queries, listed)
-        return spans
 
     def _trace(self, args: Any, kwargs: Any) -> list[SeenCall]:
         """The attention calls that a forward makes."""
         with self._own_inputs(args, kwargs) as (args, kwargs):
             return trace_attention(self.model, lambda: self._run_target(args, kwargs))
-
-    @staticmethod
-    def _refuse_silence(silent: list[str], seen: list[SeenCall]) -> NoReturn:
-        raise ValueError(
-            f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
-            f"Seen elsewhere: {'; '.join(dict.fromkeys(map(str, seen))) or 'none'}."
-        )
 
     def _submodule(self, name: str, option: str) -> nn.Module:
         try:
@@ -347,10 +310,6 @@ class Adaptation:
         adapted = {id(p) for p in self.params.values()}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return [name for name, p in everywhere if id(p) in adapted and name not in self.params]
-
-
-def _is_inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(f"{module}.")
 
 
 def _block_of(attention: str) -> str:

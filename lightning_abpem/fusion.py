@@ -21,7 +21,15 @@ from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import FusionAttention, find_attention
 from lightning_abpem.spans import Tokens
 
-__all__ = ["FusionPatterns", "JointFusion", "Patterns", "SeparateFusion", "find_fusion", "fusion_patterns"]
+__all__ = [
+    "FusionPatterns",
+    "JointFusion",
+    "Patterns",
+    "SeparateFusion",
+    "check_samples",
+    "find_fusion",
+    "fusion_patterns",
+]
 
 Patterns = str | Sequence[str]
 FusionPatterns = Patterns | Mapping[Pair, Patterns] | Mapping[str, Patterns]
@@ -158,6 +166,26 @@ def find_fusion(model: nn.Module, patterns: list[str] | dict[Pair, list[str]]) -
     watched = _attentions(model, [place for places in by_pair.values() for place in places])
     moving = {name for (m, n), places in by_pair.items() if m != n for name, _ in places}
     return SeparateFusion(watched, [attention for attention in watched if attention.name in moving], by_pair)
+
+
+def check_samples(calls: Iterable[AttentionCall], samples: int, stored: int, memory_at: str) -> None:
+    """Hold the calls against the number of samples that the logits have, `stored` ones of the memory included.
+
+    Raises:
+        ValueError: if a call has another number; with the likely reason.
+    """
+    for call in calls:
+        if stored and call.shape[0] == samples - stored:
+            raise ValueError(
+                f"Expected '{call.name}' to attend over stored samples too, but it is outside '{memory_at}', where the "
+                "memory adds them. Name with `memory_at` a module that holds all attentions of `fusion`, or set "
+                "memory_batches=1."
+            )
+        if call.shape[0] != samples:
+            raise ValueError(
+                f"Expected '{call.name}' to attend with {samples} samples, as many as the logits have, but got "
+                f"{call.shape[0]}: are its tokens batch-first, its heads a dimension of their own?"
+            )
 
 
 def fusion_patterns(fusion: FusionPatterns, modalities: Sequence[str]) -> list[str] | dict[Pair, list[str]]:

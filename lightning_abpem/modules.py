@@ -15,6 +15,7 @@ __all__ = [
     "normal_tensor",
     "only_trainable",
     "without_inference_tensors",
+    "without_nested_tensors",
 ]
 
 
@@ -108,3 +109,17 @@ def without_inference_tensors(model: nn.Module) -> Iterator[None]:
         for place, name, value, stand_in, version in replaced:
             if place.get(name) is stand_in and stand_in._version == version:  # else the run wrote something newer
                 place[name] = value
+
+
+@contextmanager
+def without_nested_tensors(model: nn.Module, watched: Collection[nn.Module]) -> Iterator[None]:
+    """Keep every nn.TransformerEncoder that holds a watched module from packing padded batches into nested tensors."""
+    holding = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    before = [(m, m.use_nested_tensor) for m in holding if not set(watched).isdisjoint(m.modules())]
+    try:
+        for encoder, _ in before:
+            encoder.use_nested_tensor = False
+        yield
+    finally:
+        for encoder, packs in before:
+            encoder.use_nested_tensor = packs

@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_abpem.attention import SOFTMAX
 from lightning_abpem.projections import has_projections
-from lightning_abpem.spans import Tokens
+from lightning_abpem.seen import Kind, SeenCall, Segment
 
-__all__ = ["SeenCall", "Segment", "joint_spans", "short_names", "trace_attention", "tracing"]
-
-Kind = Literal["fused", "torch", "eager", "hidden"]
+__all__ = ["trace_attention", "tracing"]
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _TRANSPOSITIONS = (
@@ -35,20 +32,6 @@ _TRANSPOSITIONS = (
     *(Tensor.mT.__get__, Tensor.T.__get__),  # type: ignore[attr-defined]
 )
 _SIZES = (2, 3, 5, 7, 11)  # of the dimensions of a probe
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Adjacent tokens of one origin.
-
-    Args:
-        source: the module call that put them out first, `NAME` or, from its second call on, `NAME[i]`; None if they
-            come from no module, such as a CLS parameter.
-        tokens: their number.
-    """
-
-    source: str | None
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -65,50 +48,6 @@ class _Layout:
     @property
     def sources(self) -> list[str]:
         return list(dict.fromkeys(segment.source for segment in self.segments if segment.source is not None))
-
-
-@dataclass(frozen=True)
-class SeenCall:
-    """One attention call of a forward.
-
-    Args:
-        name: the module with the query, key and value projections or, without one, the innermost module.
-        turn: how many calls of this module came before.
-        kind: "fused", F.scaled_dot_product_attention; "torch", nn.MultiheadAttention; "eager", a softmax over scores;
-            "hidden", a module with projections in which none of these was seen.
-        queries: number of query tokens; 0 if hidden.
-        keys: number of key tokens.
-        heads: number of heads.
-        query_segments: the origins of the query tokens; empty if unknown.
-        key_segments: those of the key tokens.
-    """
-
-    name: str
-    turn: int
-    kind: Kind
-    queries: int = 0
-    keys: int = 0
-    heads: int = 0
-    query_segments: tuple[Segment, ...] = ()
-    key_segments: tuple[Segment, ...] = ()
-
-    @property
-    def sources(self) -> list[str]:
-        """The origins of its query tokens that have more than one token."""
-        return list(dict.fromkeys(s.source for s in self.query_segments if s.source is not None and s.tokens > 1))
-
-    @property
-    def shape(self) -> Literal["joint", "cross", "self"]:
-        """Joint: queries of several origins; cross: queries of one origin and keys of another."""
-        if len(self.sources) > 1:
-            return "joint"
-        keys = [segment.source for segment in self.key_segments if segment.source is not None]
-        return "cross" if self.sources and keys and not set(self.sources) & set(keys) else "self"
-
-    def __str__(self) -> str:
-        if self.kind == "hidden":
-            return f"{self.name} (its kernel hides q and k)"
-        return f"{self.name} ({self.queries} query and {self.keys} key tokens)"
 
 
 @dataclass
@@ -163,8 +102,11 @@ class _Tracer(TorchFunctionMode):
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            self._frames.append(_Frame(name, self._turns[name], inputs, has_projections(module)))
+            owns = has_projections(module)
+            widths = {child.in_features for child in module.children() if owns and isinstance(child, nn.Linear)}
+            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+            inputs = [x for x in inputs if not widths or x.shape[-1] in widths]  # tokens; no mask, no rotation
+            self._frames.append(_Frame(name, self._turns[name], inputs, owns))
             self._turns[name] += 1
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -272,51 +214,6 @@ def trace_attention(model: nn.Module, forward: Callable[[], Any]) -> list[SeenCa
     with torch.no_grad(), tracing(model) as seen:
         forward()
     return seen
-
-
-def joint_spans(call: SeenCall) -> dict[str, Tokens]:
-    """The spans of a joint call's modalities, by a short name for the module that each of them comes from.
-
-    Raises:
-        ValueError: if it is not joint, or the tokens of one module do not lie side by side.
-    """
-    if call.shape != "joint":
-        raise ValueError(
-            f"Expected '{call.name}' to attend over concatenated outputs of several modules, but its tokens are seen "
-            f"to come from {call.sources or 'no module'}. Give their spans, as in modalities={{'a': 512, 'v': 196}}."
-        )
-    names = short_names(call.sources)
-    spans: dict[str, Tokens] = {}
-    start = 0
-    for source, group in groupby(call.query_segments, key=lambda segment: segment.source):
-        stop = start + sum(segment.tokens for segment in group)
-        if source in names and stop - start > 1:
-            if names[source] in spans:
-                raise ValueError(
-                    f"Expected the tokens of '{source}' side by side in '{call.name}', but they are in several places. "
-                    "Give `modalities` as functions that make masks."
-                )
-            spans[names[source]] = Tokens(slice(start, stop), of=call.queries)
-        start = stop
-    return spans
-
-
-def short_names(sources: Sequence[str]) -> dict[str, str]:
-    """Names that tell modules apart: where their dotted names part, less the words that all of them share there."""
-    paths = [source.partition("[")[0].split(".") for source in sources]
-    while len({path[0] for path in paths}) == 1 and all(len(path) > 1 for path in paths):
-        paths = [path[1:] for path in paths]
-    words = [path[0].split("_") for path in paths]
-    for end in (0, -1):
-        while len({parts[end] for parts in words}) == 1 and all(len(parts) > 1 for parts in words):
-            for parts in words:
-                parts.pop(end)
-    short = ["_".join(parts) for parts in words]
-    repeated = {name for name in short if short.count(name) > 1}
-    return {
-        source: f"{name}_{short[:i].count(name)}" if name in repeated else name
-        for i, (source, name) in enumerate(zip(sources, short, strict=True))
-    }
 
 
 def _label(frame: _Frame) -> str:

@@ -1,0 +1,93 @@
+"""Whose tokens a batch has: as the user says, or as the concatenation ahead of the fusion shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_abpem.fusion import JointFusion, SeparateFusion
+from lightning_abpem.modules import normal_tensor
+from lightning_abpem.seen import SeenCall, joint_spans
+from lightning_abpem.spans import TokenMask, Tokens, check_disjoint, select_tokens
+
+__all__ = ["BatchTokens", "refuse_silence"]
+
+log = logging.getLogger(__name__)
+
+
+class BatchTokens:
+    """From the target's arguments to the tokens of each modality.
+
+    Args:
+        spans: what is known of them; None to read them off a forward, once for each shape of the arguments.
+        fusion: the attentions that they enter.
+        trace: the attention calls of a forward with these arguments.
+    """
+
+    def __init__(
+        self,
+        spans: Mapping[str, Tokens | TokenMask] | None,
+        fusion: JointFusion | SeparateFusion,
+        trace: Callable[[Any, Any], list[SeenCall]],
+    ) -> None:
+        self._spans, self._fusion, self._trace = spans, fusion, trace
+        self._read: dict[tuple[torch.Size, ...], dict[str, Tokens]] = {}
+        self._unchecked = True
+
+    def __call__(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+        """The tokens of each modality in this batch.
+
+        Raises:
+            ValueError: if they cannot be read, a mask is not one, or, in the first batch, two modalities share tokens.
+        """
+        if self._spans is None:
+            shapes = tuple(x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            if shapes not in self._read:
+                self._read[shapes] = self._off_a_forward(args, kwargs)
+            return self._read[shapes]
+        with torch.no_grad():
+            tokens = select_tokens(self._spans, *tree_map(normal_tensor, (args, kwargs)))
+        if self._unchecked:
+            check_disjoint(tokens)
+            self._unchecked = False
+        return tokens
+
+    def _off_a_forward(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+        seen = self._trace(args, kwargs)
+        own = [call for call in seen if any(_is_inside(call.name, x.name) for x in self._fusion.watched)]
+        if not own:
+            refuse_silence(self._fusion, (), seen)
+        within = list(dict.fromkeys(str(call) for call in own if call.shape != "joint"))
+        fitting = list(dict.fromkeys(call.name for call in own if call.shape == "joint"))
+        if within and fitting:
+            raise ValueError(
+                f"Expected `fusion` to match the attention over all modalities alone, but of its "
+                f"{len(within) + len(fitting)} matches {len(within)} see one module's tokens only: "
+                f"{', '.join(within)}. Name fewer: fusion={fitting!r}."
+            )
+        spans = joint_spans(own[0])
+        listed = ", ".join(f'"{name}": ({tokens.span.start}, {tokens.span.stop})' for name, tokens in spans.items())
+        log.info("ABPEM reads off this batch, of %d tokens: modalities={%s}", own[0].queries, listed)
+        return spans
+
+
+def refuse_silence(fusion: JointFusion | SeparateFusion, called: Collection[str], seen: Sequence[SeenCall]) -> NoReturn:
+    """Say which fusion attentions a forward did not call, and which calls it made.
+
+    Raises:
+        ValueError: always.
+    """
+    silent = [attention.name for attention in fusion.watched if attention.name not in called]
+    raise ValueError(
+        f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
+        f"Seen elsewhere: {'; '.join(dict.fromkeys(map(str, seen))) or 'none'}."
+    )
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
