@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["comparison_table"]
+__all__ = ["comparison_table", "inspection_table", "plain_text"]
 
 
 def comparison_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -35,3 +39,43 @@ def comparison_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
             end_section=row.get("section", False),
         )
     return table
+
+
+def inspection_table(rows: Iterable[Mapping[str, Any]], line: str | None, notes: Iterable[str]) -> Group:
+    """The attention calls of a model, and the `ABPEM(...)` line that fits.
+
+    Args:
+        rows: each with `name`, `kind`, `queries`, `keys`, `heads`, `tokens` (whose they are), `fusion` (whether it
+            brings modalities together) and `values`, the number that would adapt.
+        line: the line to paste, if there is one.
+        notes: sentences below it.
+    """
+    rows = list(rows)
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    widest = max((len(row["name"]) for row in rows), default=0)
+    table.add_column("attention", overflow="fold", min_width=min(widest, 36))
+    table.add_column("kernel", no_wrap=True)
+    for heading in ("queries", "keys", "heads"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("tokens of")
+    table.add_column("q, k, v", justify="right", no_wrap=True)
+    for row in rows:
+        known = row["kind"] != "hidden"
+        table.add_row(
+            row["name"],
+            row["kind"] if known else "[red]hidden[/red]",
+            *(str(row[size]) if known else "?" for size in ("queries", "keys", "heads")),
+            row["tokens"],
+            f"{row['values']:,}" if row["values"] else "?",
+            style="bold green" if row["fusion"] else None,
+        )
+    below = [Text(line, style="bold", overflow="fold")] if line else []
+    return Group(table, *below, *(Text(note) for note in notes))
+
+
+def plain_text(renderable: Any, width: int = 160) -> str:
+    """What a terminal without colours shows, without spaces at the ends of lines."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable, soft_wrap=False)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -13,6 +13,13 @@ __all__ = ["Kind", "SeenCall", "Segment", "joint_spans", "short_names"]
 
 Kind = Literal["fused", "torch", "eager", "hidden"]
 
+_WORDS = {  # parts of module names that tell the modality
+    "audio": ("audio", "speech", "sound", "wave", "spectrogram"),
+    "text": ("text", "word", "lang"),
+    "video": ("video", "frame"),
+    "image": ("image", "vision", "visual", "visn", "pixel"),
+}
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -100,7 +107,13 @@ def joint_spans(call: SeenCall) -> dict[str, Tokens]:
 
 
 def short_names(sources: Sequence[str]) -> dict[str, str]:
-    """Names that tell modules apart: where their dotted names part, less the words that all of them share there."""
+    """Names that tell modules apart: of a modality, if each is known to be of another one by the words in its name.
+
+    Else what is different where their dotted names part.
+    """
+    modalities = {source: _modality(source) for source in sources}
+    if None not in modalities.values() and len(set(modalities.values())) == len(sources):
+        return {source: modality for source, modality in modalities.items() if modality is not None}
     paths = [source.partition("[")[0].split(".") for source in sources]
     while len({path[0] for path in paths}) == 1 and all(len(path) > 1 for path in paths):
         paths = [path[1:] for path in paths]
@@ -115,3 +128,14 @@ def short_names(sources: Sequence[str]) -> dict[str, str]:
         source: f"{name}_{short[:i].count(name)}" if name in repeated else name
         for i, (source, name) in enumerate(zip(sources, short, strict=True))
     }
+
+
+def _modality(source: str) -> str | None:
+    """The modality that the latest part of a module's name with such a word tells."""
+    told = [
+        modality
+        for part in source.lower().split(".")
+        for modality, words in _WORDS.items()
+        if any(word in part for word in words)
+    ]
+    return told[-1] if told else None

@@ -68,6 +68,7 @@ class _Tracer(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.seen: list[SeenCall] = []
+        self.outermost: dict[str, Any] = {}  # the outputs of the modules that no other module of the model called
         self._model = model
         self._layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._turns: Counter[str] = Counter()
@@ -98,6 +99,10 @@ class _Tracer(TorchFunctionMode):
             with self:
                 yield
 
+    def close(self) -> None:
+        """What ran in no module of its own is known when all has run."""
+        self._close(self._frames[0])
+
     # ------------------------------------------------------------------------------------------------------- modules
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -112,6 +117,8 @@ class _Tracer(TorchFunctionMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             frame = self._frames.pop()
             self._close(frame)
+            if len(self._frames) == 1:
+                self.outermost[name] = output
             for x in tree_leaves(output):
                 is_sequence = isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()
                 if is_sequence and x not in self._layouts and not isinstance(module, nn.modules.conv._ConvNd):
@@ -201,19 +208,19 @@ class _Tracer(TorchFunctionMode):
 
 
 @contextmanager
-def tracing(model: nn.Module) -> Iterator[list[SeenCall]]:
+def tracing(model: nn.Module) -> Iterator[_Tracer]:
     """Collect the attention calls of what runs inside the block, in the order in which their modules end."""
     tracer = _Tracer(model)
     with tracer.attached():
-        yield tracer.seen
-        tracer._close(tracer._frames[0])
+        yield tracer
+        tracer.close()
 
 
 def trace_attention(model: nn.Module, forward: Callable[[], Any]) -> list[SeenCall]:
     """Every attention call that `forward` makes inside `model`, without gradients."""
-    with torch.no_grad(), tracing(model) as seen:
+    with torch.no_grad(), tracing(model) as trace:
         forward()
-    return seen
+    return trace.seen
 
 
 def _label(frame: _Frame) -> str:

@@ -1,0 +1,179 @@
+"""The command line: ``abpem inspect``. It needs the extra ``lightning_abpem[cli]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from lightning_abpem.inspection import Inspection, inspecting
+
+__all__ = ["main"]
+
+_EPILOG = """examples:
+  abpem inspect my_package.MyModel --data my_package.MyData --model.width 256
+  abpem inspect --config config.yaml                       (of a LightningCLI with class paths)
+  abpem inspect my_package.MyModel --config config.yaml    (of a LightningCLI of that class)
+  abpem inspect my_package.MyModel --batch batch.pt        (torch.save of one batch)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``abpem`` command.
+
+    Raises:
+        SystemExit: with a message, for what cannot be parsed, imported or run.
+    """
+    parser = argparse.ArgumentParser(prog="abpem", description="Test-time adaptation with ABPEM.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser(
+        "inspect",
+        help="show every attention call of one step, and the ABPEM(...) line that fits",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    inspect.add_argument("model", nargs="?", help="import path of the LightningModule; its arguments as --model.NAME")
+    inspect.add_argument("--data", help="import path of the LightningDataModule; its arguments as --data.NAME")
+    inspect.add_argument("--config", help="YAML of a LightningCLI; its sections `model` and `data` are read")
+    inspect.add_argument("--batch", help="a file with one batch, saved by torch.save, instead of data")
+    inspect.add_argument("--stage", choices=["test", "predict", "validate"], default="test", help="whose step is run")
+    options, rest = parser.parse_known_args(argv)
+    sys.path.insert(0, "")  # as `python -m` does: modules of the working directory can be imported
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        model, data = _instantiate(options, rest)
+        Console().print(_inspect_step(model, data, options.stage))
+    except (ImportError, OSError, ValueError, MisconfigurationException) as error:
+        parser.exit(2, f"abpem inspect: {error}\n")
+
+
+def _instantiate(options: argparse.Namespace, rest: list[str]) -> tuple[LightningModule, Any]:
+    """The LightningModule and a data module, or a loader of the one batch."""
+    try:
+        import jsonargparse
+    except ImportError as error:
+        raise ImportError("this needs jsonargparse: pip install 'lightning_abpem[cli]'") from error
+
+    if options.data is options.config is options.batch is None:
+        raise ValueError("no data: give --data, or --batch, or --config with a section `data`")
+    parser = jsonargparse.ArgumentParser(prog="abpem inspect", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    _add(parser, "model", options.model, LightningModule)
+    if options.batch is None:
+        _add(parser, "data", options.data, LightningDataModule)
+    sections = [] if options.config is None else _read_sections(options)
+    try:
+        config = parser.parse_args([*sections, *rest])
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(error) from error
+    made = parser.instantiate(config)
+    if options.batch is None:
+        return made.model, made.data
+    batch = torch.load(options.batch, map_location="cpu", weights_only=True)
+    return made.model, DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+
+
+def _add(parser: Any, name: str, path: str | None, base: type) -> None:
+    """Arguments of the class at the path, or of whichever subclass the config names."""
+    if path is None:
+        parser.add_subclass_arguments(base, name, required=True)
+        return
+    found = _import(path)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"Expected {path} to be a {base.__name__}, but it is {found!r}.")
+    parser.add_class_arguments(found, name)
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"Expected an import path such as my_package.MyModel, but got {path!r}.")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise ValueError(f"{module} has no {name}.") from None
+
+
+def _read_sections(options: argparse.Namespace) -> list[str]:
+    """What the config says of the model and the data, as arguments; a Trainer, loggers, optimizers are left out."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(options.config).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{options.config} is not YAML: {error}") from error
+    if "model" not in config and isinstance(config.get(options.stage), dict):
+        config = config[options.stage]
+    wanted = ("model",) if options.batch is not None else ("model", "data")
+    sections = {name: config[name] for name in wanted if name in config}
+    if not sections:
+        raise ValueError(f"{options.config} has none of the sections {wanted}, but {sorted(config)}")
+    return ["--config", yaml.safe_dump(sections)]
+
+
+class _Inspecting(Callback):
+    """Watches the first step of a run."""
+
+    def __init__(self) -> None:
+        self.inspection: Inspection | None = None
+        self._stack = ExitStack()
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._result = self._stack.enter_context(inspecting(pl_module))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._stack.close()
+        self.inspection = self._result.inspection()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stack.close()
+
+    on_predict_batch_start = on_validation_batch_start = on_test_batch_start
+    on_predict_batch_end = on_validation_batch_end = on_test_batch_end
+
+
+def _inspect_step(model: LightningModule, data: Any, stage: str) -> Inspection:
+    watching = _Inspecting()
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        callbacks=[watching],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_test_batches=1,
+        limit_predict_batches=1,
+        limit_val_batches=1,
+    )
+    quietly = {} if stage == "predict" else {"verbose": False}
+    getattr(trainer, stage)(model, data, **quietly)
+    if watching.inspection is None:
+        raise ValueError(f"the {stage} loader gave no batch")
+    return watching.inspection
+
+
+if __name__ == "__main__":
+    main()

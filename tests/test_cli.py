@@ -1,0 +1,126 @@
+"""The command line, in a directory of a user's."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from lightning_abpem.cli import main
+
+MINE = """
+    import torch
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from torch.utils.data import DataLoader
+    from tests.toy import Toy, batches
+
+    class Model(Toy):
+        def __init__(self, depth: int = 1):
+            super().__init__(depth=depth)
+
+    class Inside(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Toy()
+
+        def test_step(self, batch, batch_idx):
+            return self.net(*batch[:2])
+
+    class Data(LightningDataModule):
+        def __init__(self, size: int = 4, count: int = 2):
+            super().__init__()
+            self.size, self.count = size, count
+
+        def test_dataloader(self):
+            labels = torch.zeros(self.size, dtype=torch.long)
+            return DataLoader([(*b, labels) for b in batches(self.count, self.size)], batch_size=None)
+"""
+LINE = 'ABPEM(fusion="fusion.*.attn", modalities={"audio": 6, "video": 4}, k=2)'
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(textwrap.dedent(MINE))
+    (tmp_path / "own.yaml").write_text("model: {depth: 2}\ndata: {size: 2}\n")
+    (tmp_path / "paths.yaml").write_text(
+        "seed_everything: 1\n"
+        "trainer: {max_epochs: 3, logger: {class_path: no.such.Logger}}\n"
+        "model: {class_path: mine.Model, init_args: {depth: 3}}\n"
+        "data: {class_path: mine.Data}\n"
+    )
+    (tmp_path / "test.yaml").write_text("test:\n  model: {depth: 2}\n  data: {size: 2}\n")
+    (tmp_path / "trainer.yaml").write_text("trainer: {max_epochs: 3}\n")
+    (tmp_path / "broken.yaml").write_text("model: [\n")
+    torch.save((torch.randn(4, 6, 3), torch.randn(4, 4, 3), torch.zeros(4).long()), tmp_path / "batch.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layers"),
+    [
+        ("mine.Model --data mine.Data", 1),
+        ("mine.Model --data mine.Data --model.depth 2 --data.size=3", 2),
+        ("--config paths.yaml", 3),
+        ("mine.Model --data mine.Data --config own.yaml", 2),
+        ("mine.Model --data mine.Data --config test.yaml", 2),
+        ("mine.Model --batch batch.pt --config own.yaml", 2),
+        ("mine.Model --batch batch.pt --stage predict", 1),
+    ],
+)
+def test_inspect(folder, capsys, arguments, layers):
+    main(["inspect", *arguments.split()])
+    shown = capsys.readouterr().out
+    assert LINE in shown
+    assert shown.count("fusion.0.attn") >= 1
+    assert f"fusion.{layers - 1}.attn" in shown
+    assert f"fusion.{layers}.attn" not in shown
+
+
+def test_the_module_that_the_step_calls(folder, capsys):
+    main(["inspect", "mine.Inside", "--data", "mine.Data"])
+    assert 'target="net", k=2' in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("mine.Model", "no data: give --data, or --batch, or --config"),
+        ("mine.Missing --data mine.Data", "mine has no Missing"),
+        ("elsewhere.Model --data mine.Data", "No module named 'elsewhere'"),
+        ("Model --data mine.Data", "an import path such as my_package.MyModel, but got 'Model'"),
+        ("mine.Data --data mine.Data", "mine.Data to be a LightningModule"),
+        ("mine.Model --data mine.Data --model.dept 2", "unrecognized arguments: --model.dept"),
+        ("mine.Model --data mine.Data --model.depth two", "two"),
+        ("mine.Model --data mine.Data --stage predict", "`predict_dataloader` must be implemented"),
+        ("mine.Model --data mine.Data --data.count 0", "the test loader gave no batch"),
+        ("mine.Model --data mine.Data --config missing.yaml", "missing.yaml"),
+        ("mine.Model --data mine.Data --config broken.yaml", "broken.yaml is not YAML"),
+        ("mine.Model --data mine.Data --config trainer.yaml", "none of the sections ('model', 'data')"),
+        ("mine.Model --batch missing.pt", "missing.pt"),
+    ],
+)
+def test_bad_arguments(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", *arguments.split()])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "abpem inspect:" in error
+
+
+def test_the_command_is_installed(folder):
+    """With its help, in a process of its own."""
+    command = [sys.executable, "-m", "lightning_abpem.cli", "inspect", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "abpem inspect --config config.yaml" in shown
+
+
+def test_without_jsonargparse(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit):
+        main(["inspect", "mine.Model", "--data", "mine.Data"])
+    assert "pip install 'lightning_abpem[cli]'" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""Whose tokens a batch has: masks made from it, spans read off it."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_abpem import ABPEM
+from tests.toy import AUDIO, CLASSES, VIDEO, WIDTH, FusedAttention, batches, make_toy
+
+
+def adapt(model, stream, **options):
+    with torch.inference_mode(), ABPEM(**({"fusion": "fusion.*.attn", "k": 2} | options)).attach(model) as adaptation:
+        return torch.stack([model(*args) for args in stream]), adaptation
+
+
+@pytest.mark.parametrize("memory", [1, 3])
+def test_auto_is_the_spans_written_out(memory, caplog):
+    caplog.set_level(logging.INFO, logger="lightning_abpem")
+    read, _ = adapt(make_toy(), batches(), modalities="auto", memory_batches=memory)
+    given, _ = adapt(make_toy(), batches(), modalities={"audio": AUDIO, "video": VIDEO}, memory_batches=memory)
+    assert torch.equal(read, given)
+    assert 'off this batch, of 10 tokens: modalities={"audio": (0, 6), "video": (6, 10)}' in caplog.text
+    assert caplog.text.count("off this batch") == 1
+
+
+def test_auto_reads_every_new_shape(caplog):
+    caplog.set_level(logging.INFO, logger="lightning_abpem")
+    short = [(audio[:, :5], video) for audio, video in batches()]
+    _, adaptation = adapt(make_toy(), [*batches(2), *short[:2], *batches(1)], modalities="auto")
+    assert adaptation.updates == 5
+    assert caplog.text.count("off this batch") == 2
+    assert '"audio": (0, 5), "video": (5, 9)' in caplog.text
+
+
+class WithEncoders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.audio, self.video = (nn.Sequential(nn.Linear(3, WIDTH), FusedAttention()) for _ in range(2))
+        self.attn, self.head = FusedAttention(), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, audio, video):
+        return self.head(self.attn(torch.cat([self.audio(audio), self.video(video)], 1)).mean(1))
+
+
+def test_auto_where_the_pattern_matches_encoders_too():
+    with pytest.raises(ValueError, match=r"of its 3 matches 2 see one module's tokens only: audio.1 .*=\['attn'\]"):
+        adapt(WithEncoders().eval(), batches(), fusion=["*.1", "attn"], modalities="auto")
+
+
+def test_auto_where_nothing_is_concatenated():
+    with pytest.raises(ValueError, match=r"but its tokens are seen to come from \['audio.0'\]"):
+        adapt(WithEncoders().eval(), batches(), fusion="audio.1", modalities="auto")
+
+
+class Interleaved(nn.Module):
+    """Tokens of two kinds in any order, as many as there are, padded at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.fusion = nn.ModuleList([nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, 3, batch_first=True)})])
+
+    def forward(self, ids, padded):
+        x = self.embed(ids)
+        x = x + self.fusion[0]["attn"](x, x, x, key_padding_mask=padded)[0]
+        return self.head((x * ~padded[..., None]).sum(1) / (~padded).sum(1, keepdim=True))
+
+
+KINDS = {"words": lambda ids, padded: ids < 10, "sounds": lambda ids, padded: ids >= 10}
+
+
+def interleaved(size=3):
+    torch.manual_seed(size)
+    padded = torch.arange(8) >= torch.randint(5, 9, (size, 1))
+    return torch.randint(20, (size, 8)), padded
+
+
+def test_masks_are_the_tokens_one_by_one():
+    torch.manual_seed(0)
+    model = Interleaved().eval()
+    ids, padded = interleaved()
+    options = {"steps": 0, "modalities": KINDS}
+    _, adaptation = adapt(model, [(ids, padded)], **options)
+    mha, divergences = model.fusion[0]["attn"], []
+    for sample in range(3):
+        x = model.embed(ids[sample])[~padded[sample]].double()
+        kinds = ids[sample][~padded[sample]] < 10
+        (w_q, w_k, _), (b_q, b_k, _) = mha.in_proj_weight.double().chunk(3), mha.in_proj_bias.double().chunk(3)
+        scores = (x @ w_q.T + b_q) @ (x @ w_k.T + b_k).T * 4**-0.5 / 3
+        cross, own = scores[kinds][:, ~kinds], scores[~kinds][:, ~kinds]
+        if min(cross.numel(), own.numel()) > 1:
+            p, q = (torch.distributions.Normal(block.mean(), block.std()) for block in (cross, own))
+            divergences.append(torch.distributions.kl_divergence(p, q))
+    expected = torch.stack(divergences).mean().item()
+    assert adaptation.record["divergence/words_to_sounds"].item() == pytest.approx(expected, rel=1e-4)
+
+
+class Remembering(Interleaved):
+    """Its block gets the tokens and their padding, and gives logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Interleaved()
+
+    def forward(self, ids, padded):
+        return self.block(ids, padded)
+
+
+def test_masks_are_remembered_with_the_tokens():
+    """With the same batch twice, memory holds it twice: the figures are those of the batch alone."""
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    one, two = interleaved(3), interleaved(2)
+    options = {"fusion": "block.fusion.0.attn", "modalities": KINDS, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
+    options |= {"memory_at": "block"}
+    _, alone = adapt(model, [tuple(map(torch.cat, zip(one, two, strict=True)))], **options)
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    with torch.no_grad(), ABPEM(k=2, memory_batches=2, **options).attach(model) as adaptation:
+        model(*one)
+        model(*two)
+    for name, value in adaptation.record.items():
+        torch.testing.assert_close(value, alone.record[name], msg=name)
+
+
+def test_masks_that_overlap():
+    modalities = KINDS | {"sounds": lambda ids, padded: ids >= 9}
+    with pytest.raises(ValueError, match="'words' and 'sounds' share some"):
+        adapt(
+            Interleaved().eval(), [(torch.full((2, 8), 9), torch.zeros(2, 8, dtype=torch.bool))], modalities=modalities
+        )
+
+
+def test_a_modality_that_is_missing_everywhere():
+    """No cross block is left: the bootstrapping says nothing, entropy still adapts."""
+    torch.manual_seed(0)
+    ids = torch.randint(10, (3, 8))
+    _, adaptation = adapt(Interleaved().eval(), [(ids, torch.zeros(3, 8, dtype=torch.bool))], modalities=KINDS)
+    assert adaptation.updates == 1
+    assert adaptation.record["divergence/words_to_sounds"].isnan()
+    assert adaptation.record["loss"].isfinite()
