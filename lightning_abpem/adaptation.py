@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_abpem.attention import AttentionCall, capture_attention
+from lightning_abpem.compiled import eagerly, inside_compiled, outside_compiled, substituted
 from lightning_abpem.fusion import check_samples, find_fusion
 from lightning_abpem.logits import read_logits
 from lightning_abpem.memory import TokenMemory
 from lightning_abpem.modules import (
-    is_compiled,
     normal_tensor,
     only_trainable,
     without_inference_tensors,
@@ -112,11 +112,10 @@ class Adaptation:
         if self.settings.restore:
             self._stack.callback(self.weights.restore)
         self._replay = FrozenReplay(self.target, adapted, watched=[x.module for x in self.fusion.watched])
-        self._replay.enabled = self.settings.replay and not is_compiled(self.model)
+        self._replay.enabled = self.settings.replay
         if self._replay.enabled:
             self._stack.enter_context(self._replay.attached())
-        self._stack.callback(self.target.register_forward_pre_hook(self._before_call, with_kwargs=True).remove)
-        self._stack.callback(self.target.register_forward_hook(self._after_call, always_call=True).remove)
+        self._stack.enter_context(self._around_calls())
 
     def close(self) -> None:
         """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
@@ -146,6 +145,31 @@ class Adaptation:
             *(f"  {tied} is the same tensor, so it moves as well" for tied in self._tied()),
         ]
         return "\n".join([*lines, f"Their source values {fate} after the run."])
+
+    @contextmanager
+    def _around_calls(self) -> Iterator[None]:
+        """Have calls of the target go by `_before_call` and `_after_call` while the block lasts."""
+        before, after = (outside_compiled(self.model, hook) for hook in (self._before_call, self._after_call))
+        compiled = getattr(self.target, "_compiled_call_impl", None)
+        with ExitStack() as stack:
+            if compiled is None:
+                stack.callback(self.target.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(self.target.register_forward_hook(after, always_call=True).remove)
+            else:  # which would not see hooks that come after it
+                stack.enter_context(substituted(self.target, "_compiled_call_impl", self._wrapped(compiled)))
+            yield
+
+    def _wrapped(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = None
+            self._before_call(self.target, args, kwargs)
+            try:
+                output = compiled(*args, **kwargs)
+            finally:
+                self._after_call(self.target, args, output)
+            return output
+
+        return call
 
     # ------------------------------------------------------------------------------------------- the way of a batch
 
@@ -252,7 +276,9 @@ class Adaptation:
         self._inside = True
         try:
             with ExitStack() as stack:
-                stack.enter_context(without_nested_tensors(self.model, [x.module for x in self.fusion.watched]))
+                watched = [attention.module for attention in self.fusion.watched]
+                stack.enter_context(without_nested_tensors(self.model, watched))
+                stack.enter_context(eagerly(self.model, watched))
                 if self.memory is not None:
                     stack.enter_context(self.memory.extend())
                 return self.target.forward(*args, **kwargs)
@@ -286,6 +312,11 @@ class Adaptation:
             ) from None
 
     def _check_model(self) -> None:
+        if self.target in inside_compiled(self.model):
+            raise ValueError(
+                f"Expected `target` to be called from Python, but '{self.settings.target}' runs inside compiled code. "
+                "Name the module that torch.compile was applied to, or one around it."
+            )
         if training := [name or "itself" for name, module in self.model.named_modules() if module.training]:
             raise ValueError(
                 f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 __all__ = [
     "find_modules",
-    "is_compiled",
     "normal_tensor",
     "only_trainable",
     "without_inference_tensors",
@@ -22,7 +21,8 @@ __all__ = [
 def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
     """The modules of `model` whose names match, in the model's order.
 
-    In a pattern `*` stands for one part of a dotted name, or a piece of it, and `**` for any number of parts.
+    In a pattern `*` stands for one part of a dotted name, or a piece of it, and `**` for any number of parts. The names
+    are those without torch.compile's `_orig_mod`.
 
     Raises:
         ValueError: if a pattern matches nothing, with the names that come closest.
@@ -30,10 +30,11 @@ def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, n
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise ValueError("Expected `fusion` to hold at least one name pattern, but got none.")
-    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    modules = model.named_modules(remove_duplicate=False)
+    named = {plain: module for name, module in modules if (plain := _plain_name(name))}  # the inside of a compiled one
     matched: set[str] = set()
     for pattern in patterns:
-        found = {name for name in named if _regex(pattern).fullmatch(name)}
+        found = {name for name in named if _regex(_plain_name(pattern)).fullmatch(name)}
         if not found:
             raise ValueError(
                 f"Expected `fusion` to match a module of {type(model).__name__}, but {pattern!r} matches none of its "
@@ -45,6 +46,10 @@ def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, n
         if name in matched:
             unique.setdefault(id(module), name)
     return {name: named[name] for name in unique.values()}
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -59,14 +64,6 @@ def _closest(names: Sequence[str], pattern: str) -> str:
     attention = [name for name in names if "attn" in name.rsplit(".", 1)[-1].lower() or "attention" in name.lower()]
     shown = (alike or attention or list(names))[:8]
     return f"Names like it: {', '.join(shown)}." if shown else "The model has no submodules."
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was applied to the model or a part of it."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
 
 
 def normal_tensor(x: Any) -> Any:

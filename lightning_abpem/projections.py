@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 __all__ = ["FusionAttention", "collect_params", "find_attention", "has_projections"]
@@ -52,6 +53,11 @@ def find_attention(module: nn.Module, name: str) -> FusionAttention:
     Raises:
         ValueError: if there is no attention in it, or more than one; both list what was found.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"Expected '{name}' to be an attention module written in Python, but it is a TorchScript module, inside "
+            "which nothing can be watched. Build the model from its code and load its weights."
+        )
     owners = {path: owner for path, owner in module.named_modules(prefix=name) if _projections(owner)}
     if len(owners) == 1:
         path, owner = next(iter(owners.items()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lightning_abpem.compiled import compiled_entry, inside_compiled, substituted
 
 __all__ = ["FrozenReplay"]
 
@@ -60,7 +62,8 @@ class FrozenReplay:
     ) -> None:
         moving = {id(p) for p in adapted}
         self.enabled = True
-        self._modules = [m for m in model.modules() if m is not model and _is_frozen(m, moving)]
+        hidden = {model} | inside_compiled(model)
+        self._modules = [m for m in model.modules() if m not in hidden and _is_frozen(m, moving)]
         self._holding = {id(m) for m in self._modules if not set(watched).isdisjoint(m.modules())}
         self._watching = False
         self._unaudited = audited_batches
@@ -72,18 +75,13 @@ class FrozenReplay:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Put the recorder in front of every frozen module's forward while the block lasts."""
-        originals = [(m, m.__dict__.get("forward")) for m in self._modules]
-        try:
-            for module, _ in originals:
-                module.__dict__["forward"] = partial(self._call, id(module), module.forward)
+        with ExitStack() as stack:
+            stack.callback(self.end_batch)
+            for module in self._modules:
+                entry = compiled_entry(module) or "forward"
+                recorder = partial(self._call, id(module), getattr(module, entry))
+                stack.enter_context(substituted(module, entry, recorder))
             yield
-        finally:
-            for module, own in originals:
-                if own is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = own
-            self.end_batch()
 
     def start_pass(self, watching: bool = False) -> None:
         """A pass over the batch begins: the first one records, those after it replay."""
@@ -124,7 +122,8 @@ class FrozenReplay:
     ) -> Any:
         replayable = all(isinstance(x, _PLAIN) or (isinstance(x, Tensor) and not x.requires_grad) for x in inputs)
         versions = _versions(inputs)
-        output = forward(*args, **kwargs)
+        with torch.set_grad_enabled(not replayable):  # as in the prediction, so that compiled code has one version
+            output = forward(*args, **kwargs)
         outputs, output_spec = tree_flatten(output)
         replayable = replayable and all(isinstance(x, (Tensor, *_PLAIN)) for x in outputs)
         if replayable and versions == _versions(inputs):

@@ -6,7 +6,6 @@ from torch import nn
 
 from lightning_abpem.modules import (
     find_modules,
-    is_compiled,
     normal_tensor,
     only_trainable,
     without_inference_tensors,
@@ -80,14 +79,6 @@ def test_normal_tensor():
     assert normal_tensor("text") == "text"
 
 
-def test_is_compiled():
-    model = nn.Sequential(nn.Linear(3, 3))
-    assert not is_compiled(model)
-    assert is_compiled(nn.Sequential(torch.compile(model)))
-    model[0].compile()
-    assert is_compiled(model)
-
-
 def test_patterns_match_at_the_top_and_under_any_name():
     model = make_toy()
     model.alias = model.fusion[0].attn
@@ -107,3 +98,9 @@ def test_what_the_run_wrote_over_inference_tensors_stays():
         model.total += 2
     assert model.count == 1
     assert model.total == 2
+
+
+def test_names_leave_out_what_compiling_adds():
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(3, 3))))
+    assert list(find_modules(model, "0.*")) == list(find_modules(model, "0._orig_mod.*")) == ["0.0"]
+    assert find_modules(torch.compile(model), "0")["0"] is model[0]._orig_mod

@@ -12,19 +12,28 @@ ROOT = Path(lightning_abpem.__file__).parent
 THIRD_PARTY = {
     "functional": {"torch"},
     "objective": {"torch"},
-    "spans": set(),
+    "masks": {"torch"},
     "projections": {"torch"},
     "attention": {"torch"},
+    "spans": {"torch"},
+    "blocks": {"torch"},
+    "modules": {"torch"},
+    "compiled": {"torch"},
+    "fusion": {"torch"},
+    "settings": {"torch"},
+    "seen": set(),
+    "tracing": {"torch"},
+    "tokens": {"torch"},
     "logits": {"torch"},
     "memory": {"torch"},
-    "modules": {"torch"},
     "replay": {"torch"},
-    "settings": {"torch"},
     "weights": {"torch"},
     "adaptation": {"torch"},
     "metrics": {"torch", "torchmetrics"},
     "display": {"rich"},
     "report": {"matplotlib"},
+    "inspection": {"torch"},
+    "cli": {"jsonargparse", "lightning", "rich", "torch", "yaml"},
     "callback": {"torch", "lightning"},
     "__init__": set(),
     "models.__init__": set(),
@@ -38,21 +47,33 @@ THIRD_PARTY = {
 OWN = {  # from the bottom up: each may import what stands before it
     "functional": set(),
     "objective": {"functional"},
-    "spans": {"attention"},  # for its type alone
+    "masks": set(),
     "projections": set(),
-    "attention": {"functional", "projections"},
-    "logits": set(),
-    "memory": set(),
+    "attention": {"masks", "projections"},
+    "spans": set(),
+    "blocks": {"attention", "functional", "spans"},
     "modules": set(),
-    "replay": set(),
-    "settings": {"objective", "spans"},
+    "compiled": set(),
+    "fusion": {"attention", "blocks", "modules", "objective", "projections", "spans"},
+    "settings": {"fusion", "objective", "spans"},
+    "seen": {"spans"},
+    "tracing": {"attention", "projections", "seen"},
+    "tokens": {"fusion", "modules", "seen", "spans"},
+    "logits": set(),
+    "memory": {"spans"},
+    "replay": {"compiled"},
     "weights": {"settings"},
-    "adaptation": {"attention", "logits", "memory", "modules", "projections", "replay", "settings", "spans", "weights"},
+    "adaptation": {
+        *("attention", "compiled", "fusion", "logits", "memory", "modules", "projections", "replay", "seen"),
+        *("settings", "spans", "tokens", "tracing", "weights"),
+    },
     "metrics": set(),
     "display": set(),
     "report": set(),
-    "callback": {"adaptation", "metrics", "objective", "settings", "spans"},
-    "__init__": {"adaptation", "callback"},
+    "inspection": {"display", "logits", "modules", "objective", "projections", "seen", "tracing"},
+    "callback": {"adaptation", "fusion", "metrics", "objective", "settings", "spans"},
+    "cli": {"inspection"},
+    "__init__": {"adaptation", "callback", "inspection"},
     "models.__init__": {"models.cavmae"},
     "models.cavmae": set(),
     "data.__init__": set(),
@@ -91,8 +112,13 @@ def test_import_rules(name):
     assert others <= THIRD_PARTY[name]
 
 
+def test_nothing_imports_in_circles():
+    for position, name in enumerate(OWN):
+        assert OWN[name] <= set(list(OWN)[:position]) or name.endswith("__init__")
+
+
 def test_public_names_are_frozen():
-    assert sorted(lightning_abpem.__all__) == ["ABPEM", "Adaptation", "__version__"]
+    assert sorted(lightning_abpem.__all__) == ["ABPEM", "Adaptation", "Inspection", "__version__", "inspect"]
     from lightning_abpem import models
 
     assert models.__all__ == ["CAVMAE"]

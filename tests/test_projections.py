@@ -1,6 +1,7 @@
 """What adapts: the projections of one attention module, found by their names."""
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_abpem.projections import find_attention
@@ -35,3 +36,9 @@ def test_no_attention():
 def test_several_attentions():
     with pytest.raises(ValueError, match="'fusion' to be one attention module, but it holds 2: 'fusion.0', 'fusion.1'"):
         find_attention(nn.Sequential(FusedAttention(), FusedAttention()), "fusion")
+
+
+def test_scripted_modules_are_refused():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="'fusion' to be an attention module written in Python, but .* TorchScript"):
+        find_attention(scripted, "fusion")

@@ -1,0 +1,75 @@
+"""Modules under torch.compile: where a call enters compiled code, and how to go around it.
+
+Inside compiled code nothing can be watched or stood in for: hooks that come later are not seen, and a changed forward
+is compiled anew. So the engine watches the plain forward, and replays compiled modules as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["compiled_entry", "eagerly", "inside_compiled", "is_compiled", "outside_compiled", "substituted"]
+
+
+def compiled_entry(module: nn.Module) -> str | None:
+    """The attribute through which a call of the module enters compiled code; None if it is not compiled itself.
+
+    `_compiled_call_impl` after ``module.compile()``; `forward` of what ``torch.compile(module)`` gives, also by way of
+    a Trainer, and after ``module.forward = torch.compile(module.forward)``.
+    """
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "_compiled_call_impl"
+    return "forward" if _plain(module) is not None else None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or a part of it."""
+    return any(compiled_entry(module) is not None for module in model.modules())
+
+
+def inside_compiled(model: nn.Module) -> set[nn.Module]:
+    """The modules that run inside compiled code of the model: the descendants of compiled modules."""
+    compiled = [module for module in model.modules() if compiled_entry(module) is not None]
+    return {inner for module in compiled for inner in module.modules() if inner is not module}
+
+
+@contextmanager
+def eagerly(model: nn.Module, watched: Collection[nn.Module]) -> Iterator[None]:
+    """Let every compiled module that holds a watched one, or is one, run its plain forward while the block lasts."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            entry = compiled_entry(module)
+            if entry is not None and not set(watched).isdisjoint(module.modules()):
+                plain = None if entry == "_compiled_call_impl" else _plain(module)
+                stack.enter_context(substituted(module, entry, plain))
+        yield
+
+
+@contextmanager
+def substituted(module: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    """Stand `value` in for an attribute of the instance while the block lasts."""
+    missing = object()
+    before = module.__dict__.get(attribute, missing)
+    module.__dict__[attribute] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            module.__dict__.pop(attribute, None)
+        else:
+            module.__dict__[attribute] = before
+
+
+def outside_compiled(model: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, left as it is by torch.compile if it is used on the model."""
+    return torch.compiler.disable(hook) if is_compiled(model) else hook
+
+
+def _plain(module: nn.Module) -> Any:
+    """What the compiled forward of a module was made of; None if its forward is not compiled."""
+    return getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
