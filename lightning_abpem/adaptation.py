@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_abpem.attention import AttentionCall, capture_attention
-from lightning_abpem.compiled import eagerly, inside_compiled, outside_compiled, substituted
+from lightning_abpem.compiled import around_calls, eagerly, inside_compiled
 from lightning_abpem.fusion import check_samples, find_fusion
-from lightning_abpem.logits import read_logits
-from lightning_abpem.memory import TokenMemory
+from lightning_abpem.logits import check_head, read_logits, refuse_probabilities
+from lightning_abpem.memory import find_memory
 from lightning_abpem.modules import (
+    named_module,
     normal_tensor,
     only_trainable,
     without_inference_tensors,
@@ -72,11 +73,14 @@ class Adaptation:
         on_step: Callable[[dict[str, Tensor], int], None] | None = None,
     ) -> None:
         self.model, self.settings, self.on_step = model, settings, on_step
-        self.target = model if settings.target is None else self._submodule(settings.target, "target")
+        self.target = model if settings.target is None else named_module(model, settings.target, "target")
         self.fusion = find_fusion(model, settings.patterns)
         self.params = collect_params(self.fusion.adapting)
         self._tokens = BatchTokens(settings.spans, self.fusion, self._trace)
-        self.memory = self._find_memory() if settings.memory_batches > 1 else None
+        self.memory = None
+        if settings.memory_batches > 1:
+            names = [attention.name for attention in self.fusion.watched]
+            self.memory = find_memory(model, self.target, names, settings.memory_at, settings.memory_batches)
         self._check_model()
         self.calls = self.updates = self.skipped = 0
         self.record: dict[str, Tensor] = {}
@@ -115,7 +119,7 @@ class Adaptation:
         self._replay.enabled = self.settings.replay
         if self._replay.enabled:
             self._stack.enter_context(self._replay.attached())
-        self._stack.enter_context(self._around_calls())
+        self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call))
 
     def close(self) -> None:
         """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
@@ -144,32 +148,11 @@ class Adaptation:
             *(f"  {name} {tuple(p.shape)}" for name, p in self.params.items()),
             *(f"  {tied} is the same tensor, so it moves as well" for tied in self._tied()),
         ]
+        if self.memory is not None:
+            lines.append(
+                f"The last {self.settings.memory_batches} batches are remembered as they enter '{self.memory.name}'."
+            )
         return "\n".join([*lines, f"Their source values {fate} after the run."])
-
-    @contextmanager
-    def _around_calls(self) -> Iterator[None]:
-        """Have calls of the target go by `_before_call` and `_after_call` while the block lasts."""
-        before, after = (outside_compiled(self.model, hook) for hook in (self._before_call, self._after_call))
-        compiled = getattr(self.target, "_compiled_call_impl", None)
-        with ExitStack() as stack:
-            if compiled is None:
-                stack.callback(self.target.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(self.target.register_forward_hook(after, always_call=True).remove)
-            else:  # which would not see hooks that come after it
-                stack.enter_context(substituted(self.target, "_compiled_call_impl", self._wrapped(compiled)))
-            yield
-
-    def _wrapped(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            output = None
-            self._before_call(self.target, args, kwargs)
-            try:
-                output = compiled(*args, **kwargs)
-            finally:
-                self._after_call(self.target, args, output)
-            return output
-
-        return call
 
     # ------------------------------------------------------------------------------------------- the way of a batch
 
@@ -216,6 +199,8 @@ class Adaptation:
         if samples == 0:
             return None
         self._check_calls(calls, tokens, logits, args, kwargs)
+        if self.calls == 1:
+            refuse_probabilities(logits)
         if logits.shape[0] == 1 and not self._warned_single:
             self._warned_single = True
             log.warning("A batch of one sample: the balance of a single prediction is its own entropy, not a balance.")
@@ -301,17 +286,9 @@ class Adaptation:
         with self._own_inputs(args, kwargs) as (args, kwargs):
             return trace_attention(self.model, lambda: self._run_target(args, kwargs))
 
-    def _submodule(self, name: str, option: str) -> nn.Module:
-        try:
-            return self.model.get_submodule(name)
-        except AttributeError:
-            children = ", ".join(child for child, _ in self.model.named_children())
-            raise ValueError(
-                f"Expected `{option}` to name a module of {type(self.model).__name__}, but got {name!r}. "
-                f"Its children: {children}."
-            ) from None
-
     def _check_model(self) -> None:
+        if self.settings.logits is None:
+            check_head(self.model)
         if self.target in inside_compiled(self.model):
             raise ValueError(
                 f"Expected `target` to be called from Python, but '{self.settings.target}' runs inside compiled code. "
@@ -323,28 +300,8 @@ class Adaptation:
                 f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
             )
 
-    def _find_memory(self) -> TokenMemory:
-        name = self.settings.memory_at
-        if name is None:
-            name = _block_of(self.fusion.adapting[0].name)
-        block = self._submodule(name, "memory_at")
-        if block is self.target or block is self.model:
-            raise ValueError(
-                f"Expected `memory_at` to name the module that the joint tokens enter, when memory_batches > 1, but "
-                f"'{self.fusion.adapting[0].name}' has no block of its own around it. Wrap the attention, its residual "
-                "and what follows in a module, or set memory_batches=1."
-            )
-        return TokenMemory(block, name, self.settings.memory_batches)
-
     def _tied(self) -> list[str]:
         """Names outside the fusion under which adapted parameters appear too."""
         adapted = {id(p) for p in self.params.values()}
         everywhere = self.model.named_parameters(remove_duplicate=False)
         return [name for name, p in everywhere if id(p) in adapted and name not in self.params]
-
-
-def _block_of(attention: str) -> str:
-    """The name of the block around an attention: the innermost numbered module, as in a ModuleList, or its parent."""
-    parts = attention.split(".")
-    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
-    return ".".join(parts[: numbered[-1] + 1] if numbered else parts[:-1])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["compiled_entry", "eagerly", "inside_compiled", "is_compiled", "outside_compiled", "substituted"]
+__all__ = ["around_calls", "compiled_entry", "eagerly", "inside_compiled", "is_compiled", "substituted"]
 
 
 def compiled_entry(module: nn.Module) -> str | None:
@@ -65,9 +65,39 @@ def substituted(module: nn.Module, attribute: str, value: Any) -> Iterator[None]
             module.__dict__[attribute] = before
 
 
-def outside_compiled(model: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, left as it is by torch.compile if it is used on the model."""
-    return torch.compiler.disable(hook) if is_compiled(model) else hook
+@contextmanager
+def around_calls(
+    model: nn.Module, target: nn.Module, before: Callable[..., None], after: Callable[..., None]
+) -> Iterator[None]:
+    """Have calls of `target`, a module of `model`, go by two hooks while the block lasts.
+
+    Args:
+        model: the model; where any of it is compiled, the hooks are kept out of that.
+        target: the module that is called.
+        before: gets the module, its arguments and its keyword arguments.
+        after: gets the module, its arguments and its output, None if it failed.
+    """
+    if is_compiled(model):
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+    compiled = getattr(target, "_compiled_call_impl", None)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = None
+        before(target, args, kwargs)
+        try:
+            assert compiled is not None
+            output = compiled(*args, **kwargs)
+        finally:
+            after(target, args, output)
+        return output
+
+    with ExitStack() as stack:
+        if compiled is None:
+            stack.callback(target.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(target.register_forward_hook(after, always_call=True).remove)
+        else:  # which would not see hooks that come after it
+            stack.enter_context(substituted(target, "_compiled_call_impl", call))
+        yield
 
 
 def _plain(module: nn.Module) -> Any:

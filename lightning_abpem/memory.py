@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_abpem.modules import named_module
 from lightning_abpem.spans import Tokens
 
-__all__ = ["TokenMemory"]
+__all__ = ["TokenMemory", "find_memory"]
 
 log = logging.getLogger(__name__)
 
 _ADVICE = "Name the fusion block with `memory_at`, or set memory_batches=1."
 
 
+@dataclass
+class _Batch:
+    """One batch as it entered the block: its tensors by their place among the arguments.
+
+    `places` are those of all tensors, `tensors` those with a row for each sample; `masks` say whose tokens they are.
+    """
+
+    places: frozenset[int]
+    tensors: dict[int, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def fits(self, other: _Batch) -> bool:
+        """Whether both have the same arguments and numbers of tokens, so that they can be one batch."""
+        common = self.tensors.keys() & other.tensors.keys()
+        alike = all(self.tensors[i].shape[1:] == other.tensors[i].shape[1:] for i in common)
+        return self.places == other.places and alike
+
+
 class TokenMemory:
     """First in, first out store of the tokens that entered the fusion block, the current batch included.
+
+    Stored batches with other numbers of tokens than the current one, or that came without a mask where it has one, are
+    left out of its step.
 
     Args:
         block: the fusion block. Everything after it must depend on the batch through its input alone.
@@ -32,21 +60,21 @@ class TokenMemory:
 
     def __init__(self, block: nn.Module, name: str, batches: int) -> None:
         self.block, self.name = block, name
-        self._stored: deque[dict[int, Tensor]] = deque(maxlen=batches - 1)
-        self._stored_masks: deque[dict[str, Tensor]] = deque(maxlen=batches - 1)
-        self._current: dict[int, Tensor] | None = None
+        self._stored: deque[_Batch] = deque(maxlen=batches - 1)
+        self._past: list[_Batch] = []  # those of the stored batches that fit the current one
+        self._current: _Batch | None = None
         self._predicted: Tensor | None = None
-        self._awaits_prediction = self._verified = False
+        self._awaits_prediction = self._verified = self._warned = False
 
     @contextmanager
     def extend(self) -> Iterator[None]:
         """While it lasts, the fusion block gets the stored tokens, oldest first, with the current ones after them."""
-        self._current = None
+        self._current, self._past = None, []
         handle = self.block.register_forward_pre_hook(self._extend_input, with_kwargs=True)
         try:
             yield
         except Exception as error:
-            if self._stored and self._current is not None:
+            if self._past:
                 _add_note(
                     error,
                     f"ABPEM's memory had put {self.samples} stored samples in front of the batch at '{self.name}'. "
@@ -59,14 +87,14 @@ class TokenMemory:
     def push(self, tokens: Mapping[str, Tokens]) -> None:
         """Store the current batch's tokens and whose they are; the oldest batch goes if the memory is full."""
         if self._current is not None:
+            self._current.masks = {name: own.keep for name, own in tokens.items() if own.keep is not None}
             self._stored.append(self._current)
-            self._stored_masks.append({name: own.keep for name, own in tokens.items() if own.keep is not None})
             self._predicted, self._awaits_prediction = None, not self._verified
 
     def clear(self) -> None:
         """Forget all tokens."""
         self._stored.clear()
-        self._stored_masks.clear()
+        self._past.clear()
         self._current = self._predicted = None
         self._awaits_prediction = False
 
@@ -74,7 +102,7 @@ class TokenMemory:
         """Whose tokens the stored and the current ones are, as `extend` puts them together."""
 
         def extended(name: str, keep: Tensor) -> Tensor:
-            return torch.cat([*(masks[name] for masks in self._stored_masks), keep])
+            return torch.cat([*(batch.masks[name] for batch in self._past), keep])
 
         return {
             name: own if own.keep is None else own._replace(keep=extended(name, own.keep))
@@ -94,14 +122,14 @@ class TokenMemory:
         """
         if self._current is None:
             raise ValueError(f"Expected `memory_at` to name a module that the target calls, but got '{self.name}'.")
-        stored, size = self.samples, _size(self._current)
+        stored, size = self.samples, self._current.samples
         if logits.shape[0] != stored + size:
             raise ValueError(
                 f"Expected {stored} stored and {size} current samples to give as many logits, but got "
                 f"{logits.shape[0]}: '{self.name}' is not where the joint tokens enter batch-first. {_ADVICE}"
             )
-        if self._predicted is not None:
-            again = logits[stored - _size(self._stored[-1]) : stored].detach()
+        if self._predicted is not None and self._past and self._past[-1] is self._stored[-1]:
+            again = logits[stored - self._past[-1].samples : stored].detach()
             bound = (5e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3) * self._predicted.abs().max()
             if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
                 raise ValueError(
@@ -113,8 +141,8 @@ class TokenMemory:
 
     @property
     def samples(self) -> int:
-        """Samples stored."""
-        return sum(map(_size, self._stored))
+        """Stored samples in front of the current ones."""
+        return sum(batch.samples for batch in self._past)
 
     def _extend_input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         leaves, spec = tree_flatten((args, kwargs))
@@ -123,27 +151,61 @@ class TokenMemory:
             raise ValueError(f"Expected '{self.name}' to be called with tokens, but got {leaves}. {_ADVICE}")
         # What has as many rows as the tokens is batched; where one sample makes all look so, the other batches tell.
         size = next(iter(sizes.values()))
-        batched = [i for i in sizes if sizes[i] == size]
-        self._current = {i: leaves[i].detach().clone() for i in batched}  # a block may edit its input in place
-        for i in batched:
-            if all(i in batch for batch in self._stored):
-                leaves[i] = self._with_past(i, leaves[i])
+        # A copy, for a block may edit its input in place.
+        tensors = {i: leaves[i].detach().clone() for i in sizes if sizes[i] == size}
+        self._current = _Batch(frozenset(sizes), tensors)
+        self._past = [batch for batch in self._stored if batch.fits(self._current)]
+        if len(self._past) < len(self._stored) and not self._warned:
+            self._warned = True
+            log.warning(
+                "Stored batches entered '%s' with other numbers of tokens, or with a mask where this one has none: "
+                "they are left out of its step. Pad the batches alike for a full memory.",
+                self.name,
+            )
+        for i in tensors:
+            if all(i in batch.tensors for batch in self._past):
+                leaves[i] = torch.cat([*(batch.tensors[i] for batch in self._past), leaves[i]])
         new_args, new_kwargs = tree_unflatten(leaves, spec)
         return new_args, new_kwargs
 
-    def _with_past(self, i: int, current: Tensor) -> Tensor:
-        past = [batch[i] for batch in self._stored]
-        if any(p.shape[1:] != current.shape[1:] for p in past):
-            raise ValueError(
-                f"Expected every batch to enter '{self.name}' with the same number of tokens, but the memory holds "
-                f"{[tuple(p.shape[1:]) for p in past]} and the batch has {tuple(current.shape[1:])}. Pad the batches "
-                "alike, or set memory_batches=1."
-            )
-        return torch.cat([*past, current])
+
+def find_memory(
+    model: nn.Module, target: nn.Module, attentions: Sequence[str], at: str | None, batches: int
+) -> TokenMemory:
+    """The memory at the block named `at` or, if None, at the one around the fusion attentions.
+
+    Several layers may get masks from the module that calls them, so it is that one: the innermost around all. Around a
+    single attention it is the innermost numbered module, as in a ModuleList, or else its parent.
+
+    Raises:
+        ValueError: if there is no such block.
+    """
+    name = at or _around(model, attentions) or _layer_of(attentions[0])
+    block = named_module(model, name, "memory_at")
+    if block is target or block is model:
+        raise ValueError(
+            f"Expected `memory_at` to name the module that the joint tokens enter, when memory_batches > 1, but "
+            f"'{attentions[0]}' has no block of its own around it. Wrap the attention, its residual and what follows "
+            "in a module, or set memory_batches=1."
+        )
+    return TokenMemory(block, name, batches)
 
 
-def _size(batch: dict[int, Tensor]) -> int:
-    return next(iter(batch.values())).shape[0]
+def _around(model: nn.Module, attentions: Sequence[str]) -> str:
+    """The innermost module around several attentions; empty if it is the model, or there is one attention alone."""
+    if len(attentions) == 1:
+        return ""
+    columns = zip(*(name.split(".") for name in attentions), strict=False)
+    parts = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    while parts and isinstance(model.get_submodule(".".join(parts)), nn.ModuleList | nn.ModuleDict):
+        parts.pop()  # which nobody calls
+    return ".".join(parts)
+
+
+def _layer_of(attention: str) -> str:
+    parts = attention.split(".")
+    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[: numbered[-1] + 1] if numbered else parts[:-1])
 
 
 def _add_note(error: Exception, note: str) -> None:

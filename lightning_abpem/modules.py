@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "find_modules",
+    "named_module",
     "normal_tensor",
     "only_trainable",
     "without_inference_tensors",
@@ -64,6 +65,22 @@ def _closest(names: Sequence[str], pattern: str) -> str:
     attention = [name for name in names if "attn" in name.rsplit(".", 1)[-1].lower() or "attention" in name.lower()]
     shown = (alike or attention or list(names))[:8]
     return f"Names like it: {', '.join(shown)}." if shown else "The model has no submodules."
+
+
+def named_module(model: nn.Module, name: str, option: str) -> nn.Module:
+    """The module of that name, which the user gave for `option`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        children = ", ".join(child for child, _ in model.named_children())
+        raise ValueError(
+            f"Expected `{option}` to name a module of {type(model).__name__}, but got {name!r}. "
+            f"Its children: {children}."
+        ) from None
 
 
 def normal_tensor(x: Any) -> Any:

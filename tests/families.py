@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 SAMPLES, TEXT = 3, 7
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-PADDED_TEXT = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 7])  # 1 is a word, 0 is padding
+PADDED_TEXT = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 6 + [0]])  # 1 is a word, 0 is padding
 AUDIO_TOKEN = 49
 
 

@@ -148,3 +148,36 @@ def test_everything_returns(family):
     assert not torch.equal(adapted, plain)
     assert reference.same_state(before, family.model.state_dict())
     assert torch.equal(logits_of(family, run(family)), plain)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("ViLT", "VisualBERT")])
+def test_memory(name):
+    """Two halves of a batch, the first in memory: the figures are those of the whole batch."""
+    pytest.importorskip("transformers")
+
+    def recorded(memory_batches, *parts):
+        torch.manual_seed(0)
+        family = FAMILIES[name]()
+        still = partial(torch.optim.SGD, lr=0.0)
+        callback = abpem(family, memory_batches=memory_batches, optimizer=still)
+        with torch.no_grad(), callback.attach(family.model) as adaptation:
+            for part in parts:
+                family.model(**{key: value[part] for key, value in family.inputs.items()})
+        return adaptation.record
+
+    whole, halves = recorded(1, slice(None)), recorded(2, slice(0, 2), slice(2, 3))
+    for figure, value in whole.items():
+        torch.testing.assert_close(halves[figure], value, rtol=1e-4, atol=1e-4, equal_nan=True, msg=figure)
+
+
+def test_memory_where_the_head_uses_the_batch_once_more():
+    """VisualBERT's head picks its token by the batch's own mask."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    family = FAMILIES["VisualBERT"]()
+    with (
+        pytest.raises(ValueError, match="'visual_bert.encoder' is not where .* or set memory_batches=1"),
+        abpem(family, memory_batches=2).attach(family.model),
+    ):
+        for part in (slice(0, 2), slice(2, 3)):
+            family.model(**{key: value[part] for key, value in family.inputs.items()})

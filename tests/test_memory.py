@@ -35,14 +35,37 @@ def test_memory_keeps_its_own_copy():
     assert torch.equal(run_memory(memory, block, x), torch.tensor([[[1.0], [1.0]], [[0.0], [0.0]]]))
 
 
-def test_memory_of_another_length():
+def test_batches_of_another_length_are_left_out(caplog):
     block = nn.Identity()
-    memory = TokenMemory(block, "fusion.0", 2)
-    run_memory(memory, block, torch.ones(1, 2, 1))
-    memory.push({})
-    with pytest.raises(ValueError, match=r"'fusion.0' with the same number of tokens.*\[\(2, 1\)\].*\(3, 1\)"):
-        run_memory(memory, block, torch.ones(1, 3, 1))
-    assert not block._forward_pre_hooks
+    memory = TokenMemory(block, "fusion.0", 4)
+    lengths, expected = (2, 3, 2, 3, 3), (1, 1, 2, 2, 3)
+    for length, samples in zip(lengths, expected, strict=True):
+        output = run_memory(memory, block, torch.ones(1, length, 1))
+        assert output.shape == (samples, length, 1)
+        assert memory.verify(torch.zeros(samples, 2)) == memory.samples == samples - 1
+        memory.push({})
+        memory.expect(torch.zeros(1, 2))
+    assert caplog.text.count("Stored batches entered 'fusion.0' with other numbers of tokens") == 1
+
+
+class OptionalMask(nn.Module):
+    """As in Hugging Face transformers: no mask where nothing in the batch is padded."""
+
+    def forward(self, x, mask=None):
+        return x if mask is None else x * mask[..., None]
+
+
+def test_batches_without_a_mask_are_left_out(caplog):
+    block = OptionalMask()
+    memory = TokenMemory(block, "block", 4)
+    mask = torch.tensor([[1.0, 0.0]])
+    for given, samples in ((mask, 1), (None, 1), (mask, 2), (None, 2), (None, 3)):
+        with memory.extend():
+            output = block(torch.ones(1, 2, 1), mask=given)
+        assert output.shape[0] == samples
+        assert (output[:, 1] == (given is None)).all()
+        memory.push({})
+    assert caplog.text.count("a mask where this one has none") == 1
 
 
 class Positioned(nn.Module):

@@ -60,7 +60,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "tracing": {"attention", "projections", "seen"},
     "tokens": {"fusion", "modules", "seen", "spans"},
     "logits": set(),
-    "memory": {"spans"},
+    "memory": {"modules", "spans"},
     "replay": {"compiled"},
     "weights": {"settings"},
     "adaptation": {
