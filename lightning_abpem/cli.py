@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(argv)
     sys.path.insert(0, "")  # as `python -m` does: modules of the working directory can be imported
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.pytorch.*")
     try:
         model, data = _instantiate(options, rest)
         Console().print(_inspect_step(model, data, options.stage))

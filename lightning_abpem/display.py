@@ -50,14 +50,13 @@ def inspection_table(rows: Iterable[Mapping[str, Any]], line: str | None, notes:
         line: the line to paste, if there is one.
         notes: sentences below it.
     """
-    rows = list(rows)
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    widest = max((len(row["name"]) for row in rows), default=0)
-    table.add_column("attention", overflow="fold", min_width=min(widest, 36))
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, expand=True)
+    table.add_column("attention", overflow="fold", ratio=5)
     table.add_column("kernel", no_wrap=True)
-    for heading in ("queries", "keys", "heads"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("tokens of")
+    table.add_column("queries", justify="right", no_wrap=True)
+    table.add_column("keys", justify="right", no_wrap=True)
+    table.add_column("heads", justify="right", no_wrap=True)
+    table.add_column("tokens of", ratio=2)
     table.add_column("q, k, v", justify="right", no_wrap=True)
     for row in rows:
         known = row["kind"] != "hidden"

@@ -153,7 +153,7 @@ _NO_FUSION = (
 )
 
 
-def _joint_options(model: nn.Module, joint: Sequence[SeenCall]) -> tuple[dict[str, str], list[str]]:
+def _joint_options(model: nn.Module, joint: Sequence[SeenCall]) -> tuple[dict[str, Any], list[str]]:
     spans = joint_spans(joint[0])
     ordered = [tokens.span for tokens in spans.values()]
     whole = ordered[0].start == 0 and ordered[-1].stop == joint[0].queries
@@ -170,12 +170,12 @@ def _joint_options(model: nn.Module, joint: Sequence[SeenCall]) -> tuple[dict[st
     others = {call.queries for call in joint} - {joint[0].queries}
     if others:
         notes.append(f"Some of them see {sorted(others)} tokens instead of {joint[0].queries}: leave those out.")
-    return {"fusion": _shown(patterns), "modalities": _mapping(sizes)}, notes
+    return {"fusion": _shown(patterns), "modalities": sizes}, notes
 
 
 def _cross_options(
     result: _Result, cross: Sequence[SeenCall], names: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Pairs of modalities and their modules: cross as seen, self as near as possible to the cross ones."""
     by_pair: dict[Pair, list[SeenCall]] = {}
     for call in cross:
@@ -193,7 +193,7 @@ def _cross_options(
             fusion[f"{n}->{n}"] = _shown(_patterns(result.model, [call.name for call in own]))
         else:
             notes.append(f"No self-attention of '{n}' alone was seen: name the one that '{n}->{n}' stands for.")
-    return {"fusion": _mapping(fusion)}, notes
+    return {"fusion": fusion}, notes
 
 
 def _self_calls(
@@ -260,9 +260,21 @@ def _shown(patterns: Sequence[str]) -> str:
     return f'"{patterns[0]}"' if len(patterns) == 1 else "[" + ", ".join(f'"{p}"' for p in patterns) + "]"
 
 
+def _line(options: Mapping[str, str | Mapping[str, Any]]) -> str:
+    """One line if it is short; else an option on each, and a pair of a mapping on each where that is long too."""
+    parts = [f"{name}={value if isinstance(value, str) else _mapping(value)}" for name, value in options.items()]
+    line = f"ABPEM({', '.join(parts)})"
+    if len(line) < 80:
+        return line
+    lines = []
+    for part, value in zip(parts, options.values(), strict=True):
+        if isinstance(value, str) or len(part) < 72:
+            lines.append(f"    {part},")
+        else:
+            pairs = [f'        "{key}": {x},' for key, x in value.items()]
+            lines += [f"    {part.partition('{')[0]}{{", *pairs, "    },"]
+    return "\n".join(["ABPEM(", *lines, ")"])
+
+
 def _mapping(items: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f'"{key}": {value}' for key, value in items.items()) + "}"
-
-
-def _line(options: Mapping[str, str]) -> str:
-    return "ABPEM(" + ", ".join(f"{name}={value}" for name, value in options.items()) + ")"

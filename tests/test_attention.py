@@ -210,3 +210,58 @@ def test_multi_head_attention_with_weights_of_other_modules():
     sum(x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]).backward()
     assert module.q_proj.weight.grad.abs().sum() > 0
     assert module.q_proj.bias.grad.abs().sum() > 0
+
+
+class FusedVariant(EagerVariant):
+    """The same, given to F.scaled_dot_product_attention: q and k as the user's function makes them."""
+
+    def __init__(self, prepare, scale=None):
+        super().__init__(None)
+        self.prepare, self.scale = prepare, scale
+
+    def forward(self, x):
+        q, k, v = self.layout(self.qkv(x))
+        q, k = self.prepare(q), self.prepare(k)
+        self.scores = q @ k.mT * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2))
+
+
+def rotate(x):
+    """Rotary positions: pairs of features turned by an angle that grows with the position."""
+    angles = torch.arange(x.shape[2])[:, None] * torch.tensor([1.0, 0.1])
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
+FUSED = {
+    "normalised q and k": FusedVariant(lambda x: F.layer_norm(x, x.shape[-1:])),
+    "normalised q and k, own scale": FusedVariant(lambda x: F.normalize(x, dim=-1), scale=5.0),
+    "rotary positions": FusedVariant(rotate),
+}
+
+
+@pytest.mark.parametrize("module", FUSED.values(), ids=FUSED)
+def test_fused_scores_are_those_that_the_softmax_sees(module):
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        module(torch.randn(2, 10, WIDTH))
+    scores = calls[0].scale * calls[0].q @ calls[0].k.mT
+    torch.testing.assert_close(scores, module.scores.mean(1), rtol=0, atol=1e-6)
+    sum(x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]).backward()
+    assert module.qkv.weight.grad[: 2 * WIDTH].abs().sum() > 0
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_keys_of_another_width(need_weights, batch_first):
+    """Cross-attention with `kdim`: the key modality's tokens are wider."""
+    torch.manual_seed(0)
+    mha = nn.MultiheadAttention(WIDTH, HEADS, kdim=20, vdim=20, batch_first=batch_first)
+    x, context = torch.randn(2, 4, WIDTH), torch.randn(2, 6, 20)
+    tokens_first = [y if batch_first else y.transpose(0, 1) for y in (x, context, context)]
+    with capture_attention([find_attention(mha, "cross")]) as calls:
+        mha(*tokens_first, need_weights=need_weights)
+    b_q, b_k, _ = mha.in_proj_bias.chunk(3)
+    expected = reference.mean_scores(x @ mha.q_proj_weight.T + b_q, context @ mha.k_proj_weight.T + b_k, HEADS)
+    ours = score_statistics(calls[0], {"text": Tokens(slice(None))}, {"sound": Tokens(slice(None))})("text", "sound")
+    naive = torch.tensor(reference.block_statistics(expected, slice(None), slice(None)))
+    torch.testing.assert_close(torch.stack(ours[:2], 1).detach(), naive, rtol=0, atol=1e-6)

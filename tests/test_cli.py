@@ -82,7 +82,7 @@ def test_inspect(folder, capsys, arguments, layers):
 
 def test_the_module_that_the_step_calls(folder, capsys):
     main(["inspect", "mine.Inside", "--data", "mine.Data"])
-    assert 'target="net", k=2' in capsys.readouterr().out.replace("\n", "")
+    assert '    target="net",\n    k=2,\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ class OneWay(nn.Module):
 
 def test_a_cross_attention_without_a_self_attention():
     found = inspect(OneWay().eval(), *BATCH)
-    assert found.line == 'ABPEM(fusion={"text->audio": "cross"}, k=2, logits=lambda output: output[\'scores\'])'
+    assert found.line == (
+        'ABPEM(\n    fusion={"text->audio": "cross"},\n    k=2,\n    logits=lambda output: output[\'scores\'],\n)'
+    )
     assert found.notes == ["No self-attention of 'audio' alone was seen: name the one that 'audio->audio' stands for."]
     found = inspect(OneWay(own=True).eval(), *BATCH)
     assert re.search(r'fusion=\{"text->audio": "cross", "audio->audio": "own"\}', found.line)
@@ -141,5 +143,6 @@ class Scattered(nn.Module):
 def test_ranges_where_tokens_belong_to_nobody():
     line = inspect(Scattered(), *BATCH).line
     assert line == (
-        'ABPEM(fusion="attn", modalities={"audio": (0, 6), "video": (7, 11)}, k=..., logits=lambda output: ...)'
+        'ABPEM(\n    fusion="attn",\n    modalities={"audio": (0, 6), "video": (7, 11)},\n    k=...,\n'
+        "    logits=lambda output: ...,\n)"
     )
