@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_abpem.attention import AttentionCall, capture_attention
-from lightning_abpem.compiled import around_calls, eagerly, inside_compiled
+from lightning_abpem.compiled import around_calls, compiled_around, eagerly, inside_compiled
 from lightning_abpem.fusion import check_samples, find_fusion
 from lightning_abpem.logits import check_head, read_logits, refuse_probabilities
 from lightning_abpem.memory import find_memory
 from lightning_abpem.modules import (
+    encoders_around,
     named_module,
     normal_tensor,
     only_trainable,
@@ -115,7 +116,9 @@ class Adaptation:
         self.weights = AdaptedWeights(adapted, self.settings.optimizer)
         if self.settings.restore:
             self._stack.callback(self.weights.restore)
-        self._replay = FrozenReplay(self.target, adapted, watched=[x.module for x in self.fusion.watched])
+        watched = [attention.module for attention in self.fusion.watched]
+        self._encoders, self._compiled = encoders_around(self.model, watched), compiled_around(self.model, watched)
+        self._replay = FrozenReplay(self.target, adapted, watched)
         self._replay.enabled = self.settings.replay
         if self._replay.enabled:
             self._stack.enter_context(self._replay.attached())
@@ -261,9 +264,8 @@ class Adaptation:
         self._inside = True
         try:
             with ExitStack() as stack:
-                watched = [attention.module for attention in self.fusion.watched]
-                stack.enter_context(without_nested_tensors(self.model, watched))
-                stack.enter_context(eagerly(self.model, watched))
+                stack.enter_context(without_nested_tensors(self._encoders))
+                stack.enter_context(eagerly(self._compiled))
                 if self.memory is not None:
                     stack.enter_context(self.memory.extend())
                 return self.target.forward(*args, **kwargs)

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["around_calls", "compiled_entry", "eagerly", "inside_compiled", "is_compiled", "substituted"]
+__all__ = [
+    "around_calls",
+    "compiled_around",
+    "compiled_entry",
+    "eagerly",
+    "inside_compiled",
+    "is_compiled",
+    "substituted",
+]
 
 
 def compiled_entry(module: nn.Module) -> str | None:
@@ -38,15 +46,21 @@ def inside_compiled(model: nn.Module) -> set[nn.Module]:
     return {inner for module in compiled for inner in module.modules() if inner is not module}
 
 
+def compiled_around(model: nn.Module, watched: Collection[nn.Module]) -> list[nn.Module]:
+    """The compiled modules of the model that hold a watched one, or are one."""
+    compiled = [module for module in model.modules() if compiled_entry(module) is not None]
+    return [module for module in compiled if not set(watched).isdisjoint(module.modules())]
+
+
 @contextmanager
-def eagerly(model: nn.Module, watched: Collection[nn.Module]) -> Iterator[None]:
-    """Let every compiled module that holds a watched one, or is one, run its plain forward while the block lasts."""
+def eagerly(compiled: Collection[nn.Module]) -> Iterator[None]:
+    """Let compiled modules run their plain forward while the block lasts."""
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in compiled:
             entry = compiled_entry(module)
-            if entry is not None and not set(watched).isdisjoint(module.modules()):
-                plain = None if entry == "_compiled_call_impl" else _plain(module)
-                stack.enter_context(substituted(module, entry, plain))
+            assert entry is not None
+            plain = None if entry == "_compiled_call_impl" else _plain(module)
+            stack.enter_context(substituted(module, entry, plain))
         yield
 
 

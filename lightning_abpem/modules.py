@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
+    "encoders_around",
     "find_modules",
     "named_module",
     "normal_tensor",
@@ -64,7 +65,11 @@ def _closest(names: Sequence[str], pattern: str) -> str:
     alike = [name for name in names if last and last in name.rsplit(".", 1)[-1]]
     attention = [name for name in names if "attn" in name.rsplit(".", 1)[-1].lower() or "attention" in name.lower()]
     shown = (alike or attention or list(names))[:8]
-    return f"Names like it: {', '.join(shown)}." if shown else "The model has no submodules."
+    return (
+        f"Names like it: {', '.join(shown)}; lightning_abpem.inspect lists every attention."
+        if shown
+        else "The model has no submodules."
+    )
 
 
 def named_module(model: nn.Module, name: str, option: str) -> nn.Module:
@@ -125,11 +130,16 @@ def without_inference_tensors(model: nn.Module) -> Iterator[None]:
                 place[name] = value
 
 
+def encoders_around(model: nn.Module, watched: Collection[nn.Module]) -> list[nn.TransformerEncoder]:
+    """The nn.TransformerEncoders of the model that hold a watched module."""
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    return [encoder for encoder in encoders if not set(watched).isdisjoint(encoder.modules())]
+
+
 @contextmanager
-def without_nested_tensors(model: nn.Module, watched: Collection[nn.Module]) -> Iterator[None]:
-    """Keep every nn.TransformerEncoder that holds a watched module from packing padded batches into nested tensors."""
-    holding = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    before = [(m, m.use_nested_tensor) for m in holding if not set(watched).isdisjoint(m.modules())]
+def without_nested_tensors(encoders: Collection[nn.TransformerEncoder]) -> Iterator[None]:
+    """Keep them from packing padded batches into nested tensors, which only their fast path can read."""
+    before = [(encoder, encoder.use_nested_tensor) for encoder in encoders]
     try:
         for encoder, _ in before:
             encoder.use_nested_tensor = False

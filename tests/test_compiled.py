@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_abpem import ABPEM
-from lightning_abpem.compiled import compiled_entry, eagerly, inside_compiled, is_compiled
+from lightning_abpem.compiled import compiled_around, compiled_entry, eagerly, inside_compiled, is_compiled
 from tests.reference import same_state
 from tests.toy import MODALITIES, WIDTH, batches, loader, make_toy
 
@@ -207,10 +207,10 @@ def test_going_around():
     model, backend = nn.Sequential(nn.Linear(3, 3)), Graphs()
     compiled = torch.compile(model, backend=backend)
     before = dict(compiled.__dict__)
-    with eagerly(compiled, [model[0]]):
+    with eagerly(compiled_around(compiled, [model[0]])):
         compiled(torch.zeros(1, 3))
         assert backend.count == 0
     assert compiled.__dict__ == before
-    with eagerly(compiled, [nn.Linear(3, 3)]):
+    with eagerly(compiled_around(compiled, [nn.Linear(3, 3)])):
         compiled(torch.zeros(1, 3))
         assert backend.count == 1

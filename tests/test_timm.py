@@ -51,4 +51,10 @@ def test_timm(fused, options):
         model(*inputs)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"attn.qkv.weight", "attn.qkv.bias"}
+    losses = []
+    with torch.no_grad(), callback.attach(model) as adaptation:
+        for _ in range(10):
+            model(*inputs)
+            losses.append(adaptation.record["loss"].item())
+    assert losses[-1] < losses[0]
     assert inspect(model, *inputs).line.startswith('ABPEM(fusion="attn", modalities={"audio": 6, "video": 4}')

@@ -8,7 +8,7 @@ from lightning_abpem import ABPEM
 from lightning_abpem.adaptation import Adaptation
 from lightning_abpem.attention import capture_attention
 from lightning_abpem.fusion import find_fusion
-from lightning_abpem.modules import without_nested_tensors
+from lightning_abpem.modules import encoders_around, without_nested_tensors
 from lightning_abpem.spans import select_tokens
 from tests import reference
 from tests.toy import AUDIO, CLASSES, HEADS, SPANS, VIDEO, WIDTH
@@ -66,7 +66,7 @@ def abpem(fusion, modalities="auto", **options):
 def captured(model, settings, *args):
     fusion = find_fusion(model, settings.patterns)
     watched = [attention.module for attention in fusion.watched]
-    with without_nested_tensors(model, watched), capture_attention(fusion.watched) as calls:
+    with without_nested_tensors(encoders_around(model, watched)), capture_attention(fusion.watched) as calls:
         model(*args)
     return calls, fusion.compare(calls, select_tokens(settings.spans, args, {}))
 
@@ -131,6 +131,12 @@ def test_encoder_adapts(layers, padded):
         with torch.inference_mode(), callback.attach(model) as adaptation:
             predictions.append(torch.stack([model(tokens, padded) for tokens in stream]))
         assert adaptation.updates == 4
+        losses = []
+        with torch.inference_mode(), callback.attach(model) as adaptation:
+            for _ in range(10):
+                model(stream[0], padded)
+                losses.append(adaptation.record["loss"].item())
+        assert losses[-1] < losses[0]
     torch.testing.assert_close(*predictions, rtol=0, atol=1e-6)
 
 
