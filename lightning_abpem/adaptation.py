@@ -192,7 +192,7 @@ class Adaptation:
 
         None if the batch is empty.
         """
-        self._replay.start_pass(watching=True)
+        self._replay.start_pass()
         with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.fusion.watched) as calls:
             output = self._run_target(args, kwargs)
         logits = read_logits(output, self.settings.logits)
@@ -201,7 +201,7 @@ class Adaptation:
         samples = logits.shape[0] - stored
         if samples == 0:
             return None
-        self._check_calls(calls, tokens, logits, args, kwargs)
+        tokens = self._check_calls(calls, tokens, logits, args, kwargs)
         if self.calls == 1:
             refuse_probabilities(logits)
         if logits.shape[0] == 1 and not self._warned_single:
@@ -274,14 +274,14 @@ class Adaptation:
 
     def _check_calls(
         self, calls: list[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any
-    ) -> None:
-        """Every fusion attention was called, batch-first, on the tokens of the modalities."""
+    ) -> dict[str, Tokens]:
+        """Every fusion attention was called, batch-first, on the tokens of the modalities, which are returned."""
         called = {call.name for call in calls}
         if any(attention.name not in called for attention in self.fusion.watched):
             refuse_silence(self.fusion, called, self._trace(args, kwargs))
         stored = 0 if self.memory is None else self.memory.samples
         check_samples(calls, logits.shape[0], stored, self.memory.name if self.memory else "")
-        self.fusion.check(calls, tokens)
+        return self._tokens.check(calls, tokens, args, kwargs)
 
     def _trace(self, args: Any, kwargs: Any) -> list[SeenCall]:
         """The attention calls that a forward makes."""

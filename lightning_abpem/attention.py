@@ -9,10 +9,10 @@ side), H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,21 @@ from torch.overrides import TorchFunctionMode
 from lightning_abpem.masks import causal_mask, read_mask
 from lightning_abpem.projections import FusionAttention
 
-__all__ = ["SOFTMAX", "AttentionCall", "EagerCall", "FusedCall", "capture_attention"]
+__all__ = ["SOFTMAX", "AttentionCall", "EagerCall", "FusedCall", "capture_attention", "softmax_dim"]
+
+
+class _Softmax(NamedTuple):
+    """A softmax of eager code: what it got, and over which dimension it went."""
+
+    scores: Tensor
+    dim: int
+
+
+def softmax_dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The dimension that one of `SOFTMAX` was called with."""
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return -1 if dim is None else int(dim)
+
 
 SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)
 
@@ -86,7 +100,8 @@ class _Watch(TorchFunctionMode):
     calls: list[AttentionCall]
     turn: int = 0
     fused: list[FusedCall] = field(default_factory=list)
-    softmaxed: list[Tensor] = field(default_factory=list)
+    softmaxed: list[_Softmax] = field(default_factory=list)
+    stacked: set[int] = field(default_factory=set)
     entered: bool = False
 
     def __post_init__(self) -> None:
@@ -101,13 +116,18 @@ class _Watch(TorchFunctionMode):
         elif func is F.multi_head_attention_forward:
             self.fused.append(_multi_head_call(self.attention, self.turn, *args, **kwargs))
         elif func in SOFTMAX:
-            self.softmaxed.append(args[0] if args else kwargs["input"])
-        return func(*args, **kwargs)
+            self.softmaxed.append(_Softmax(args[0] if args else kwargs["input"], softmax_dim(args, kwargs)))
+        output = func(*args, **kwargs)
+        if func in (torch.cat, torch.concat, torch.concatenate):
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            self.stacked |= {output.shape[0]} if dim == 0 and output.dim() == 3 else set()
+        return output
 
     def enter(self, *_: Any) -> None:
         self.entered = True
         self.fused.clear()
         self.softmaxed.clear()
+        self.stacked.clear()
         self.__enter__()
 
     def leave(self, module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
@@ -116,11 +136,18 @@ class _Watch(TorchFunctionMode):
         self.entered = False
         self.__exit__(None, None, None)
         if output is not None:
-            self.calls.extend(self.fused or [_eager_call(self.attention, self.turn, x) for x in self.softmaxed])
             self._check()
+            self.calls.extend(self.fused or [_eager_call(self.attention, self.turn, self.softmaxed)])
             self.turn += 1
 
     def _check(self) -> None:
+        heads = self.attention.heads
+        if heads > 1 and any(rows % heads == 0 for rows in self.stacked):
+            raise ValueError(
+                f"Expected the heads of '{self.attention.name}' to be a dimension of their own, or folded into the "
+                "batch next to each other for each sample, but they are put behind one another with torch.cat. Use "
+                "F.scaled_dot_product_attention with (batch, heads, tokens, width)."
+            )
         if not self.fused and not self.softmaxed:
             raise ValueError(
                 f"'{self.attention.name}' was called, but neither F.scaled_dot_product_attention, "
@@ -251,15 +278,18 @@ def _masked_call(
     return FusedCall(name, q, k, scale, bias, keep, turn)
 
 
-def _eager_call(attention: FusionAttention, turn: int, scores: Tensor) -> EagerCall:
+def _eager_call(attention: FusionAttention, turn: int, softmaxed: list[_Softmax]) -> EagerCall:
     """From what a softmax gets: scores with scale and bias, (B, H, N_q, N_k) or (B * H, N_q, N_k)."""
-    if scores.dim() == 3 and attention.heads > 1 and scores.shape[0] % attention.heads == 0:
-        scores = _unfold_heads(scores, attention.heads)
-    if scores.dim() != 4:
+    scores = [x.scores for x in softmaxed if x.scores.dim() == 4]
+    if not scores and attention.heads > 1:
+        folded = [x.scores for x in softmaxed if x.scores.dim() == 3 and x.scores.shape[0] % attention.heads == 0]
+        scores = [_unfold_heads(x, attention.heads) for x in folded]
+    if len(scores) != 1 or any(x.dim not in (-1, x.scores.dim() - 1) for x in softmaxed if x.scores.dim() > 2):
+        listed = ", ".join(f"{tuple(x.scores.shape)} over dimension {x.dim}" for x in softmaxed)
         raise ValueError(
-            f"Expected the softmax of the eager attention '{attention.name}' to get (batch, heads, tokens, tokens), "
-            f"but it got {tuple(scores.shape)}. Use its fused attention."
+            f"Expected the eager attention '{attention.name}' to have one softmax, over the last dimension of (batch, "
+            f"heads, query tokens, key tokens), but got {listed}. Use its fused attention."
         )
-    keep, _ = read_mask(scores, scores.shape[-1])
+    keep, _ = read_mask(scores[0], scores[0].shape[-1], relative=True)
     assert keep is not None
-    return EagerCall(attention.name, scores.mean(1), keep, turn)
+    return EagerCall(attention.name, scores[0].mean(1), keep, turn)

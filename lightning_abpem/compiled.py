@@ -58,9 +58,9 @@ def eagerly(compiled: Collection[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in compiled:
             entry = compiled_entry(module)
-            assert entry is not None
-            plain = None if entry == "_compiled_call_impl" else _plain(module)
-            stack.enter_context(substituted(module, entry, plain))
+            if entry is not None:  # else it does so already
+                plain = None if entry == "_compiled_call_impl" else _plain(module)
+                stack.enter_context(substituted(module, entry, plain))
         yield
 
 

@@ -95,6 +95,12 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     return -ratio.log() + (ratio.square() + ((mean_p - mean_q) / std_q).square() - 1) / 2
 
 
+def _root(variance: Tensor) -> Tensor:
+    """The square root, with a gradient of zero at zero."""
+    positive = variance > 0
+    return variance.where(positive, 1).sqrt().where(positive, 0)
+
+
 def map_statistics(scores: Tensor, keep: Tensor | None = None) -> ScoreStatistics:
     """Statistics of a block (B, N_q, N_k) of head-averaged scores.
 
@@ -112,7 +118,7 @@ def map_statistics(scores: Tensor, keep: Tensor | None = None) -> ScoreStatistic
     mean = scores.where(keep, 0).sum((1, 2)) / count.clamp(min=1)
     centred = (scores - mean[:, None, None]).where(keep, 0)
     variance = centred.square().sum((1, 2)) / (count - 1).clamp(min=1)
-    return ScoreStatistics(mean, variance.where(seen, 1).sqrt(), seen)
+    return ScoreStatistics(mean, _root(variance), seen)
 
 
 def dense_score_statistics(
@@ -160,7 +166,6 @@ def moment_score_statistics(q: TokenMoments, k: TokenMoments, scale: float) -> S
     mean = scale * (q.mean * k.mean).sum(-1)
     variance = form(k.mean, q.cov) + form(q.mean, k.cov) + (q.cov * k.cov).sum((-2, -1))
     if not isinstance(entries, Tensor):
-        return ScoreStatistics(mean, abs(scale) * (variance * (entries / (entries - 1))).sqrt())
-    seen = entries > 1
+        return ScoreStatistics(mean, abs(scale) * _root(variance * (entries / (entries - 1))))
     unbiased = variance * entries / (entries - 1).clamp(min=1)
-    return ScoreStatistics(mean, abs(scale) * unbiased.where(seen, 1).sqrt(), seen)
+    return ScoreStatistics(mean, abs(scale) * _root(unbiased), entries > 1)

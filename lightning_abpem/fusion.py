@@ -10,13 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import nn
 
 from lightning_abpem.attention import AttentionCall
 from lightning_abpem.blocks import score_statistics, visible_keys
-from lightning_abpem.modules import find_modules
+from lightning_abpem.modules import find_modules, plain_name
 from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import FusionAttention, find_attention
 from lightning_abpem.spans import Tokens
@@ -128,6 +129,7 @@ class SeparateFusion:
     def check(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
         """Hold the modalities against the calls; see `find_fusion`."""
         _check_turns(calls, [place for places in self.places.values() for place in places])
+        self._check_pairs(calls)
         lengths: dict[str, tuple[int, str]] = {}
         for (m, n), places in self.places.items():
             for call in _at(calls, places):
@@ -149,6 +151,19 @@ class SeparateFusion:
                     f"Expected as many calls for ('{n}', '{n}') as for ('{m}', '{n}'), layer by layer, or a single "
                     f"one, but got {target} and {cross}."
                 )
+
+    def _check_pairs(self, calls: Sequence[AttentionCall]) -> None:
+        """No call may stand for two pairs."""
+        taken: dict[tuple[str, int], Pair] = {}
+        for pair, places in self.places.items():
+            for call in _at(calls, places):
+                before = taken.setdefault((call.name, call.turn), pair)
+                if before != pair:
+                    raise ValueError(
+                        f"Expected every call to stand for one pair of modalities, but call [{call.turn}] of "
+                        f"'{call.name}' is named for {before} and for {pair}. A module that is called for several "
+                        f"pairs is named with the call's number, as in '{call.name}[{call.turn}]'."
+                    )
 
 
 def find_fusion(model: nn.Module, patterns: list[str] | dict[Pair, list[str]]) -> JointFusion | SeparateFusion:
@@ -242,15 +257,25 @@ def _find_places(model: nn.Module, patterns: Sequence[str]) -> list[_Place]:
     places: dict[_Place, None] = {}
     if not patterns:
         find_modules(model, patterns)
+    first_names: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first_names.setdefault(id(module), plain_name(name))
     for pattern in patterns:
         numbered = _TURN.fullmatch(pattern)
         turn = int(numbered[2]) if numbered else None
-        places |= {(name, turn): None for name in find_modules(model, numbered[1] if numbered else pattern)}
+        found = find_modules(model, numbered[1] if numbered else pattern)
+        places |= {(first_names[id(module)], turn): None for module in found.values()}
     return list(places)
 
 
 def _attentions(model: nn.Module, places: Iterable[_Place]) -> list[FusionAttention]:
-    return [find_attention(model.get_submodule(name), name) for name in dict.fromkeys(name for name, _ in places)]
+    """The attention modules at these places, none twice."""
+    names = dict.fromkeys(name for name, _ in places)
+    attentions = [find_attention(model.get_submodule(name), name) for name in names]
+    for a, b in combinations(attentions, 2):
+        if a.name.startswith(f"{b.name}.") or b.name.startswith(f"{a.name}."):
+            raise ValueError(f"Expected `fusion` to match each attention once, but '{a.name}' and '{b.name}' are one.")
+    return attentions
 
 
 def _at(calls: Iterable[AttentionCall], places: Sequence[_Place]) -> list[AttentionCall]:

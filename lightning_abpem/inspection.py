@@ -149,7 +149,8 @@ def _suggest(result: _Result, names: Mapping[str, str]) -> tuple[str | None, lis
 _OTHER_KERNEL = "use attn_implementation='sdpa' or 'eager', or what turns flash or flex attention off."
 _NO_FUSION = (
     "No attention was seen over tokens of several modules. If the modalities are put into one sequence otherwise than "
-    "by concatenation, give `modalities` as functions from the forward's arguments to (batch, tokens) bool masks."
+    "by concatenation, or are put in another order, give `modalities` as functions from the forward's arguments to "
+    "(batch, tokens) bool masks. A modality of one token has no spread of scores, and does not count."
 )
 
 

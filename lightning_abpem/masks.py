@@ -8,15 +8,17 @@ from torch import Tensor
 __all__ = ["causal_mask", "read_mask"]
 
 _MASKED = -9000.0  # no score, but one of the usual ways to mask one: -inf, the dtype's least value, -10000
+_INVISIBLE = -500.0  # so far below the row's largest score that its probability is zero, as -10000 / sqrt(D/H) is
 
 
-def read_mask(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
+def read_mask(mask: Tensor, keys: int, *, relative: bool = False) -> tuple[Tensor | None, Tensor | None]:
     """Which scores a mask keeps, and what it adds to them on average over heads.
 
     Args:
         mask: of a shape that expands to (B, H, N_q, N_k): bool, True where a query may attend, or what is added to the
-            scores. The scores themselves will do.
+            scores.
         keys: N_k.
+        relative: `mask` is the scores themselves, of which those 500 below the row's largest are masked too.
 
     Returns:
         keep: (B or 1, N_q or 1, N_k) bool, True where every head may attend.
@@ -26,7 +28,10 @@ def read_mask(mask: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None]:
     mask = mask.expand(*mask.shape[:3], keys)
     if mask.dtype == torch.bool:
         return mask.all(1), None
-    keep = ~(mask <= _MASKED).any(1)  # NaN counts as a score, which does not pass unnoticed
+    hidden = mask <= (_MASKED if relative else _INVISIBLE)
+    if relative:
+        hidden = hidden | (mask - mask.amax(-1, keepdim=True) <= _INVISIBLE)
+    keep = ~hidden.any(1)  # NaN counts as a score, which does not pass unnoticed
     return keep, mask.mean(1).where(keep, 0)
 
 

@@ -150,7 +150,8 @@ class TokenMemory:
         if not sizes:
             raise ValueError(f"Expected '{self.name}' to be called with tokens, but got {leaves}. {_ADVICE}")
         # What has as many rows as the tokens is batched; where one sample makes all look so, the other batches tell.
-        size = next(iter(sizes.values()))
+        wide = [sizes[i] for i in sizes if sizes[i] > 1 and leaves[i].dim() > 2]
+        size = next(iter([*wide, *sizes.values()]))
         # A copy, for a block may edit its input in place.
         tensors = {i: leaves[i].detach().clone() for i in sizes if sizes[i] == size}
         self._current = _Batch(frozenset(sizes), tensors)

@@ -15,6 +15,7 @@ __all__ = [
     "named_module",
     "normal_tensor",
     "only_trainable",
+    "plain_name",
     "without_inference_tensors",
     "without_nested_tensors",
 ]
@@ -33,10 +34,10 @@ def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, n
     if not patterns:
         raise ValueError("Expected `fusion` to hold at least one name pattern, but got none.")
     modules = model.named_modules(remove_duplicate=False)
-    named = {plain: module for name, module in modules if (plain := _plain_name(name))}  # the inside of a compiled one
+    named = {plain: module for name, module in modules if (plain := plain_name(name))}  # the inside of a compiled one
     matched: set[str] = set()
     for pattern in patterns:
-        found = {name for name in named if _regex(_plain_name(pattern)).fullmatch(name)}
+        found = {name for name in named if _regex(plain_name(pattern)).fullmatch(name)}
         if not found:
             raise ValueError(
                 f"Expected `fusion` to match a module of {type(model).__name__}, but {pattern!r} matches none of its "
@@ -50,7 +51,8 @@ def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, n
     return {name: named[name] for name in unique.values()}
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A dotted name without what torch.compile puts in."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 

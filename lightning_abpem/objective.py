@@ -111,21 +111,27 @@ def _divergence(cross: ScoreStatistics, target: ScoreStatistics) -> Tensor:
     return gaussian_kl(cross.mean, cross.std, target.mean, target.std)
 
 
+def _has_spread(block: ScoreStatistics) -> Tensor:
+    """Whether the scores of a sample differ by more than rounding."""
+    return ~(block.std <= 64 * torch.finfo(block.std.dtype).eps * block.mean.abs())
+
+
 def _average(
     layers: Sequence[Comparison], compare: Callable[[ScoreStatistics, ScoreStatistics], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Mean over the samples that are seen, then over layers: 0 where none is, to add up, and NaN there, to report."""
+    """Mean over samples, then over layers: 0 where no sample counts, to add up, and NaN there, to report.
+
+    A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
+    silent sensor may be, and no Gaussian is near that.
+    """
     sums, figures = [], []
     for cross, target in layers:
-        values = compare(cross, target)
-        seen = [s.seen for s in (cross, target) if s.seen is not None]
-        if seen:
-            both = torch.stack(seen).all(0)
-            count = both.sum()
-            mean = values.where(both, 0).sum() / count.clamp(min=1)
-            figures.append(mean.detach().where(count > 0, torch.nan))
-        else:
-            mean = values.mean()
-            figures.append(mean.detach())
+        counts = _has_spread(cross) & _has_spread(target)
+        for seen in (cross.seen, target.seen):
+            counts = counts if seen is None else counts & seen
+        safe = [s._replace(std=s.std.where(counts, 1)) for s in (cross, target)]
+        total = counts.sum()
+        mean = compare(*safe).where(counts, 0).sum() / total.clamp(min=1)
         sums.append(mean)
+        figures.append(mean.detach().where(total > 0, torch.nan))
     return torch.stack(sums).mean(), torch.stack(figures).nanmean()

@@ -49,7 +49,7 @@ class FrozenReplay:
     Args:
         model: the module whose submodules are replayed, itself excepted.
         adapted: the parameters that change between the passes.
-        watched: modules that have to run in every pass that watches them; what holds one is replayed in the others.
+        watched: modules whose hooks may change how torch computes them; what holds one runs in every pass.
         audited_batches: number of batches that are audited.
     """
 
@@ -63,9 +63,8 @@ class FrozenReplay:
         moving = {id(p) for p in adapted}
         self.enabled = True
         hidden = {model} | inside_compiled(model)
+        hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         self._modules = [m for m in model.modules() if m not in hidden and _is_frozen(m, moving)]
-        self._holding = {id(m) for m in self._modules if not set(watched).isdisjoint(m.modules())}
-        self._watching = False
         self._unaudited = audited_batches
         self._mode: str | None = None
         self._inside = False
@@ -83,9 +82,8 @@ class FrozenReplay:
                 stack.enter_context(substituted(module, entry, recorder))
             yield
 
-    def start_pass(self, watching: bool = False) -> None:
+    def start_pass(self) -> None:
         """A pass over the batch begins: the first one records, those after it replay."""
-        self._watching = watching
         if self.enabled:
             self._mode = "record" if self._mode is None else "replay"
             self._turn.clear()
@@ -108,11 +106,10 @@ class FrozenReplay:
             if self._mode == "record":
                 return self._record(turn, forward, args, kwargs, inputs, spec)
             recorded = self._recorded.get(turn)
-            missed = self._watching and module in self._holding
-            if recorded is None or missed or not _matches(recorded, inputs, spec):
+            if recorded is None or not _matches(recorded, inputs, spec):
                 return forward(*args, **kwargs)
             if self._unaudited > 0:
-                self._audit(recorded, forward, args, kwargs)
+                self._audit(recorded, forward)
             return tree_unflatten(recorded.outputs, recorded.output_spec)
         finally:
             self._inside = False
@@ -120,19 +117,21 @@ class FrozenReplay:
     def _record(
         self, turn: tuple[int, int], forward: Any, args: Any, kwargs: Any, inputs: list[Any], spec: TreeSpec
     ) -> Any:
-        replayable = all(isinstance(x, _PLAIN) or (isinstance(x, Tensor) and not x.requires_grad) for x in inputs)
+        replayable = all(isinstance(x, _PLAIN) or _is_constant(x) for x in inputs)
         versions = _versions(inputs)
-        with torch.set_grad_enabled(not replayable):  # as in the prediction, so that compiled code has one version
-            output = forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
         outputs, output_spec = tree_flatten(output)
-        replayable = replayable and all(isinstance(x, (Tensor, *_PLAIN)) for x in outputs)
+        # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
+        replayable = replayable and all(isinstance(x, _PLAIN) or _is_constant(x) for x in outputs)
         if replayable and versions == _versions(inputs):
             self._recorded[turn] = _Recorded(
                 inputs, versions, spec, outputs, _versions(outputs), output_spec, _precision(outputs)
             )
         return output
 
-    def _audit(self, recorded: _Recorded, forward: Any, args: Any, kwargs: Any) -> None:
+    def _audit(self, recorded: _Recorded, forward: Callable[..., Any]) -> None:
+        """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""
+        args, kwargs = tree_unflatten(recorded.inputs, recorded.input_spec)
         outputs, spec = tree_flatten(forward(*args, **kwargs))
         if spec != recorded.output_spec or not all(map(_identical, outputs, recorded.outputs)):
             self.enabled, self._mode = False, None
@@ -147,6 +146,10 @@ class FrozenReplay:
 def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(id(p) in moving for p in parameters)
+
+
+def _is_constant(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.requires_grad
 
 
 def _versions(leaves: list[Any]) -> list[int | None]:

@@ -67,11 +67,11 @@ class SeenCall:
 
     @property
     def shape(self) -> Literal["joint", "cross", "self"]:
-        """Joint: queries of several origins; cross: queries of one origin and keys of another."""
-        if len(self.sources) > 1:
+        """Joint: as many keys as queries, of several origins; cross: queries of one origin and keys of another."""
+        if len(self.sources) > 1 and self.queries == self.keys:
             return "joint"
         keys = [segment.source for segment in self.key_segments if segment.source is not None]
-        return "cross" if self.sources and keys and not set(self.sources) & set(keys) else "self"
+        return "cross" if len(self.sources) == 1 and keys and not set(self.sources) & set(keys) else "self"
 
     def __str__(self) -> str:
         if self.kind == "hidden":

@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_abpem.attention import AttentionCall
 from lightning_abpem.fusion import JointFusion, SeparateFusion
 from lightning_abpem.modules import normal_tensor
 from lightning_abpem.seen import SeenCall, joint_spans
@@ -36,7 +37,7 @@ class BatchTokens:
         trace: Callable[[Any, Any], list[SeenCall]],
     ) -> None:
         self._spans, self._fusion, self._trace = spans, fusion, trace
-        self._read: dict[tuple[torch.Size, ...], dict[str, Tokens]] = {}
+        self._read: dict[tuple[Any, ...], dict[str, Tokens]] = {}
         self._unchecked = True
 
     def __call__(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
@@ -46,15 +47,32 @@ class BatchTokens:
             ValueError: if they cannot be read, a mask is not one, or, in the first batch, two modalities share tokens.
         """
         if self._spans is None:
-            shapes = tuple(x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-            if shapes not in self._read:
-                self._read[shapes] = self._off_a_forward(args, kwargs)
-            return self._read[shapes]
+            key = _describe(args, kwargs)
+            if key not in self._read:
+                self._read[key] = self._off_a_forward(args, kwargs)
+            return self._read[key]
         with torch.no_grad():
             tokens = select_tokens(self._spans, *tree_map(normal_tensor, (args, kwargs)))
-        if self._unchecked:
+        if self._unchecked and isinstance(self._fusion, JointFusion):
             check_disjoint(tokens)
             self._unchecked = False
+        return tokens
+
+    def check(
+        self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], args: Any, kwargs: Any
+    ) -> dict[str, Tokens]:
+        """Hold the tokens against the calls; those that were read off another batch are read again if they do not fit.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        try:
+            self._fusion.check(calls, tokens)
+        except ValueError:
+            if self._spans is not None:
+                raise
+            tokens = self._read[_describe(args, kwargs)] = self._off_a_forward(args, kwargs)
+            self._fusion.check(calls, tokens)
         return tokens
 
     def _off_a_forward(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
@@ -86,6 +104,16 @@ def refuse_silence(fusion: JointFusion | SeparateFusion, called: Collection[str]
     raise ValueError(
         f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
         f"Seen elsewhere: {'; '.join(dict.fromkeys(map(str, seen))) or 'none'}."
+    )
+
+
+def _describe(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """What the spans may depend on: the shapes of the arguments, less the batch, and what is no tensor."""
+    leaves, spec = tree_flatten((args, kwargs))
+    plain = (int, float, bool, str, type(None))
+    return (
+        spec,
+        *(x.shape[1:] if isinstance(x, Tensor) else x if isinstance(x, plain) else type(x) for x in leaves),
     )
 
 

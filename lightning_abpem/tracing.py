@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_abpem.attention import SOFTMAX
+from lightning_abpem.compiled import compiled_entry, eagerly
+from lightning_abpem.modules import plain_name
 from lightning_abpem.projections import has_projections
 from lightning_abpem.seen import Kind, SeenCall, Segment
 
@@ -30,6 +32,11 @@ _TRANSPOSITIONS = (
     *(torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.movedim),
     *(Tensor.transpose, Tensor.swapaxes, Tensor.swapdims, Tensor.permute, Tensor.movedim),
     *(Tensor.mT.__get__, Tensor.T.__get__),  # type: ignore[attr-defined]
+)
+_REORDERINGS = (
+    *(torch.flip, torch.roll, torch.gather, torch.index_select, torch.take_along_dim, torch.sort, torch.rot90),
+    *(Tensor.flip, Tensor.roll, Tensor.gather, Tensor.index_select, Tensor.take_along_dim, Tensor.sort, Tensor.rot90),
+    *(torch.scatter, Tensor.scatter, Tensor.scatter_, torch.fliplr, torch.flipud, Tensor.fliplr, Tensor.flipud),
 )
 _SIZES = (2, 3, 5, 7, 11)  # of the dimensions of a probe
 
@@ -90,7 +97,10 @@ class _Tracer(TorchFunctionMode):
     def attached(self) -> Iterator[None]:
         """While it lasts, every module of the model is followed."""
         with ExitStack() as stack:
-            for name, module in self._model.named_modules():
+            compiled = [module for module in self._model.modules() if compiled_entry(module) is not None]
+            stack.enter_context(eagerly(compiled))
+            inner = {plain_name(name): module for name, module in self._model.named_modules()}
+            for name, module in inner.items():
                 if isinstance(module, torch.jit.ScriptModule) or not name:  # a script takes no hooks from Python
                     continue
                 enter, leave = self._hooks(name)
@@ -157,6 +167,11 @@ class _Tracer(TorchFunctionMode):
         if func in _TRANSPOSITIONS:
             return _transposed(func, args, kwargs, *known[0])
         known.sort(key=lambda item: -len(item[1].sources))
+        if len(known[0][1].sources) > 1:
+            if func is Tensor.__getitem__:
+                return _indexed(known[0][0], known[0][1], args[1], out)
+            if func in _REORDERINGS:
+                return _unknown(known[0][1], out)
         return next((kept for x, layout in known if (kept := _kept(x, layout, out))), None)
 
     def _concatenated(self, args: Any, kwargs: Any) -> _Layout | None:
@@ -246,3 +261,27 @@ def _kept(x: Tensor, layout: _Layout, out: Tensor) -> _Layout | None:
     if out.dim() == x.dim() == 3 and len(layout.segments) == 1:  # some of the tokens
         return _Layout(axis, (Segment(layout.segments[0].source, out.shape[axis]),))
     return None
+
+
+def _indexed(x: Tensor, layout: _Layout, index: Any, out: Tensor) -> _Layout | None:
+    """The layout of x[index]: of slices that keep the tokens side by side what they leave, else unknown."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if not all(part is None or isinstance(part, slice) for part in parts):
+        return _unknown(layout, out)
+    dims = [i for i, part in enumerate([*parts, *[slice(None)] * x.dim()]) if part is not None]
+    axis = dims[layout.axis]
+    start, stop, step = (parts[axis] if axis < len(parts) else slice(None)).indices(layout.tokens)
+    if step != 1:
+        return _unknown(layout, out)
+    left, end = [], 0
+    for segment in layout.segments:
+        begin, end = end, end + segment.tokens
+        tokens = min(end, stop) - max(begin, start)
+        if tokens > 0:
+            left.append(Segment(segment.source, tokens))
+    return _Layout(axis, tuple(left))
+
+
+def _unknown(layout: _Layout, out: Tensor) -> _Layout | None:
+    """Tokens in an order that is not known."""
+    return _Layout(layout.axis, (Segment(None, out.shape[layout.axis]),)) if out.dim() > layout.axis else None

@@ -132,6 +132,49 @@ def test_keyword_arguments():
     assert torch.equal(got[0], expected[0])
 
 
+class Stashing(nn.Module):
+    """A frozen head that reads what the fusion left behind, with a gradient, and gets no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.toy = make_toy()
+        self.toy.fusion.register_forward_hook(lambda module, args, output: setattr(self, "state", output))
+        self.reader = nn.Linear(WIDTH, CLASSES)
+        self.reader.forward = lambda: nn.functional.linear(self.state.mean(1), self.reader.weight)
+
+    def forward(self, audio, video):
+        self.toy(audio, video)
+        return self.reader()
+
+
+class InPlace(nn.Module):
+    """A residual added in place to what a frozen linear puts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.proj, self.norm = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.fusion, self.head = nn.Sequential(nn.ModuleDict({"attn": FusedAttention()})), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, audio, video):
+        x = self.proj(self.embed(torch.cat([audio, video], 1)))
+        x += self.fusion[0]["attn"](self.norm(x))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("make", [Stashing, InPlace])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_replay_changes_nothing_where_state_or_storage_is_shared(make, weight):
+    predictions = []
+    for replay in (True, False):
+        torch.manual_seed(0)
+        model = make().eval()
+        fusion = "toy.fusion.*.attn" if make is Stashing else "fusion.*.attn"
+        with torch.no_grad(), abpem(fusion=fusion, replay=replay, attention_weight=weight).attach(model) as adaptation:
+            predictions.append(torch.stack([model(*args) for args in batches()]))
+        assert adaptation.updates == len(batches())
+    torch.testing.assert_close(*predictions, rtol=0, atol=1e-6)
+
+
 def test_it_is_repeated_adam_on_the_loss():
     """Against the loop one would write by hand: forward, loss, backward, step, forward."""
     model, by_hand = make_toy(), make_toy()
@@ -261,13 +304,38 @@ def test_a_bad_batch_is_skipped_and_counted(memory_batches, bad, caplog):
 
 
 def test_a_non_finite_gradient_is_skipped():
-    """The loss is finite, its gradient is not: the square root at zero, where all tokens are alike."""
+    """The loss is finite, its gradient is not: the square root at zero, in the head."""
     model = make_toy()
-    alike = torch.ones(2, AUDIO, 3), torch.ones(2, VIDEO, 3)
+    model.head.register_forward_hook(lambda module, args, output: output + (0 * output).sqrt())
     with torch.no_grad(), abpem().attach(model) as adaptation:
-        model(*alike)
+        model(*batches(1)[0])
         assert (adaptation.updates, adaptation.skipped) == (0, 1)
         assert adaptation.record["updated"] == 0
+        assert adaptation.record["loss"].isfinite()
+
+
+@pytest.mark.parametrize("attention", [FusedAttention, EagerSplitAttention, TorchAttention])
+def test_a_sample_whose_tokens_are_all_alike_does_not_spoil_the_step(attention):
+    """A silent sensor: its scores have no spread, so its divergence would be infinite. The others count."""
+    audio, video = batches(1)[0]
+    audio[1], video[2] = 1.0, 0.0
+
+    def observed(*args):
+        with torch.no_grad(), abpem(steps=0).attach(make_toy(attention())) as adaptation:
+            adaptation.model(*args)
+        return adaptation.record
+
+    torch.manual_seed(0)
+    record = observed(audio, video)
+    for pair, others in (("audio_to_video", [0, 1, 3]), ("video_to_audio", [0, 2, 3])):
+        torch.manual_seed(0)
+        expected = observed(audio[others], video[others])[f"divergence/{pair}"]
+        torch.testing.assert_close(record[f"divergence/{pair}"], expected)
+    torch.manual_seed(0)
+    with torch.no_grad(), abpem().attach(make_toy(attention())) as adaptation:
+        adaptation.model(audio, video)
+        adaptation.model(torch.ones_like(audio), torch.ones_like(video))
+    assert adaptation.updates == 2
 
 
 # --------------------------------------------------------------------------------------------------- memory and resets

@@ -21,6 +21,7 @@ from tests.toy import (
     FusedAttention,
     GroupedAttention,
     TorchAttention,
+    heads_first,
 )
 
 TOKENS = {name: Tokens(span) for name, span in SPANS.items()}
@@ -172,11 +173,47 @@ def test_eager_scores_are_those_that_the_softmax_sees(module):
     assert module.qkv.weight.grad.abs().sum() > 0
 
 
-def test_eager_heads_folded_into_the_batch_are_refused():
+def softmax_of(make):
+    """An eager attention with its own softmax or softmaxes."""
     module = EagerSplitAttention()
-    module.forward = lambda x: (module.query(x) @ module.key(x).mT).softmax(-1) @ module.value(x)
-    message = r"to get \(batch, heads, tokens, tokens\), but it got \(2, 10, 10\)"
+    module.forward = lambda x: make(*(heads_first(linear(x)) for linear in (module.query, module.key, module.value)))
+    return module
+
+
+UNCLEAR = {
+    "heads folded, of another number": lambda q, k, v: (q.flatten(1, 2) @ k.flatten(1, 2).mT).softmax(-1),
+    "over the queries": lambda q, k, v: (k @ q.mT).softmax(-2),
+    "over the queries, by name": lambda q, k, v: torch.softmax((k @ q.mT), dim=2),
+    "two": lambda q, k, v: (q @ k.mT).softmax(-1) * (k @ q.mT).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("make", UNCLEAR.values(), ids=UNCLEAR)
+def test_softmaxes_that_say_too_little_are_refused(make):
+    module = softmax_of(make)
+    module.num_attention_heads = 4
+    message = "'attn' to have one softmax, over the last dimension of .batch, heads, query tokens, key tokens., but got"
     with pytest.raises(ValueError, match=message), capture_attention([find_attention(module, "attn")]):
+        module(torch.randn(2, 10, WIDTH))
+
+
+def test_a_gate_beside_the_attention_is_none():
+    module = softmax_of(lambda q, k, v: (q @ k.mT).softmax(-1) @ v * v.mean((1, 2)).softmax(-1)[:, None, None])
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        module(torch.randn(2, 10, WIDTH))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_heads_put_behind_one_another_are_refused(fused):
+    def attend(q, k, v):
+        q, k, v = (torch.cat(x.unbind(1)) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v) if fused else (q @ k.mT).softmax(-1) @ v
+
+    with (
+        pytest.raises(ValueError, match="but they are put behind one another with torch.cat"),
+        capture_attention([find_attention(module := softmax_of(attend), "attn")]),
+    ):
         module(torch.randn(2, 10, WIDTH))
 
 

@@ -150,7 +150,7 @@ def test_later_batches_compile_nothing(way):
             model(*args)
             counts.append(backend.count)
     assert counts[2:] == [counts[2]] * 4  # the first two batches are audited
-    assert counts[-1] <= 4
+    assert counts[-1] <= 6  # with gradients and without
 
 
 @pytest.mark.parametrize("way", [encoders, encoders_in_place])

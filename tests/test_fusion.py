@@ -204,10 +204,27 @@ def test_modalities_of_another_length():
 def test_a_module_that_serves_several_pairs_needs_numbers():
     fusion = separate(**{"image->text": "ti"})
     calls = [call("ti", 7, 4), call("ti", 4, 7, turn=1), call("tt", 7, 7), call("ii", 4, 4)]
-    with pytest.raises(ValueError, match=r"'text' to have the same tokens everywhere, .* as in 'ti\[0\]'"):
+    with pytest.raises(
+        ValueError, match=r"to stand for one pair of modalities, but call \[0\] of 'ti' .* in 'ti\[0\]'"
+    ):
         fusion.check(calls, WHOLE)
     numbered = separate(**{"text->image": "ti[0]", "image->text": "ti[1]"})
     numbered.check(calls, WHOLE)
+
+
+def test_calls_the_other_way_round():
+    numbered = separate(**{"text->image": "ti[1]", "image->text": "ti[0]"})
+    calls = [call("ti", 7, 4), call("ti", 4, 7, turn=1), call("tt", 7, 7), call("ii", 4, 4)]
+    with pytest.raises(ValueError, match=r"'text' to have the same tokens .* 4 in 'ti' and 7 in call \[0\] of 'tt'"):
+        numbered.check(calls, WHOLE)
+
+
+def test_an_attention_that_is_matched_twice():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"attn": FusedAttention()})})
+    model["alias"] = model["a"]["attn"]
+    assert [x.name for x in find_fusion(model, ["a.attn", "alias"]).watched] == ["a.attn"]
+    with pytest.raises(ValueError, match="match each attention once, but 'a' and 'a.attn' are one"):
+        find_fusion(model, ["a", "alias"])
 
 
 def test_padding_is_known_from_every_call_with_those_keys():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_abpem import ABPEM
+from tests.test_torch_models import CrossDecoder
 from tests.toy import AUDIO, CLASSES, VIDEO, WIDTH, FusedAttention, batches, make_toy
 
 
@@ -32,6 +33,60 @@ def test_auto_reads_every_new_shape(caplog):
     assert adaptation.updates == 5
     assert caplog.text.count("off this batch") == 2
     assert '"audio": (0, 5), "video": (5, 9)' in caplog.text
+
+
+class Trimmed(nn.Module):
+    """Drops as many tokens of the video as the batch says."""
+
+    def __init__(self):
+        super().__init__()
+        self.toy = make_toy()
+
+    def forward(self, audio, video, keep):
+        return self.toy(audio, video[:, : int(keep)])
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_auto_reads_again_what_does_not_fit(as_tensor):
+    kept = [torch.tensor(n) if as_tensor else n for n in (4, 4, 2, 2, 4)]
+    stream = [(*args, keep) for args, keep in zip(batches(5), kept, strict=True)]
+    read, adaptation = adapt(Trimmed().eval(), stream, fusion="toy.fusion.*.attn", modalities="auto", reset="batch")
+    assert adaptation.updates == 5
+    for keep in (4, 2):
+        chosen = [i for i, n in enumerate(kept) if n == keep]
+        trimmed = [(stream[i][0], stream[i][1][:, :keep]) for i in chosen]
+        given, _ = adapt(make_toy(), trimmed, modalities={"audio": AUDIO, "video": keep}, reset="batch")
+        torch.testing.assert_close(read[chosen], given, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_auto_and_compiled_code(whole):
+    model = make_toy()
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        model.fusion = torch.compile(model.fusion, backend="eager")
+    read, _ = adapt(model, batches(), modalities="auto")
+    torch.testing.assert_close(read, adapt(make_toy(), batches())[0], rtol=0, atol=1e-6)
+
+
+def test_masks_of_sequences_of_their_own():
+    """In modules of their own the modalities' masks are of different sequences: nothing to overlap."""
+    torch.manual_seed(0)
+    model = CrossDecoder().eval()
+    sound, words = torch.randn(3, AUDIO, 3), torch.randn(3, VIDEO, 3)
+    fusion = {"words->sound": "decoder.layers.*.multihead_attn", "sound->sound": "encoder.layers.0.self_attn"}
+    functions = {
+        "words": lambda sound, words: torch.ones(3, VIDEO, dtype=torch.bool),
+        "sound": lambda sound, words: torch.ones(3, AUDIO, dtype=torch.bool),
+    }
+    for args in ((sound, words), (sound[:, :VIDEO], words)):
+        lengths = {"words": VIDEO, "sound": args[0].shape[1]}
+        if args[0].shape[1] == VIDEO:
+            functions["sound"] = functions["words"]
+        masked, _ = adapt(model, [args], fusion=fusion, modalities=functions)
+        given, _ = adapt(model, [args], fusion=fusion, modalities=lengths)
+        torch.testing.assert_close(masked, given, rtol=0, atol=1e-6)
 
 
 class WithEncoders(nn.Module):

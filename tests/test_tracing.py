@@ -99,6 +99,40 @@ def test_origins_through_an_encoder():
     assert {tokens.of for tokens in joint_spans(fusion).values()} == {13}
 
 
+@pytest.mark.parametrize(
+    ("change", "segments"),
+    [
+        (lambda x: x[:, 1:], [("audio.embed", 5), ("video.embed", 4)]),
+        (lambda x: x[:, 2:8], [("audio.embed", 4), ("video.embed", 2)]),
+        (lambda x: x[:1, :, :4], [("audio.embed", 6), ("video.embed", 4)]),
+        (lambda x: x[:, torch.arange(10).flip(0)], [(None, 10)]),
+        (lambda x: x[:, ::2], [(None, 5)]),
+        (lambda x: x.flip(1), [(None, 10)]),
+        (lambda x: x.gather(1, torch.zeros(4, 10, WIDTH, dtype=torch.long)), [(None, 10)]),
+        (lambda x: torch.roll(x, 1, 1), [(None, 10)]),
+    ],
+)
+def test_tokens_in_another_order_are_not_told_apart(change, segments):
+    model = make_toy()
+    model.fusion[0].attn.forward = lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+    found = []
+    model.fusion[0].forward = lambda x: found.append(model.fusion[0].attn(change(x))) or x
+    [call] = seen_in(model, *BATCH)
+    assert [(segment.source, segment.tokens) for segment in call.query_segments] == segments
+
+
+def test_compiled_modules_by_their_own_names():
+    model = make_toy()
+    model.fusion = torch.compile(model.fusion, backend="eager")
+    [call] = seen_in(torch.compile(model, backend="eager"), *BATCH)
+    assert summary(call) == ("fusion.0.attn", "fused", 10, 10, HEADS, "joint")
+
+
+def test_prefixes_are_no_joint_call():
+    call = SeenCall("a", 0, "fused", 9, 11, 1, (Segment("x", 5), Segment("y", 4)))
+    assert call.shape == "self"
+
+
 class OneEncoder(nn.Module):
     """The same encoder for both, its outputs concatenated."""
 
