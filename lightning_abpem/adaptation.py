@@ -53,6 +53,7 @@ class Adaptation:
         model: the model; names in the settings are relative to it.
         settings: what to adapt and how.
         on_step: called after each step with its record (detached scalars by name) and the number of samples.
+        report: told what adapts, and which spans were read off a batch.
 
     Attributes:
         params: the adapted parameters by name.
@@ -72,12 +73,13 @@ class Adaptation:
         model: nn.Module,
         settings: Settings,
         on_step: Callable[[dict[str, Tensor], int], None] | None = None,
+        report: Callable[[str], None] = log.info,
     ) -> None:
-        self.model, self.settings, self.on_step = model, settings, on_step
+        self.model, self.settings, self.on_step, self._report = model, settings, on_step, report
         self.target = model if settings.target is None else named_module(model, settings.target, "target")
         self.fusion = find_fusion(model, settings.patterns)
         self.params = collect_params(self.fusion.adapting)
-        self._tokens = BatchTokens(settings.spans, self.fusion, self._trace)
+        self._tokens = BatchTokens(settings.spans, self.fusion, self._trace, report)
         self.memory = None
         if settings.memory_batches > 1:
             names = [attention.name for attention in self.fusion.watched]
@@ -94,6 +96,7 @@ class Adaptation:
         try:
             with torch.inference_mode(False):
                 self.configure_model()
+            self._report(self.describe())
         except BaseException:
             self.close()
             raise

@@ -130,8 +130,7 @@ class ABPEM(Callback):
             raise ValueError(
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
-        with Adaptation(model, self.settings) as adaptation:
-            rank_zero_info(adaptation.describe())
+        with Adaptation(model, self.settings, report=rank_zero_info) as adaptation:
             yield adaptation
             if adaptation.calls == 0:
                 rank_zero_warn("The `with` block ended without a call of the target: ABPEM adapted nothing.")
@@ -212,8 +211,7 @@ class _Run:
     def start_batch(self, settings: Settings, dataloader: int) -> None:
         """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
         if self.adaptation is None:
-            self.adaptation = Adaptation(self.module, settings, on_step=self._on_step).__enter__()
-            rank_zero_info(self.adaptation.describe())
+            self.adaptation = Adaptation(self.module, settings, self._on_step, rank_zero_info).__enter__()
         elif dataloader != self._dataloader and settings.reset == "dataloader":
             self.adaptation.reset()
         self._dataloader = dataloader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,8 +17,6 @@ from lightning_abpem.spans import TokenMask, Tokens, check_disjoint, select_toke
 
 __all__ = ["BatchTokens", "refuse_silence"]
 
-log = logging.getLogger(__name__)
-
 
 class BatchTokens:
     """From the target's arguments to the tokens of each modality.
@@ -28,6 +25,7 @@ class BatchTokens:
         spans: what is known of them; None to read them off a forward, once for each shape of the arguments.
         fusion: the attentions that they enter.
         trace: the attention calls of a forward with these arguments.
+        report: told the spans that were read.
     """
 
     def __init__(
@@ -35,8 +33,9 @@ class BatchTokens:
         spans: Mapping[str, Tokens | TokenMask] | None,
         fusion: JointFusion | SeparateFusion,
         trace: Callable[[Any, Any], list[SeenCall]],
+        report: Callable[[str], None],
     ) -> None:
-        self._spans, self._fusion, self._trace = spans, fusion, trace
+        self._spans, self._fusion, self._trace, self._report = spans, fusion, trace, report
         self._read: dict[tuple[Any, ...], dict[str, Tokens]] = {}
         self._unchecked = True
 
@@ -90,7 +89,7 @@ class BatchTokens:
             )
         spans = joint_spans(own[0])
         listed = ", ".join(f'"{name}": ({tokens.span.start}, {tokens.span.stop})' for name, tokens in spans.items())
-        log.info("ABPEM reads off this batch, of %d tokens: modalities={%s}", own[0].queries, listed)
+        self._report(f"ABPEM reads off this batch, of {own[0].queries} tokens: modalities={{{listed}}}")
         return spans
 
 

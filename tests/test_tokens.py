@@ -18,7 +18,7 @@ def adapt(model, stream, **options):
 
 @pytest.mark.parametrize("memory", [1, 3])
 def test_auto_is_the_spans_written_out(memory, caplog):
-    caplog.set_level(logging.INFO, logger="lightning_abpem")
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     read, _ = adapt(make_toy(), batches(), modalities="auto", memory_batches=memory)
     given, _ = adapt(make_toy(), batches(), modalities={"audio": AUDIO, "video": VIDEO}, memory_batches=memory)
     assert torch.equal(read, given)
@@ -27,7 +27,7 @@ def test_auto_is_the_spans_written_out(memory, caplog):
 
 
 def test_auto_reads_every_new_shape(caplog):
-    caplog.set_level(logging.INFO, logger="lightning_abpem")
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
     short = [(audio[:, :5], video) for audio, video in batches()]
     _, adaptation = adapt(make_toy(), [*batches(2), *short[:2], *batches(1)], modalities="auto")
     assert adaptation.updates == 5
