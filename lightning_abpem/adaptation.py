@@ -9,9 +9,9 @@ step) -> the call itself, its frozen part replayed -> `_after_call`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lightning_abpem.compiled import around_calls, compiled_around, eagerly, ins
 from lightning_abpem.fusion import check_samples, find_fusion
 from lightning_abpem.logits import check_head, read_logits, refuse_probabilities
 from lightning_abpem.memory import find_memory
+from lightning_abpem.method import Gradients, Record, Step
 from lightning_abpem.modules import (
     encoders_around,
     named_module,
@@ -30,7 +31,7 @@ from lightning_abpem.modules import (
     without_inference_tensors,
     without_nested_tensors,
 )
-from lightning_abpem.projections import collect_params
+from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.seen import SeenCall
 from lightning_abpem.settings import Settings
@@ -44,6 +45,15 @@ __all__ = ["Adaptation"]
 log = logging.getLogger(__name__)
 
 _ADAPTING: set[int] = set()  # ids of the parameters that some open Adaptation moves
+
+
+class _Computed(NamedTuple):
+    """A step that can be taken: gradients, None for no step, its figures, the samples that it stands for."""
+
+    gradients: Gradients | None
+    record: Record
+    samples: int
+    tokens: dict[str, Tokens]
 
 
 class Adaptation:
@@ -60,7 +70,8 @@ class Adaptation:
         calls: calls of the target so far.
         updates: steps taken.
         skipped: steps not taken because the loss or a gradient was not finite.
-        record: the last step's figures, as `Objective` names them, and `updated`: 1 if the step was taken.
+        record: the last step's figures, as the method names them, and `updated`: 1 if the step was taken.
+        state: what the method keeps of earlier batches.
 
     Raises:
         ValueError: on construction, with nothing changed: the names match no attention, a part of the model is in
@@ -77,16 +88,22 @@ class Adaptation:
     ) -> None:
         self.model, self.settings, self.on_step, self._report = model, settings, on_step, report
         self.target = model if settings.target is None else named_module(model, settings.target, "target")
-        self.fusion = find_fusion(model, settings.patterns)
-        self.params = collect_params(self.fusion.adapting)
-        self._tokens = BatchTokens(settings.spans, self.fusion, self._trace, report)
-        self.memory = None
+        self.method = settings.method
+        self.fusion = None if settings.patterns is None else find_fusion(model, settings.patterns)
+        self.params = self.method.collect(model, self.fusion)
+        self.watched = self.fusion.watched if self.fusion is not None and self.method.needs_attention else []
+        self._tokens = self.memory = None
+        if self.fusion is not None and self.watched:
+            self._tokens = BatchTokens(settings.spans, self.fusion, self._trace, report)
         if settings.memory_batches > 1:
-            names = [attention.name for attention in self.fusion.watched]
+            names = [attention.name for attention in self.watched]
             self.memory = find_memory(model, self.target, names, settings.memory_at, settings.memory_batches)
         self._check_model()
         self.calls = self.updates = self.skipped = 0
         self.record: dict[str, Tensor] = {}
+        self.state: dict[str, Any] = {}
+        self._source: Mapping[str, Any] | None = None
+        self._pending: _Computed | None = None
         self._updates_since_reset = 0
         self._inside = self._warned_single = False
         self._edits_inputs: bool | None = None
@@ -115,11 +132,12 @@ class Adaptation:
         _ADAPTING.update(map(id, adapted))
         self._stack.callback(_ADAPTING.difference_update, list(map(id, adapted)))
         self._stack.enter_context(without_inference_tensors(self.model))
+        self._stack.enter_context(self.method.prepared(self.model))
         self._stack.enter_context(only_trainable(self.model, adapted))
         self.weights = AdaptedWeights(adapted, self.settings.optimizer)
         if self.settings.restore:
             self._stack.callback(self.weights.restore)
-        watched = [attention.module for attention in self.fusion.watched]
+        watched = [attention.module for attention in self.watched]
         self._encoders, self._compiled = encoders_around(self.model, watched), compiled_around(self.model, watched)
         self._replay = FrozenReplay(self.target, adapted, watched)
         self._replay.enabled = self.settings.replay
@@ -135,9 +153,10 @@ class Adaptation:
             self.memory.clear()
 
     def reset(self) -> None:
-        """Back to the source model: its weights, a fresh optimizer, an empty memory."""
+        """Back to the source model: its weights, a fresh optimizer, an empty memory, nothing of earlier batches."""
         with torch.inference_mode(False):
             self.weights.reset()
+        self.state.clear()
         if self.memory is not None:
             self.memory.clear()
         self._updates_since_reset = 0
@@ -145,12 +164,13 @@ class Adaptation:
     def describe(self) -> str:
         """What adapts, by name, with counts."""
         if self.settings.steps == 0:
-            return "ABPEM observes, with steps=0: no weight moves."
+            return f"{self.method.name} observes, with steps=0: no weight moves."
         count = sum(p.numel() for p in self.params.values())
         share = count / sum(p.numel() for p in self.model.parameters())
         fate = "return" if self.settings.restore else "do not return (restore=False)"
         lines = [
-            f"ABPEM adapts {count:,} values in {len(self.params)} tensors, {share:.2%} of {type(self.model).__name__}:",
+            f"{self.method.name} adapts {count:,} values in {len(self.params)} tensors, {share:.2%} of "
+            f"{type(self.model).__name__}:",
             *(f"  {name} {tuple(p.shape)}" for name, p in self.params.items()),
             *(f"  {tied} is the same tensor, so it moves as well" for tied in self._tied()),
         ]
@@ -173,56 +193,68 @@ class Adaptation:
         self._replay.start_pass()
 
     def forward_and_adapt(self, args: Any, kwargs: Any) -> None:
-        """Adapt to one batch, the target's arguments: `steps` times forward, loss, backward and step."""
-        updated = False
-        tokens = self._tokens(args, kwargs)
-        for _ in range(max(self.settings.steps, 1)):
-            observed = self._observe(args, kwargs, tokens)
-            if observed is None:
-                return
-            loss, record, samples = observed
-            updated = self.settings.steps > 0 and self._update(loss)
-            self.record = record | {"updated": loss.new_tensor(float(updated)).detach()}
-            if self.on_step is not None:
-                self.on_step(self.record, samples)
-        if updated and self.memory is not None:
-            self.memory.push(tokens)
+        """Adapt to one batch, the target's arguments: `steps` times forward, gradients and step.
 
-    def _observe(
-        self, args: Any, kwargs: Any, tokens: dict[str, Tokens]
-    ) -> tuple[Tensor, dict[str, Tensor], int] | None:
-        """One forward over memory and batch, its attention captured: the loss, its figures, the batch's size.
-
-        None if the batch is empty.
+        A step that is due before the prediction is taken; one that is due after it is kept for `_after_call`.
         """
+        tokens = {} if self._tokens is None else self._tokens(args, kwargs)
+        if self._source is None:
+            self._source = {}
+            self._source = self.method.measure_source(lambda own: self._observe(own, {}, {})[0])
+            self._replay.end_batch()
+        for i in range(max(self.settings.steps, 1)):
+            computed = self._compute(args, kwargs, tokens)
+            if computed is None:
+                return
+            if self.settings.predicts == "before":
+                self._pending = computed
+            else:
+                self._apply(computed, last=i + 1 >= self.settings.steps)
+
+    def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
+        """The method's gradients for one batch; None if it is empty."""
+        step, samples = self._observe(args, kwargs, tokens)
+        if samples == 0:
+            return None
+        if self.settings.steps == 0:
+            return _Computed(None, self.method.loss(step)[1], samples, tokens)
+        gradients, record = self.method.gradients(step, lambda: self._observe(args, kwargs, tokens)[0])
+        return _Computed(gradients, record, samples, tokens)
+
+    def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> tuple[Step, int]:
+        """One forward over memory and batch, as the method sees it, and the batch's size."""
         self._replay.start_pass()
-        with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.fusion.watched) as calls:
+        with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.watched) as calls:
             output = self._run_target(args, kwargs)
         logits = read_logits(output, self.settings.logits)
         stored = 0 if self.memory is None else self.memory.verify(logits)
         tokens = tokens if self.memory is None else self.memory.with_past(tokens)
         samples = logits.shape[0] - stored
-        if samples == 0:
-            return None
-        tokens = self._check_calls(calls, tokens, logits, args, kwargs)
-        if self.calls == 1:
+        attention: Mapping[Pair, Sequence[Comparison]] = {}
+        if samples and self._tokens is not None and self.fusion is not None:
+            tokens = self._check_calls(calls, tokens, logits, args, kwargs)
+            with torch.autocast(logits.device.type, enabled=False):
+                attention = self.fusion.compare(calls, tokens)
+        if samples and self.calls == 1:
             refuse_probabilities(logits)
         if logits.shape[0] == 1 and not self._warned_single:
             self._warned_single = True
             log.warning("A batch of one sample: the balance of a single prediction is its own entropy, not a balance.")
-        with torch.autocast(logits.device.type, enabled=False):
-            loss, record = self.settings.objective(logits, self.fusion.compare(calls, tokens))
-        return loss, record, samples
+        return Step(logits, attention, self.params, self.state, self._source or {}), samples
 
-    def _update(self, loss: Tensor) -> bool:
-        """Backward and step, or neither if the loss or a gradient is not finite; whether the step was taken."""
-        adapted = list(self.params.values())
-        if not loss.requires_grad:
-            raise ValueError(
-                f"Expected gradients through the target's forward, but no gradient reaches {', '.join(self.params)}. "
-                "Is the forward, or a part of it after the fusion attention, under torch.no_grad() or inference_mode()?"
-            )
-        gradients = torch.autograd.grad(loss, adapted, allow_unused=True)
+    def _apply(self, computed: _Computed, last: bool = True) -> None:
+        """Step, or not if the loss or a gradient is not finite; then record."""
+        gradients, record, samples, tokens = computed
+        updated = gradients is not None and self._step(record["loss"], gradients)
+        self.record = record | {"updated": record["loss"].new_tensor(float(updated))}
+        if self.on_step is not None:
+            self.on_step(self.record, samples)
+        if updated and last and self.memory is not None:
+            self.memory.push(tokens)
+        if self.method.wants_reset(self.state):
+            self.reset()
+
+    def _step(self, loss: Tensor, gradients: Gradients) -> bool:
         finite = all_finite(loss, *gradients) and self.weights.step(gradients)
         if finite:
             self.updates += 1
@@ -241,6 +273,10 @@ class Adaptation:
         self._replay.end_batch()
         if self.memory is not None and output is not None:
             self.memory.expect(read_logits(output, self.settings.logits))
+        computed, self._pending = self._pending, None
+        if computed is not None and output is not None:
+            with torch.inference_mode(False):
+                self._apply(computed)
 
     # --------------------------------------------------------------------------------------------------- the details
 
@@ -279,8 +315,10 @@ class Adaptation:
         self, calls: list[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any
     ) -> dict[str, Tokens]:
         """Every fusion attention was called, batch-first, on the tokens of the modalities, which are returned."""
+        assert self.fusion is not None
+        assert self._tokens is not None
         called = {call.name for call in calls}
-        if any(attention.name not in called for attention in self.fusion.watched):
+        if any(attention.name not in called for attention in self.watched):
             refuse_silence(self.fusion, called, self._trace(args, kwargs))
         stored = 0 if self.memory is None else self.memory.samples
         check_samples(calls, logits.shape[0], stored, self.memory.name if self.memory else "")

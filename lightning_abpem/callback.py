@@ -1,10 +1,10 @@
-"""ABPEM as a Lightning callback: the engine's lifecycle in a Trainer's run, its log and its averages."""
+"""Test-time adaptation as a Lightning callback: the engine's lifecycle in a Trainer's run, its log, its averages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,40 +14,42 @@ from torch import Tensor, nn
 
 from lightning_abpem.adaptation import Adaptation
 from lightning_abpem.fusion import FusionPatterns
+from lightning_abpem.method import Method, Predicts
 from lightning_abpem.metrics import RecordMean
-from lightning_abpem.objective import Balance, Objective
 from lightning_abpem.settings import OptimizerFactory, Reset, Settings, default_optimizer
 from lightning_abpem.spans import Modalities
 
-__all__ = ["ABPEM", "Stage"]
+__all__ = ["Options", "Stage", "TestTimeAdaptation"]
 
 Stage = Literal["test", "predict", "validate"]
 
 
-class ABPEM(Callback):
-    """Adapts a multi-modal model to each test batch without labels, before the model predicts on it.
+class Options(TypedDict, total=False):
+    """The options that all methods share; `TestTimeAdaptation` documents them."""
 
-    Attention Bootstrapping with Principal Entropy Minimization (Zhao et al., AAAI 2025, arXiv 2503.02221). In `test`
-    and `predict` the model's own step sees logits from the adapted weights; nothing in the LightningModule changes, and
-    the source weights return after the run, also after a crash. Only the q, k and v projections of the fusion attention
-    move.
+    steps: int
+    optimizer: OptimizerFactory
+    target: str | None
+    logits: Callable[..., Any] | None
+    reset: Reset
+    restore: bool
+    stages: Sequence[Stage]
+    replay: bool
+    predicts: Predicts | None
+
+
+class TestTimeAdaptation(Callback):
+    """Adapts a model to each test batch without labels, by a method: what all methods' callbacks are.
+
+    In `test` and `predict` the model's own step sees the adapted logits; nothing in the LightningModule changes, and
+    the source weights return after the run, also after a crash.
 
     Args:
-        fusion: name pattern(s) of the fusion attention module(s), relative to the LightningModule. `*` stands for one
-            part of a dotted name, `**` for any number, `NAME[i]` for call i of a module that is called several times in
-            a forward. Where self- and cross-attention are modules of their own, a mapping from ordered pairs of
-            modalities, ("video", "audio") or "video->audio" with the queries first, to patterns, self pairs included;
-            or a rule for all pairs of `modalities`, {"self": ..., "cross": ...}, its patterns with {query} and {key}.
-        modalities: the modalities' tokens in the joint sequence: lengths in order, which have to cover it; ranges
-            (start, stop), which may leave tokens out; or functions from the target's arguments to (B, N) bool masks.
-            "auto" reads them off the concatenation of the encoders' outputs. Where `fusion` is a mapping, the tokens in
-            the modality's own sequence, or the names alone: "auto" takes all tokens. Padded tokens never count.
-        k: number of most probable classes whose entropy is minimised, in [1, C].
-        attention_weight: weight of the attention bootstrapping, >= 0.
-        balance_weight: weight of the balance term, >= 0.
-        balance: "marginal", the entropy of the batch-mean prediction (the paper), or "read" (READ's variant).
+        method: which parameters move, and by what loss.
+        fusion: for methods that adapt or watch the fusion attention; `ABPEM` documents it.
+        modalities: for methods that watch it; `ABPEM` documents them.
         memory_batches: batches that the loss sees, the current one included; 1 is no memory.
-        memory_at: the module whose input tokens are remembered. Default: the parent of the first fusion attention.
+        memory_at: the module whose input tokens are remembered.
         steps: updates per call; 0 observes only: all figures are recorded and no weight moves.
         optimizer: from parameters to a torch optimizer. Default: Adam, lr 1e-4.
         target: the module whose call adapts. Default: the LightningModule itself; set it if the step calls a submodule
@@ -59,6 +61,8 @@ class ABPEM(Callback):
         restore: put the source weights back after the run; False keeps the adapted ones.
         stages: the Trainer's functions that adapt: "test", "predict", "validate". Never inside `fit`.
         replay: compute the frozen part of the model once per batch; False computes it in every pass.
+        predicts: whether the step sees predictions from "after" the update to its batch or from "before" it. Default:
+            as the method's paper has it.
 
     Attributes:
         updates: steps taken in the last run.
@@ -68,22 +72,16 @@ class ABPEM(Callback):
     Raises:
         ValueError: an argument is out of its range, or does not fit the model (before any weight moves).
         MisconfigurationException: the Trainer is used in a way that cannot work.
-
-    Example:
-        ``abpem = ABPEM(fusion="model.fusion.*.attn", modalities={"audio": 512, "video": 196}, k=7)``, then
-        ``Trainer(callbacks=[abpem]).test(model, data)``; or, without a Trainer,
-        ``with abpem.attach(model): logits = model(audio, video)``.
     """
+
+    __test__ = False  # no test case, whatever its name starts with
 
     def __init__(
         self,
-        fusion: FusionPatterns,
+        method: Method,
+        fusion: FusionPatterns | None = None,
         modalities: Modalities | Sequence[str] = "auto",
         *,
-        k: int,
-        attention_weight: float = 1.0,
-        balance_weight: float = 1.0,
-        balance: Balance = "marginal",
         memory_batches: int = 1,
         memory_at: str | None = None,
         steps: int = 1,
@@ -94,11 +92,12 @@ class ABPEM(Callback):
         restore: bool = True,
         stages: Sequence[Stage] = ("test", "predict"),
         replay: bool = True,
+        predicts: Predicts | None = None,
     ) -> None:
         self.settings = Settings(
+            method=method,
             fusion=fusion,
             modalities=modalities,
-            objective=Objective(k, attention_weight, balance_weight, balance),
             memory_batches=memory_batches,
             memory_at=memory_at,
             steps=steps,
@@ -108,6 +107,7 @@ class ABPEM(Callback):
             reset=reset,
             restore=restore,
             replay=replay,
+            predicts=predicts,
         )
         unknown = set(stages) - {"test", "predict", "validate"}
         if unknown or not stages or isinstance(stages, str):
@@ -133,7 +133,7 @@ class ABPEM(Callback):
         with Adaptation(model, self.settings, report=rank_zero_info) as adaptation:
             yield adaptation
             if adaptation.calls == 0:
-                rank_zero_warn("The `with` block ended without a call of the target: ABPEM adapted nothing.")
+                rank_zero_warn("The `with` block ended without a call of the target: nothing was adapted.")
 
     # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
 
@@ -143,7 +143,7 @@ class ABPEM(Callback):
             if own_stage == stage:
                 _check_trainer(trainer)
                 self.updates, self.skipped, self.averages = 0, 0, {}
-                self._run = _Run(trainer, pl_module, own_stage, self._logged)
+                self._run = _Run(trainer, pl_module, own_stage, self.settings.method.name.lower(), self._logged)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -191,8 +191,8 @@ class ABPEM(Callback):
 class _Run:
     """One run of a Trainer's loop with the engine in it, from setup to teardown or an exception."""
 
-    def __init__(self, trainer: Any, module: LightningModule, stage: Stage, logged: int) -> None:
-        self.trainer, self.module, self.stage = trainer, module, stage
+    def __init__(self, trainer: Any, module: LightningModule, stage: Stage, prefix: str, logged: int) -> None:
+        self.trainer, self.module, self.stage, self._prefix = trainer, module, stage, prefix
         self.logged = logged  # steps handed to the loggers, over all runs of the callback
         self.adaptation: Adaptation | None = None
         self._means: dict[int, RecordMean] = {}
@@ -201,7 +201,7 @@ class _Run:
         self._training = {m: m.training for m in module.modules()}
         # First in line, so that an exception in another callback's on_exception cannot keep this one from restoring.
         self._callbacks = trainer.callbacks
-        trainer.callbacks = sorted(trainer.callbacks, key=lambda callback: not isinstance(callback, ABPEM))
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda callback: not isinstance(callback, TestTimeAdaptation))
         # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
         self._loop: Any = getattr(trainer, f"{stage}_loop")
         self._inference_mode = getattr(self._loop, "inference_mode", None)
@@ -223,8 +223,8 @@ class _Run:
             target = self.adaptation.settings.target
             raise MisconfigurationException(
                 f"The {self.stage} step ended without calling {f'`{target}`' if target else 'the LightningModule'}, so "
-                "nothing was adapted. Set ABPEM's `target` to the name of the module that the step calls with the "
-                "batch, and call it as a function, not by its `.forward`."
+                "nothing was adapted. Set the callback's `target` to the name of the module that the step calls with "
+                "the batch, and call it as a function, not by its `.forward`."
             )
         return self.adaptation.updates, self.adaptation.skipped
 
@@ -243,7 +243,7 @@ class _Run:
         batches = {"test": "num_test_batches", "predict": "num_predict_batches", "validate": "num_val_batches"}
         several = len(getattr(self.trainer, batches[self.stage])) > 1
         return {
-            f"abpem/{name}" + (f"/dataloader_idx_{dataloader}" if several else ""): value
+            f"{self._prefix}/{name}" + (f"/dataloader_idx_{dataloader}" if several else ""): value
             for dataloader, means in averages.items()
             for name, value in means.items()
         }
@@ -275,7 +275,7 @@ class _Run:
         names = list(self._pending[0])
         table = torch.stack([torch.stack([record[n].float() for n in names]) for record in self._pending])
         for row in table.tolist():
-            figures = {f"abpem/{name}_step": value for name, value in zip(names, row, strict=True)}
+            figures = {f"{self._prefix}/{name}_step": value for name, value in zip(names, row, strict=True)}
             for logger in self.trainer.loggers:
                 logger.log_metrics(figures, step=self.logged)
             self.logged += 1
@@ -293,18 +293,18 @@ def _new_mean(record: dict[str, Tensor]) -> RecordMean:
 def _check_trainer(trainer: Any) -> None:
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
-            f"ABPEM is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
+            f"This is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
             "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
         )
     if trainer.world_size > 1:
         raise MisconfigurationException(
-            f"ABPEM adapts in one process so far, but the Trainer runs {trainer.world_size}: their weights would part "
-            "ways. Use devices=1, num_nodes=1."
+            f"Adaptation runs in one process so far, but the Trainer runs {trainer.world_size}: their weights would "
+            "part ways. Use devices=1, num_nodes=1."
         )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
-    count = sum(isinstance(callback, ABPEM) for callback in callbacks)
+    count = sum(isinstance(callback, TestTimeAdaptation) for callback in callbacks)
     if count > 1:
         raise MisconfigurationException(
-            f"Expected one ABPEM callback, but the Trainer has {count}: each would adapt the same model. Name several "
-            "fusion attentions in one: `fusion` takes a list of patterns."
+            f"Expected one callback that adapts, but the Trainer has {count}: each would adapt the same model. Name "
+            "several fusion attentions in one: `fusion` takes a list of patterns."
         )

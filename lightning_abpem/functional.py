@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "ScoreStatistics",
     "TokenMoments",
+    "confidence_loss",
     "dense_score_statistics",
     "entropy",
     "gaussian_kl",
@@ -25,6 +26,7 @@ __all__ = [
     "principal_entropy",
     "read_balance",
     "token_moments",
+    "widen",
 ]
 
 _EPS = 1e-6  # inside the logarithm of the principal entropy, as in the authors' program
@@ -53,14 +55,14 @@ class TokenMoments(NamedTuple):
     tokens: int | Tensor
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """``x`` in float32 if it is narrower, else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax of (B, C) logits, in nats: (B,)."""
-    log_p = _widen(logits).log_softmax(-1)
+    log_p = widen(logits).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -74,19 +76,28 @@ def principal_entropy(logits: Tensor, k: int) -> Tensor:
     Returns:
         (B,), in nats.
     """
-    p = _widen(logits).softmax(-1).topk(k, dim=-1).values
+    p = widen(logits).softmax(-1).topk(k, dim=-1).values
     return -(p * (p + _EPS).log()).sum(-1)
 
 
 def marginal_balance(logits: Tensor) -> Tensor:
     """Entropy of the batch-mean prediction of (B, C) logits: a scalar, large when the classes are used evenly."""
-    log_p = _widen(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
+    log_p = widen(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
     return -(log_p.exp() * log_p).sum()  # in logs: a class that underflows everywhere keeps a finite gradient
+
+
+def confidence_loss(logits: Tensor) -> Tensor:
+    """READ's confidence-aware loss (ICLR 2024) of (B, C) logits: p (1 - log p + log gamma), p the largest probability.
+
+    With gamma = 1/e that is -p log p: its gradient falls to zero at p = gamma and grows with the confidence: (B,).
+    """
+    log_p = widen(logits).log_softmax(-1).max(-1).values
+    return -log_p.exp() * log_p
 
 
 def read_balance(logits: Tensor) -> Tensor:
     """READ's form of the balance (ICLR 2024): entropy of the softmax of the predictions' sum over the batch."""
-    return entropy(_widen(logits).softmax(-1).sum(0, keepdim=True)).squeeze(0)
+    return entropy(widen(logits).softmax(-1).sum(0, keepdim=True)).squeeze(0)
 
 
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
@@ -108,7 +119,7 @@ def map_statistics(scores: Tensor, keep: Tensor | None = None) -> ScoreStatistic
         scores: the block; entries that do not count may hold anything, -inf too.
         keep: which entries count, bool, of a shape that expands to that of the block; all if None.
     """
-    scores = _widen(scores)
+    scores = widen(scores)
     if keep is None:
         std, mean = torch.std_mean(scores.flatten(1), dim=1)
         return ScoreStatistics(mean, std)
@@ -133,13 +144,13 @@ def dense_score_statistics(
         bias: what the attention adds to the scores, averaged over heads; it expands to the map.
         keep: which entries count, bool; it expands to the map. All if None.
     """
-    scores = scale * (_widen(q) @ _widen(k).mT)
-    return map_statistics(scores if bias is None else scores + _widen(bias), keep)
+    scores = scale * (widen(q) @ widen(k).mT)
+    return map_statistics(scores if bias is None else scores + widen(bias), keep)
 
 
 def token_moments(x: Tensor, keep: Tensor | None = None) -> TokenMoments:
     """Mean and covariance over the tokens of x, (B, N, D), or over those that `keep`, (B, N) bool, names."""
-    x = _widen(x)
+    x = widen(x)
     if keep is None:
         mean = x.mean(1)
         centred = x - mean.unsqueeze(1)

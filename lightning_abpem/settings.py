@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lightning_abpem.fusion import FusionPatterns, fusion_patterns
-from lightning_abpem.objective import Objective, Pair
+from lightning_abpem.method import Method, Predicts
+from lightning_abpem.objective import Pair
 from lightning_abpem.spans import Modalities, TokenMask, Tokens, own_spans, token_spans
 
 __all__ = ["OptimizerFactory", "Reset", "Settings", "default_optimizer"]
@@ -23,15 +24,15 @@ default_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-4)
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of an `Adaptation`; `ABPEM` documents them.
+    """The options of an `Adaptation`; `TestTimeAdaptation` and `ABPEM` document them.
 
     Raises:
         ValueError: naming the option, the value seen and what was expected.
     """
 
-    fusion: FusionPatterns
-    modalities: Modalities | Sequence[str]
-    objective: Objective
+    method: Method
+    fusion: FusionPatterns | None = None
+    modalities: Modalities | Sequence[str] = "auto"
     memory_batches: int = 1
     memory_at: str | None = None
     steps: int = 1
@@ -41,7 +42,8 @@ class Settings:
     reset: Reset = "never"
     restore: bool = True
     replay: bool = True
-    patterns: list[str] | dict[Pair, list[str]] = field(init=False)
+    predicts: Predicts | None = None
+    patterns: list[str] | dict[Pair, list[str]] | None = field(init=False)
     spans: dict[str, Tokens | TokenMask] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +61,12 @@ class Settings:
                 'Expected `memory_batches` to be 1 with reset="batch", which empties the memory before every batch, '
                 f"but got {self.memory_batches}."
             )
+        if self.predicts not in (None, "after", "before"):
+            raise ValueError(f'Expected `predicts` to be "after" or "before" the update, but got {self.predicts!r}.')
+        if self.predicts is None:
+            object.__setattr__(self, "predicts", self.method.predicts)
+        if self.predicts == "before" and self.steps > 1:
+            raise ValueError(f'Expected `steps` to be 1 or 0 with predicts="before", but got {self.steps}.')
         if not callable(self.optimizer):
             raise ValueError(
                 "Expected `optimizer` to be a function from parameters to a torch optimizer, such as "
@@ -76,6 +84,10 @@ class Settings:
     def _read_modalities(self) -> None:
         """Set `patterns`, and `spans`: None where the first batch has to show them."""
         given = self.modalities
+        if self.fusion is None:
+            object.__setattr__(self, "patterns", None)
+            object.__setattr__(self, "spans", None)
+            return
         if not isinstance(given, Mapping) and (isinstance(given, str) and given != "auto"):
             raise ValueError(f'Expected `modalities` to map names to tokens, or "auto", but got {given!r}.')
         names = [] if given == "auto" else list(given)

@@ -64,6 +64,8 @@ class AdaptedWeights:
     def _start(self) -> None:
         narrow = (torch.float16, torch.bfloat16)
         self._masters = [nn.Parameter(p.detach().float()) if p.dtype in narrow else p for p in self._params]
+        if not self._masters:  # the source model: nothing moves
+            return
         self._optimizer = self._factory(self._masters)
         if not isinstance(self._optimizer, torch.optim.Optimizer) or isinstance(self._optimizer, torch.optim.LBFGS):
             raise ValueError(

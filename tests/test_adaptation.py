@@ -180,7 +180,7 @@ def test_it_is_repeated_adam_on_the_loss():
     model, by_hand = make_toy(), make_toy()
     weights = [by_hand.fusion[0].attn.qkv.weight, by_hand.fusion[0].attn.qkv.bias]
     optimizer = ADAM(weights)
-    objective = abpem().settings.objective
+    objective = abpem().settings.method.objective
     tokens = {name: Tokens(span) for name, span in SPANS.items()}
 
     with torch.no_grad(), abpem().attach(model):
@@ -691,7 +691,7 @@ def test_attaching_to_a_part_of_what_adapts():
 
 def test_nothing_was_called():
     model = make_toy()
-    with pytest.warns(UserWarning, match="adapted nothing"), abpem().attach(model):
+    with pytest.warns(UserWarning, match="nothing was adapted"), abpem().attach(model):
         model.forward(*batches(1)[0])
 
 

@@ -338,7 +338,7 @@ def test_the_target_is_never_called():
 def test_given_twice():
     callback = abpem()
     for pair in ((callback, callback), (abpem(), abpem())):
-        with pytest.raises(MisconfigurationException, match="one ABPEM callback, but the Trainer has 2"):
+        with pytest.raises(MisconfigurationException, match="one callback that adapts, but the Trainer has 2"):
             trainer(*pair).test(make_toy(), loader(), verbose=False)
 
 

@@ -20,6 +20,7 @@ THIRD_PARTY = {
     "modules": {"torch"},
     "compiled": {"torch"},
     "fusion": {"torch"},
+    "method": {"torch"},
     "settings": {"torch"},
     "seen": set(),
     "tracing": {"torch"},
@@ -33,6 +34,14 @@ THIRD_PARTY = {
     "display": {"rich"},
     "report": {"matplotlib"},
     "inspection": {"torch"},
+    "methods.__init__": set(),
+    "methods.abpem": {"torch", "typing_extensions"},
+    "methods.eata": {"torch", "typing_extensions"},
+    "methods.norms": {"torch"},
+    "methods.read": {"torch", "typing_extensions"},
+    "methods.sar": {"torch", "typing_extensions"},
+    "methods.source": {"torch", "typing_extensions"},
+    "methods.tent": {"torch", "typing_extensions"},
     "cli": {"jsonargparse", "lightning", "rich", "torch", "yaml"},
     "callback": {"torch", "lightning"},
     "__init__": set(),
@@ -55,7 +64,8 @@ OWN = {  # from the bottom up: each may import what stands before it
     "modules": set(),
     "compiled": set(),
     "fusion": {"attention", "blocks", "modules", "objective", "projections", "spans"},
-    "settings": {"fusion", "objective", "spans"},
+    "method": {"functional", "fusion", "objective", "projections"},
+    "settings": {"fusion", "method", "objective", "spans"},
     "seen": {"spans"},
     "tracing": {"attention", "compiled", "modules", "projections", "seen"},
     "tokens": {"attention", "fusion", "modules", "seen", "spans"},
@@ -64,16 +74,24 @@ OWN = {  # from the bottom up: each may import what stands before it
     "replay": {"compiled"},
     "weights": {"settings"},
     "adaptation": {
-        *("attention", "compiled", "fusion", "logits", "memory", "modules", "projections", "replay", "seen"),
+        *("attention", "compiled", "fusion", "logits", "memory", "method", "modules", "objective", "replay", "seen"),
         *("settings", "spans", "tokens", "tracing", "weights"),
     },
     "metrics": set(),
     "display": set(),
     "report": set(),
     "inspection": {"display", "logits", "modules", "objective", "projections", "seen", "tracing"},
-    "callback": {"adaptation", "fusion", "metrics", "objective", "settings", "spans"},
+    "callback": {"adaptation", "fusion", "method", "metrics", "settings", "spans"},
+    "methods.abpem": {"callback", "fusion", "method", "objective", "spans"},
+    "methods.norms": set(),
+    "methods.source": {"callback", "functional", "fusion", "method"},
+    "methods.read": {"callback", "functional", "fusion", "method"},
+    "methods.tent": {"callback", "functional", "fusion", "method", "methods.norms"},
+    "methods.eata": {"callback", "functional", "fusion", "method", "methods.norms"},
+    "methods.sar": {"callback", "functional", "fusion", "method", "methods.norms"},
+    "methods.__init__": {f"methods.{name}" for name in ("abpem", "eata", "read", "sar", "source", "tent")},
     "cli": {"inspection"},
-    "__init__": {"adaptation", "callback", "inspection"},
+    "__init__": {"adaptation", "callback", "inspection", "methods.abpem"},
     "models.__init__": {"models.cavmae"},
     "models.cavmae": set(),
     "data.__init__": set(),
@@ -118,10 +136,15 @@ def test_nothing_imports_in_circles():
 
 
 def test_public_names_are_frozen():
-    assert sorted(lightning_abpem.__all__) == ["ABPEM", "Adaptation", "Inspection", "__version__", "inspect"]
+    assert sorted(lightning_abpem.__all__) == [
+        *("ABPEM", "Adaptation", "Inspection", "TestTimeAdaptation", "__version__", "inspect")
+    ]
     from lightning_abpem import models
 
     assert models.__all__ == ["CAVMAE"]
+    from lightning_abpem import methods
+
+    assert methods.__all__ == ["ABPEM", "EATA", "READ", "SAR", "Source", "Tent"]
 
 
 @pytest.mark.parametrize("name", [name for name in THIRD_PARTY if not name.endswith("__init__") and "make" not in name])

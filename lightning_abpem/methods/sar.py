@@ -1,0 +1,117 @@
+"""SAR: sharpness-aware and reliable entropy minimisation (Niu et al., ICLR 2023, arXiv 2302.12400)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.functional import entropy
+from lightning_abpem.fusion import JointFusion, SeparateFusion
+from lightning_abpem.method import Gradients, Method, Predicts, Record, Step, record_of
+from lightning_abpem.methods.norms import batch_statistics, norm_params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SAR", "SharpnessAwareEntropy"]
+
+_MOMENTUM = 0.9  # of the running mean of the entropy
+
+
+@dataclass(frozen=True)
+class SharpnessAwareEntropy(Method):
+    """The gradient of reliable samples' entropy at the worst nearby weights (equations 2 to 5), and a way back.
+
+    Args:
+        entropy_margin: a sample is reliable below this entropy, as a share of ln C.
+        radius: how far the weights go in the direction of the gradient before the second forward.
+        reset_entropy: the source returns when the running mean of the second entropy falls below that.
+        exclude: how the names of normalisation layers start that stay as they are.
+    """
+
+    entropy_margin: float = 0.4
+    radius: float = 0.05
+    reset_entropy: float = 0.2
+    exclude: Sequence[str] = ()
+    name: ClassVar[str] = "SAR"
+    predicts: ClassVar[Predicts] = "before"
+
+    def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
+        return norm_params(model, self.exclude)
+
+    def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
+        return batch_statistics(model)
+
+    def loss(self, step: Step) -> tuple[Tensor | None, Record]:
+        entropies = entropy(step.logits)
+        kept = self._is_reliable(entropies, step)
+        loss = entropies[kept].mean() if bool(kept.any()) else None
+        shown = entropies.mean() if loss is None else loss
+        return loss, record_of(shown, step.logits, kept=kept.float().mean())
+
+    def gradients(self, step: Step, again: Callable[[], Step]) -> tuple[Gradients | None, Record]:
+        first, record = self.loss(step)
+        if first is None:
+            return None, record
+        reliable = self._is_reliable(entropy(step.logits), step)
+        start = [p.detach().clone() for p in step.params.values()]
+        self._climb(step, step.gradients(first))
+        try:
+            second = again()
+            entropies = entropy(second.logits)
+            kept = reliable & self._is_reliable(entropies, second)
+            gradients = second.gradients(entropies[kept].mean()) if bool(kept.any()) else None
+        finally:
+            with torch.no_grad():
+                for p, value in zip(step.params.values(), start, strict=True):
+                    p.copy_(value)
+        if gradients is not None:
+            now, before = entropies[kept].mean().item(), step.state.get("entropy")
+            step.state["entropy"] = now if before is None else _MOMENTUM * before + (1 - _MOMENTUM) * now
+        return gradients, record
+
+    def wants_reset(self, state: Mapping[str, Any]) -> bool:
+        return state.get("entropy", math.inf) < self.reset_entropy
+
+    def _is_reliable(self, entropies: Tensor, step: Step) -> Tensor:
+        return entropies < self.entropy_margin * math.log(step.logits.shape[1])
+
+    @torch.no_grad()
+    def _climb(self, step: Step, gradients: Gradients) -> None:
+        norms = [gradient.norm() for gradient in gradients if gradient is not None]
+        scale = self.radius / (torch.stack(norms).norm() + 1e-12)
+        for p, gradient in zip(step.params.values(), gradients, strict=True):
+            if gradient is not None:
+                p.add_(gradient * scale)
+
+
+class SAR(TestTimeAdaptation):
+    """Minimises the entropy of reliable samples towards flat minima, by the normalisation layers' affine parameters.
+
+    Args:
+        entropy_margin: a sample is reliable if its entropy is below this share of ln C.
+        radius: of the neighbourhood in which the worst weights are looked for.
+        reset_entropy: the source returns when the running mean of the entropy falls below that.
+        exclude: how the names of normalisation layers start that stay as they are; the paper leaves out the top
+            layers (of ViT-B the last three blocks and the final norm).
+        options: those that all methods share; `TestTimeAdaptation` documents them.
+    """
+
+    def __init__(
+        self,
+        *,
+        entropy_margin: float = 0.4,
+        radius: float = 0.05,
+        reset_entropy: float = 0.2,
+        exclude: str | Sequence[str] = (),
+        **options: Unpack[Options],
+    ) -> None:
+        excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        super().__init__(SharpnessAwareEntropy(entropy_margin, radius, reset_entropy, excluded), **options)
