@@ -1,9 +1,9 @@
 """The engine: adapts a model at its call, without labels. It needs torch alone.
 
-While an `Adaptation` is open, a call of the target module first adapts the fusion attention's q, k and v projections to
-the batch it is called with, and then proceeds as it would have: the caller sees the adapted logits and needs no change.
-The way of a batch: `_before_call` -> `forward_and_adapt` -> `_observe` (forward and loss) -> `_update` (backward and
-step) -> the call itself, its frozen part replayed -> `_after_call`.
+While an `Adaptation` is open, a call of the target module first adapts parameters of the model, as a method says, to
+the batch it is called with, and then proceeds as it would have: the caller sees the adapted logits without any change.
+The way of a batch: `_before_call` -> `forward_and_adapt` -> `_compute` (forward and gradients) -> `_apply` (the step)
+-> the call itself, its frozen part replayed -> `_after_call`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_abpem.attention import AttentionCall, capture_attention
-from lightning_abpem.compiled import around_calls, compiled_around, eagerly, inside_compiled
+from lightning_abpem.compiled import around_calls, check_entry, compiled_around, eagerly
 from lightning_abpem.fusion import check_samples, find_fusion
 from lightning_abpem.logits import check_head, read_logits, refuse_probabilities
 from lightning_abpem.memory import find_memory
 from lightning_abpem.method import Gradients, Record, Step
 from lightning_abpem.modules import (
+    check_eval,
     encoders_around,
     named_module,
     normal_tensor,
@@ -38,7 +39,7 @@ from lightning_abpem.settings import Settings
 from lightning_abpem.spans import Tokens
 from lightning_abpem.tokens import BatchTokens, refuse_silence
 from lightning_abpem.tracing import trace_attention
-from lightning_abpem.weights import AdaptedWeights, all_finite
+from lightning_abpem.weights import AdaptedWeights, all_finite, describe_params
 
 __all__ = ["Adaptation"]
 
@@ -98,7 +99,10 @@ class Adaptation:
         if settings.memory_batches > 1:
             names = [attention.name for attention in self.watched]
             self.memory = find_memory(model, self.target, names, settings.memory_at, settings.memory_batches)
-        self._check_model()
+        if settings.logits is None:
+            check_head(model)
+        check_entry(model, self.target)
+        check_eval(model)
         self.calls = self.updates = self.skipped = 0
         self.record: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {}
@@ -165,15 +169,8 @@ class Adaptation:
         """What adapts, by name, with counts."""
         if self.settings.steps == 0:
             return f"{self.method.name} observes, with steps=0: no weight moves."
-        count = sum(p.numel() for p in self.params.values())
-        share = count / sum(p.numel() for p in self.model.parameters())
         fate = "return" if self.settings.restore else "do not return (restore=False)"
-        lines = [
-            f"{self.method.name} adapts {count:,} values in {len(self.params)} tensors, {share:.2%} of "
-            f"{type(self.model).__name__}:",
-            *(f"  {name} {tuple(p.shape)}" for name, p in self.params.items()),
-            *(f"  {tied} is the same tensor, so it moves as well" for tied in self._tied()),
-        ]
+        lines = describe_params(self.method.name, self.model, self.params)
         if self.memory is not None:
             lines.append(
                 f"The last {self.settings.memory_batches} batches are remembered as they enter '{self.memory.name}'."
@@ -239,7 +236,7 @@ class Adaptation:
             refuse_probabilities(logits)
         if logits.shape[0] == 1 and not self._warned_single:
             self._warned_single = True
-            log.warning("A batch of one sample: the balance of a single prediction is its own entropy, not a balance.")
+            log.warning("A batch of one sample: a balance over its predictions is its own entropy, not a balance.")
         return Step(logits, attention, self.params, self.state, self._source or {}), samples
 
     def _apply(self, computed: _Computed, last: bool = True) -> None:
@@ -328,23 +325,3 @@ class Adaptation:
         """The attention calls that a forward makes."""
         with self._own_inputs(args, kwargs) as (args, kwargs):
             return trace_attention(self.model, lambda: self._run_target(args, kwargs))
-
-    def _check_model(self) -> None:
-        if self.settings.logits is None:
-            check_head(self.model)
-        if self.target in inside_compiled(self.model):
-            raise ValueError(
-                f"Expected `target` to be called from Python, but '{self.settings.target}' runs inside compiled code. "
-                "Name the module that torch.compile was applied to, or one around it."
-            )
-        if training := [name or "itself" for name, module in self.model.named_modules() if module.training]:
-            raise ValueError(
-                f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
-                f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
-            )
-
-    def _tied(self) -> list[str]:
-        """Names outside the fusion under which adapted parameters appear too."""
-        adapted = {id(p) for p in self.params.values()}
-        everywhere = self.model.named_parameters(remove_duplicate=False)
-        return [name for name, p in everywhere if id(p) in adapted and name not in self.params]

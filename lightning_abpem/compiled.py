@@ -15,6 +15,7 @@ from torch import nn
 
 __all__ = [
     "around_calls",
+    "check_entry",
     "compiled_around",
     "compiled_entry",
     "eagerly",
@@ -44,6 +45,20 @@ def inside_compiled(model: nn.Module) -> set[nn.Module]:
     """The modules that run inside compiled code of the model: the descendants of compiled modules."""
     compiled = [module for module in model.modules() if compiled_entry(module) is not None]
     return {inner for module in compiled for inner in module.modules() if inner is not module}
+
+
+def check_entry(model: nn.Module, target: nn.Module) -> None:
+    """Whether calls of the target can be seen.
+
+    Raises:
+        ValueError: if they are made inside compiled code.
+    """
+    if target in inside_compiled(model):
+        name = next(name for name, module in model.named_modules() if module is target)
+        raise ValueError(
+            f"Expected `target` to be called from Python, but '{name}' runs inside compiled code. Name the module that "
+            "torch.compile was applied to, or one around it."
+        )
 
 
 def compiled_around(model: nn.Module, watched: Collection[nn.Module]) -> list[nn.Module]:

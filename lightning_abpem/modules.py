@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
+    "check_eval",
     "encoders_around",
     "find_modules",
     "named_module",
@@ -88,6 +89,19 @@ def named_module(model: nn.Module, name: str, option: str) -> nn.Module:
             f"Expected `{option}` to name a module of {type(model).__name__}, but got {name!r}. "
             f"Its children: {children}."
         ) from None
+
+
+def check_eval(model: nn.Module) -> None:
+    """Whether nothing of the model is as in training: dropout would make its scores and predictions random.
+
+    Raises:
+        ValueError: if a part of it is in training mode.
+    """
+    if training := [name or "itself" for name, module in model.named_modules() if module.training]:
+        raise ValueError(
+            f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
+            f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
+        )
 
 
 def normal_tensor(x: Any) -> Any:

@@ -33,7 +33,7 @@ _BALANCES = {"marginal": marginal_balance, "read": read_balance}
 
 @dataclass(frozen=True)
 class Objective:
-    """principal entropy - balance_weight * balance + attention_weight * bootstrapping.
+    """entropy_weight * principal entropy - balance_weight * balance + attention_weight * bootstrapping.
 
     Bootstrapping pulls the Gaussian of each cross block's scores towards that of the key modality's self block, which
     is a constant here: the sum over ordered pairs of modalities of the batch-mean KL divergence.
@@ -43,20 +43,24 @@ class Objective:
         attention_weight: weight of the bootstrapping, >= 0.
         balance_weight: weight of the balance, >= 0.
         balance: "marginal", the entropy of the batch-mean prediction, or "read", READ's form of it.
+        entropy_weight: weight of the principal entropy, >= 0; 1 in the paper.
     """
 
     k: int
     attention_weight: float = 1.0
     balance_weight: float = 1.0
     balance: Balance = "marginal"
+    entropy_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, Integral) or self.k < 1:
             raise ValueError(f"Expected `k` to be an integer in [1, number of classes], but got {self.k!r}.")
-        for name in ("attention_weight", "balance_weight"):
+        for name in ("attention_weight", "balance_weight", "entropy_weight"):
             weight = getattr(self, name)
             if not isinstance(weight, Real) or not 0 <= weight < float("inf"):
                 raise ValueError(f"Expected `{name}` to be a finite number >= 0, but got {weight!r}.")
+        if not (self.attention_weight or self.balance_weight or self.entropy_weight):
+            raise ValueError("Expected a part of the loss to have a weight, but all are 0. To observe, set steps=0.")
         if self.balance not in _BALANCES:
             raise ValueError(f"Expected `balance` to be one of {sorted(_BALANCES)}, but got {self.balance!r}.")
 
@@ -86,8 +90,10 @@ class Objective:
         balance = _BALANCES[self.balance](logits)
         gaps = {f"{m}_to_{n}": _average(layers, _gap) for (m, n), layers in attention.items()}
         divergences = {f"{m}_to_{n}": _average(layers, _divergence) for (m, n), layers in attention.items()}
-        loss = principal
-        if self.balance_weight:  # a part that does not count cannot spoil the loss either
+        loss = torch.zeros_like(principal)
+        if self.entropy_weight:  # a part that does not count cannot spoil the loss either
+            loss = loss + self.entropy_weight * principal
+        if self.balance_weight:
             loss = loss - self.balance_weight * balance
         if self.attention_weight:
             loss = loss + self.attention_weight * torch.stack([value for value, _ in divergences.values()]).sum()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_abpem.settings import OptimizerFactory
 
-__all__ = ["AdaptedWeights", "all_finite"]
+__all__ = ["AdaptedWeights", "all_finite", "describe_params"]
 
 
 class AdaptedWeights:
@@ -79,6 +79,20 @@ class AdaptedWeights:
             if value is not parameter:
                 parameter.copy_(value)
         torch.clear_autocast_cache()  # a surrounding autocast would go on with the casts of the old values
+
+
+def describe_params(method: str, model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[str]:
+    """What a method adapts, by name, with counts, a line each; what is tied to it moves as well."""
+    count = sum(p.numel() for p in params.values())
+    share = count / max(sum(p.numel() for p in model.parameters()), 1)
+    adapted = {id(p) for p in params.values()}
+    everywhere = model.named_parameters(remove_duplicate=False)
+    tied = [name for name, p in everywhere if id(p) in adapted and name not in params]
+    return [
+        f"{method} adapts {count:,} values in {len(params)} tensors, {share:.2%} of {type(model).__name__}:",
+        *(f"  {name} {tuple(p.shape)}" for name, p in params.items()),
+        *(f"  {name} is the same tensor, so it moves as well" for name in tied),
+    ]
 
 
 def all_finite(*tensors: Tensor | None) -> bool:

@@ -92,13 +92,14 @@ def loss(
     attention_weight: float = 1.0,
     balance_weight: float = 1.0,
     balance: str = "marginal",
+    entropy_weight: float = 1.0,
 ) -> float:
     """Principal entropy - balance_weight * balance + attention_weight * bootstrapping, averaged over layers' scores."""
     principal = principal_entropies(logits, k)
     balance_term = {"marginal": marginal_balance, "read": read_balance}[balance](logits)
     bootstrapping = [sum(divergences(scores, spans).values()) for scores in layers]
     return (
-        sum(principal) / len(principal)
+        entropy_weight * sum(principal) / len(principal)
         - balance_weight * balance_term
         + attention_weight * sum(bootstrapping) / len(bootstrapping)
     )

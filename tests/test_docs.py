@@ -26,3 +26,14 @@ def test_example(name):
     namespace = {}
     exec(EXAMPLES[name], namespace)
     assert namespace["adaptation"].updates >= 1
+
+
+def test_a_method_of_ones_own():
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    use, own = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    namespace = {}
+    exec(use, namespace)
+    assert namespace["read"].settings.reset == "dataloader"
+    exec(own, namespace)
+    assert namespace["adaptation"].updates == 1
+    assert list(namespace["adaptation"].params) == ["head.bias"]

@@ -25,7 +25,9 @@ def layers(count, spans=SPANS):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"attention_weight": 5.0}, {"balance_weight": 0.0}, {"balance": "read"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"attention_weight": 5.0}, {"balance_weight": 0.0}, {"balance": "read"}, {"entropy_weight": 0.0}]
+)
 @pytest.mark.parametrize("names", [("audio", "video"), ("audio", "video", "text")])
 def test_loss_and_record(count, options, names):
     spans = {name: SPANS[name] for name in names}
@@ -64,6 +66,11 @@ def test_self_blocks_are_constants():
         ({"k": 1, "balance_weight": -0.5}, "`balance_weight` .* got -0.5"),
         ({"k": 1, "balance_weight": float("nan")}, "`balance_weight` .* got nan"),
         ({"k": 1, "attention_weight": None}, "`attention_weight` .* got None"),
+        ({"k": 1, "entropy_weight": -1.0}, "`entropy_weight` .* got -1.0"),
+        (
+            {"k": 1, "entropy_weight": 0.0, "balance_weight": 0.0, "attention_weight": 0.0},
+            "a part of the loss to have a weight",
+        ),
         ({"k": 1, "balance": "none"}, "`balance` to be one of .* got 'none'"),
     ],
 )

@@ -54,6 +54,7 @@ class ABPEM(TestTimeAdaptation):
         attention_weight: weight of the attention bootstrapping, >= 0.
         balance_weight: weight of the balance term, >= 0.
         balance: "marginal", the entropy of the batch-mean prediction (the paper), or "read" (READ's variant).
+        entropy_weight: weight of the principal entropy, >= 0.
         memory_batches: batches that the loss sees, the current one included; 1 is no memory.
         memory_at: the module whose input tokens are remembered. Default: the parent of the first fusion attention.
         options: those that all methods share: `steps`, `optimizer`, `target`, `logits`, `reset`, `restore`, `stages`,
@@ -83,9 +84,10 @@ class ABPEM(TestTimeAdaptation):
         attention_weight: float = 1.0,
         balance_weight: float = 1.0,
         balance: Balance = "marginal",
+        entropy_weight: float = 1.0,
         memory_batches: int = 1,
         memory_at: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        method = Bootstrapping(Objective(k, attention_weight, balance_weight, balance))
+        method = Bootstrapping(Objective(k, attention_weight, balance_weight, balance, entropy_weight))
         super().__init__(method, fusion, modalities, memory_batches=memory_batches, memory_at=memory_at, **options)
