@@ -45,16 +45,17 @@ __all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
 
-_ADAPTING: set[int] = set()  # ids of the parameters that some open Adaptation moves
+_ADAPTING: set[int] = set()  # ids of the parameters of the models that some open Adaptation adapts
 
 
 class _Computed(NamedTuple):
-    """A step that can be taken: gradients, None for no step, its figures, the samples that it stands for."""
+    """A step that can be taken: gradients, None for no step, its figures, its samples, the method's state after it."""
 
     gradients: Gradients | None
     record: Record
     samples: int
     tokens: dict[str, Tokens]
+    state: dict[str, Any]
 
 
 class Adaptation:
@@ -131,10 +132,14 @@ class Adaptation:
         adapted = list(self.params.values())
         if any(p.is_inference() for p in adapted):
             raise ValueError(f"Parameters made inside torch.inference_mode() cannot adapt: {', '.join(self.params)}.")
-        if not _ADAPTING.isdisjoint(map(id, adapted)):
-            raise ValueError(f"{', '.join(self.params)} are being adapted already: close the first Adaptation first.")
-        _ADAPTING.update(map(id, adapted))
-        self._stack.callback(_ADAPTING.difference_update, list(map(id, adapted)))
+        own = [id(p) for p in self.model.parameters()]
+        if not _ADAPTING.isdisjoint(own):
+            raise ValueError(
+                f"Parameters of this {type(self.model).__name__} are being adapted already: close the first Adaptation "
+                "first."
+            )
+        _ADAPTING.update(own)
+        self._stack.callback(_ADAPTING.difference_update, own)
         self._stack.enter_context(without_inference_tensors(self.model))
         self._stack.enter_context(self.method.prepared(self.model))
         self._stack.enter_context(only_trainable(self.model, adapted))
@@ -160,7 +165,7 @@ class Adaptation:
         """Back to the source model: its weights, a fresh optimizer, an empty memory, nothing of earlier batches."""
         with torch.inference_mode(False):
             self.weights.reset()
-        self.state.clear()
+        self.state = {}
         if self.memory is not None:
             self.memory.clear()
         self._updates_since_reset = 0
@@ -183,6 +188,8 @@ class Adaptation:
         if self._inside:
             return
         self.calls += 1
+        self._pending = None  # what a call that was broken off left
+        self._replay.end_batch()
         if self._reset_is_due():
             self.reset()
         with torch.inference_mode(False), torch.enable_grad():
@@ -196,7 +203,7 @@ class Adaptation:
         """
         tokens = {} if self._tokens is None else self._tokens(args, kwargs)
         if self._source is None:
-            self._source = {}
+            self._draft = dict(self.state)
             self._source = self.method.measure_source(lambda own: self._observe(own, {}, {})[0])
             self._replay.end_batch()
         for i in range(max(self.settings.steps, 1)):
@@ -210,13 +217,21 @@ class Adaptation:
 
     def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
         """The method's gradients for one batch; None if it is empty."""
+        self._draft = dict(self.state)
         step, samples = self._observe(args, kwargs, tokens)
         if samples == 0:
             return None
         if self.settings.steps == 0:
-            return _Computed(None, self.method.loss(step)[1], samples, tokens)
-        gradients, record = self.method.gradients(step, lambda: self._observe(args, kwargs, tokens)[0])
-        return _Computed(gradients, record, samples, tokens)
+            return _Computed(None, self.method.loss(step)[1], samples, tokens, self._draft)
+
+        def again() -> Step:
+            torch.clear_autocast_cache()  # the method has moved weights
+            return self._observe(args, kwargs, tokens)[0]
+
+        gradients, record = self.method.gradients(step, again)
+        if "loss" not in record:
+            raise ValueError(f"Expected {self.method.name} to record its `loss`, but got {sorted(record)}.")
+        return _Computed(gradients, record, samples, tokens, self._draft)
 
     def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> tuple[Step, int]:
         """One forward over memory and batch, as the method sees it, and the batch's size."""
@@ -237,19 +252,19 @@ class Adaptation:
         if logits.shape[0] == 1 and not self._warned_single:
             self._warned_single = True
             log.warning("A batch of one sample: a balance over its predictions is its own entropy, not a balance.")
-        return Step(logits, attention, self.params, self.state, self._source or {}), samples
+        return Step(logits, attention, self.params, self._draft, self._source or {}), samples
 
     def _apply(self, computed: _Computed, last: bool = True) -> None:
         """Step, or not if the loss or a gradient is not finite; then record."""
-        gradients, record, samples, tokens = computed
+        gradients, record, samples, tokens, state = computed
         updated = gradients is not None and self._step(record["loss"], gradients)
+        if updated or gradients is None:  # of a step that failed nothing is remembered
+            self.state = state
         self.record = record | {"updated": record["loss"].new_tensor(float(updated))}
         if self.on_step is not None:
             self.on_step(self.record, samples)
         if updated and last and self.memory is not None:
             self.memory.push(tokens)
-        if self.method.wants_reset(self.state):
-            self.reset()
 
     def _step(self, loss: Tensor, gradients: Gradients) -> bool:
         finite = all_finite(loss, *gradients) and self.weights.step(gradients)
@@ -279,7 +294,7 @@ class Adaptation:
 
     def _reset_is_due(self) -> bool:
         limit = self.settings.updates_per_reset
-        return limit is not None and self._updates_since_reset >= limit
+        return (limit is not None and self._updates_since_reset >= limit) or self.method.wants_reset(self.state)
 
     @contextmanager
     def _own_inputs(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from lightning_abpem.fusion import JointFusion, SeparateFusion
 from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import collect_params
 
-__all__ = ["Gradients", "Method", "Predicts", "Record", "Step", "record_of"]
+__all__ = ["Gradients", "Method", "Predicts", "Record", "Step", "check_range", "record_of"]
 
 Gradients = Sequence[Tensor | None]
 Record = dict[str, Tensor]
@@ -77,7 +78,8 @@ class Method:
         Raises:
             ValueError: if there are none.
         """
-        assert fusion is not None
+        if fusion is None:
+            raise ValueError(f"Expected `fusion` to name the attention that {self.name} adapts, but got None.")
         return collect_params(fusion.adapting)
 
     def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -89,7 +91,7 @@ class Method:
         return {}
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:
-        """The loss, None if no sample is fit for a step, and detached scalars to record, in nats."""
+        """The loss, None if no sample is fit for a step, and detached scalars to record, `loss` among them, in nats."""
         raise NotImplementedError
 
     def gradients(self, step: Step, again: Callable[[], Step]) -> tuple[Gradients | None, Record]:
@@ -100,8 +102,18 @@ class Method:
         return step.gradients(loss), record
 
     def wants_reset(self, state: Mapping[str, Any]) -> bool:
-        """Whether the source model should return before the next batch, for the method sees that it collapses."""
+        """Whether the source model should return before the next batch, for the method sees a collapse."""
         return False
+
+
+def check_range(name: str, value: float, *, above: float) -> None:
+    """Hold an option against its range.
+
+    Raises:
+        ValueError: if it is not a finite number above `above`.
+    """
+    if not isinstance(value, Real) or not above < value < float("inf"):
+        raise ValueError(f"Expected `{name}` to be a finite number above {max(above, 0):g}, but got {value!r}.")
 
 
 def record_of(loss: Tensor, logits: Tensor, **figures: Tensor) -> Record:

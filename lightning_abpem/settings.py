@@ -65,8 +65,13 @@ class Settings:
             raise ValueError(f'Expected `predicts` to be "after" or "before" the update, but got {self.predicts!r}.')
         if self.predicts is None:
             object.__setattr__(self, "predicts", self.method.predicts)
-        if self.predicts == "before" and self.steps > 1:
-            raise ValueError(f'Expected `steps` to be 1 or 0 with predicts="before", but got {self.steps}.')
+        for name in ("steps", "memory_batches"):
+            if self.predicts == "before" and getattr(self, name) > 1:
+                raise ValueError(f'Expected `{name}` to be 1 with predicts="before", but got {getattr(self, name)}.')
+        if self.fusion is None and (self.method.needs_attention or self.memory_batches > 1):
+            raise ValueError(f"Expected `fusion` to name the attention that {self.method.name} watches, but got None.")
+        if self.memory_batches > 1 and not self.method.needs_attention:
+            raise ValueError(f"Expected `memory_batches` to be 1: {self.method.name} has no memory.")
         if not callable(self.optimizer):
             raise ValueError(
                 "Expected `optimizer` to be a function from parameters to a torch optimizer, such as "

@@ -10,10 +10,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_abpem import ABPEM
+from lightning_abpem import ABPEM, TestTimeAdaptation
 from lightning_abpem.functional import confidence_loss
 from lightning_abpem.methods import EATA, READ, SAR, Source, Tent
 from lightning_abpem.methods.norms import batch_statistics, norm_params
+from lightning_abpem.methods.read import ReliableFusion
 from tests import reference
 from tests.golden_runs import Golden
 from tests.toy import CLASSES, MODALITIES, WIDTH, batches, loader, make_toy
@@ -156,6 +157,14 @@ def test_norm_params():
     model = nn.ModuleDict({"a": RMSNorm(), "b": nn.GroupNorm(1, 3), "c": nn.Linear(3, 3), "d": nn.InstanceNorm1d(3)})
     assert list(norm_params(model)) == ["a.weight", "b.weight", "b.bias"]
     assert list(norm_params(model, exclude=["b"])) == ["a.weight"]
+    shared = nn.ModuleDict({"a": nn.LayerNorm((2, 6)), "b": nn.LayerNorm((2, 6))})
+    shared["b"].weight = shared["a"].weight
+    assert list(norm_params(shared)) == ["a.weight", "a.bias", "b.bias"]
+
+    class NormAct(nn.BatchNorm1d):
+        pass
+
+    assert list(norm_params(nn.Sequential(NormAct(3)))) == ["0.weight", "0.bias"]
     with pytest.raises(ValueError, match="normalisation layers with weights .* found none outside a, b"):
         norm_params(model, exclude=["a", "b"])
     with pytest.raises(ValueError, match="in Linear, but found none"), Tent().attach(nn.Linear(3, 3).eval()):
@@ -248,8 +257,9 @@ def test_sar_returns_to_the_source_when_it_collapses():
     sar = SAR(optimizer=SGD, entropy_margin=1.0, reset_entropy=10.0)
     ours, adaptation = adapted(sar, model, stream())
     assert adaptation.updates == 6
-    assert adaptation.state == {}
     torch.testing.assert_close(ours, source, rtol=0, atol=0)
+    after, _ = adapted(SAR(optimizer=SGD, entropy_margin=1.0, reset_entropy=10.0, predicts="after"), model, stream())
+    assert not any(torch.equal(a, b) for a, b in zip(after, source, strict=True))  # it comes before the next batch
 
 
 def test_sar_leaves_the_weights_where_they_were_if_the_second_forward_fails():
@@ -335,9 +345,76 @@ def test_replay_and_a_bad_batch_and_a_crash(name):
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match='`predicts` to be "after" or "before" the update, but got \'never\''):
         Tent(predicts="never")
-    with pytest.raises(ValueError, match='`steps` to be 1 or 0 with predicts="before", but got 2'):
+    with pytest.raises(ValueError, match='`steps` to be 1 with predicts="before", but got 2'):
         Tent(steps=2)
+    with pytest.raises(ValueError, match='`memory_batches` to be 1 with predicts="before", but got 3'):
+        METHODS["abpem"](memory_batches=3, predicts="before")
+    with pytest.raises(ValueError, match="`memory_batches` to be 1: READ has no memory"):
+        TestTimeAdaptation(ReliableFusion(), "fusion.*.attn", memory_batches=2)
+    with pytest.raises(ValueError, match="`fusion` to name the attention that READ adapts, but got None"):
+        adapted(TestTimeAdaptation(ReliableFusion()), make_toy(), [])
+    for make, message in (
+        (partial(EATA, entropy_margin=-1), "`entropy_margin` to be a finite number above 0, but got -1"),
+        (partial(EATA, redundancy=-3), "`redundancy` .* got -3"),
+        (partial(EATA, fisher_weight=float("nan")), "`fisher_weight` .* got nan"),
+        (partial(SAR, radius=-1), "`radius` .* got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(ValueError, match=r"`exclude` to name modules of Toy, but got \['no.such'\]"):
+        adapted(SAR(exclude="no.such"), make_toy(), [])
     assert Tent(steps=2, predicts="after").settings.steps == 2
+
+
+def test_two_methods_on_one_model():
+    model = make_toy()
+    with torch.no_grad(), Tent().attach(model):
+        model(*batches(1)[0])
+        with pytest.raises(ValueError, match="of this Toy are being adapted already"):
+            adapted(READ("fusion.*.attn"), model, [])
+
+
+@pytest.mark.parametrize("name", ["tent", "eata", "sar"])
+def test_a_step_whose_prediction_fails_is_not_taken(name):
+    """Nor is anything remembered of it, however the prediction was broken off."""
+    for error in (RuntimeError, KeyboardInterrupt):
+        model, data = make_toy(), batches()
+        calls = []
+
+        def fail(module, args, output, calls=calls, error=error):
+            calls.append(torch.is_grad_enabled())
+            if not calls[-1]:
+                raise error
+
+        with torch.no_grad(), METHODS[name](optimizer=SGD).attach(model) as adaptation:
+            model(*data[0])
+            weights = [p.detach().clone() for p in adaptation.params.values()]
+            state = dict(adaptation.state)
+            handle = model.head.register_forward_hook(fail)
+            with pytest.raises(error):
+                model(*data[1])
+            handle.remove()
+            assert all(map(torch.equal, weights, adaptation.params.values()))
+            assert adaptation.state == state
+            model(data[2][0][:0], data[2][1][:0])  # an empty batch takes no step, nor an old one
+            assert all(map(torch.equal, weights, adaptation.params.values()))
+            assert adaptation.updates == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sar_in_half_precision(dtype):
+    model = make_toy().to(dtype)
+    data = [(audio.to(dtype), video.to(dtype)) for audio, video in batches()]
+    _, adaptation = adapted(SAR(optimizer=SGD, entropy_margin=1.1, reset_entropy=0.0), model, data)
+    assert adaptation.updates == len(data)
+    assert 0 < adaptation.state["entropy"] < 2
+
+
+def test_a_broken_fisher_batch_is_named():
+    broken = [(torch.full_like(audio, float("nan")), video) for audio, video in batches(1)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="`fisher_batches` to give finite gradients"):
+            adapted(EATA(fisher_batches=broken), make_toy(), batches(1))
 
 
 def test_the_golden_config_is_read():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.fusion import JointFusion, SeparateFusion
-from lightning_abpem.method import Method, Predicts, Record, Step, record_of
+from lightning_abpem.method import Method, Predicts, Record, Step, check_range, record_of
 from lightning_abpem.methods.norms import batch_statistics, norm_params
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ class SampleEfficientEntropy(Method):
     name: ClassVar[str] = "EATA"
     predicts: ClassVar[Predicts] = "before"
 
+    def __post_init__(self) -> None:
+        check_range("entropy_margin", self.entropy_margin, above=0)
+        check_range("redundancy", self.redundancy, above=0)
+        check_range("fisher_weight", self.fisher_weight, above=-1e-9)
+
     def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
         return norm_params(model)
 
@@ -63,6 +68,10 @@ class SampleEfficientEntropy(Method):
                     share = gradient.detach().square() / len(self.fisher_batches)
                     fisher[name] = fisher.get(name, torch.zeros_like(share)) + share
                     start.setdefault(name, p.detach().clone())
+        if not all(bool(value.isfinite().all()) for value in fisher.values()):
+            raise ValueError(
+                "Expected `fisher_batches` to give finite gradients, but some are not: is a sample broken?"
+            )
         return {"fisher": fisher, "start": start}
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 __all__ = ["batch_statistics", "norm_params"]
 
@@ -23,12 +23,17 @@ def norm_params(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.P
     Raises:
         ValueError: if there are none.
     """
-    params: dict[str, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        is_norm = type(module).__name__.rstrip("123d").endswith("Norm")
-        if is_norm and not any(name == start or name.startswith(f"{start}.") for start in exclude):
-            own = {f"{name}.{kind}": p for kind, p in module.named_parameters(recurse=False)}
-            params |= {full: p for full, p in own.items() if full.endswith((".weight", ".bias")) and p.dim() == 1}
+    layers = {name: module for name, module in model.named_modules() if _is_norm(module)}
+    if unknown := [start for start in exclude if not any(_starts(name, start) for name, _ in model.named_modules())]:
+        raise ValueError(f"Expected `exclude` to name modules of {type(model).__name__}, but got {unknown}.")
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, module in layers.items():
+        if not any(_starts(name, start) for start in exclude):
+            for kind in ("weight", "bias"):
+                p = getattr(module, kind, None)
+                if isinstance(p, nn.Parameter):
+                    found.setdefault(id(p), (f"{name}.{kind}", p))
+    params = dict(found.values())
     if not params:
         raise ValueError(
             f"Expected normalisation layers with weights to adapt in {type(model).__name__}, but found none"
@@ -48,3 +53,14 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mean, variance in kept:
             module.running_mean, module.running_var = mean, variance
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """One of torch's, or a subclass, or what is called so and has a vector weight."""
+    weight = getattr(module, "weight", None)
+    named_so = type(module).__name__.endswith("Norm") and isinstance(weight, nn.Parameter) and weight.dim() == 1
+    return named_so or isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm))
+
+
+def _starts(name: str, start: str) -> bool:
+    return name == start or name.startswith(f"{start}.")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.functional import entropy
+from lightning_abpem.functional import entropy, widen
 from lightning_abpem.fusion import JointFusion, SeparateFusion
-from lightning_abpem.method import Gradients, Method, Predicts, Record, Step, record_of
+from lightning_abpem.method import Gradients, Method, Predicts, Record, Step, check_range, record_of
 from lightning_abpem.methods.norms import batch_statistics, norm_params
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class SharpnessAwareEntropy(Method):
     name: ClassVar[str] = "SAR"
     predicts: ClassVar[Predicts] = "before"
 
+    def __post_init__(self) -> None:
+        check_range("entropy_margin", self.entropy_margin, above=0)
+        check_range("radius", self.radius, above=0)
+        check_range("reset_entropy", self.reset_entropy, above=-1e-9)
+
     def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
         return norm_params(model, self.exclude)
 
@@ -61,8 +66,11 @@ class SharpnessAwareEntropy(Method):
         if first is None:
             return None, record
         reliable = self._is_reliable(entropy(step.logits), step)
+        uphill = step.gradients(first)
+        if not all(gradient is None or bool(gradient.isfinite().all()) for gradient in uphill):
+            return uphill, record  # which the engine skips, and counts
         start = [p.detach().clone() for p in step.params.values()]
-        self._climb(step, step.gradients(first))
+        self._climb(step, uphill)
         try:
             second = again()
             entropies = entropy(second.logits)
@@ -85,11 +93,11 @@ class SharpnessAwareEntropy(Method):
 
     @torch.no_grad()
     def _climb(self, step: Step, gradients: Gradients) -> None:
-        norms = [gradient.norm() for gradient in gradients if gradient is not None]
+        norms = [widen(gradient).norm() for gradient in gradients if gradient is not None]
         scale = self.radius / (torch.stack(norms).norm() + 1e-12)
         for p, gradient in zip(step.params.values(), gradients, strict=True):
             if gradient is not None:
-                p.add_(gradient * scale)
+                p.add_((widen(gradient) * scale).to(p))
 
 
 class SAR(TestTimeAdaptation):
