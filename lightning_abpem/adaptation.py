@@ -9,17 +9,17 @@ The way of a batch: `_before_call` -> `forward_and_adapt` -> `_compute` (forward
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_abpem.attention import AttentionCall, capture_attention
 from lightning_abpem.compiled import around_calls, check_entry, compiled_around, eagerly
 from lightning_abpem.fusion import check_samples, find_fusion
+from lightning_abpem.inputs import OwnInputs
 from lightning_abpem.logits import check_head, read_logits, refuse_probabilities
 from lightning_abpem.memory import find_memory
 from lightning_abpem.method import Gradients, Record, Step
@@ -27,7 +27,6 @@ from lightning_abpem.modules import (
     check_eval,
     encoders_around,
     named_module,
-    normal_tensor,
     only_trainable,
     without_inference_tensors,
     without_nested_tensors,
@@ -111,7 +110,7 @@ class Adaptation:
         self._pending: _Computed | None = None
         self._updates_since_reset = 0
         self._inside = self._warned_single = False
-        self._edits_inputs: bool | None = None
+        self._inputs = OwnInputs()
         self._stack = ExitStack()
 
     def __enter__(self) -> Adaptation:
@@ -236,7 +235,7 @@ class Adaptation:
     def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> tuple[Step, int]:
         """One forward over memory and batch, as the method sees it, and the batch's size."""
         self._replay.start_pass()
-        with self._own_inputs(args, kwargs) as (args, kwargs), capture_attention(self.watched) as calls:
+        with self._inputs.of(args, kwargs) as (args, kwargs), capture_attention(self.watched) as calls:
             output = self._run_target(args, kwargs)
         logits = read_logits(output, self.settings.logits)
         stored = 0 if self.memory is None else self.memory.verify(logits)
@@ -296,20 +295,6 @@ class Adaptation:
         limit = self.settings.updates_per_reset
         return (limit is not None and self._updates_since_reset >= limit) or self.method.wants_reset(self.state)
 
-    @contextmanager
-    def _own_inputs(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-        """The arguments as autograd takes them, in containers of their own; copies, if the forward edits its inputs.
-
-        Whether it does is seen in the first pass, which works on copies.
-        """
-        args, kwargs = tree_map(normal_tensor, (args, kwargs))
-        if self._edits_inputs is not False:
-            args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
-        before = [(x, x._version) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        yield args, kwargs
-        if self._edits_inputs is None:
-            self._edits_inputs = any(x._version != version for x, version in before)
-
     def _run_target(self, args: Any, kwargs: Any) -> Any:
         """The target's forward on memory and batch; calls of the target within it are the engine's own."""
         self._inside = True
@@ -338,5 +323,5 @@ class Adaptation:
 
     def _trace(self, args: Any, kwargs: Any) -> list[SeenCall]:
         """The attention calls that a forward makes."""
-        with self._own_inputs(args, kwargs) as (args, kwargs):
+        with self._inputs.of(args, kwargs) as (args, kwargs):
             return trace_attention(self.model, lambda: self._run_target(args, kwargs))

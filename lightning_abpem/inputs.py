@@ -1,0 +1,35 @@
+"""The target's arguments, as the engine's own passes take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_abpem.modules import normal_tensor
+
+__all__ = ["OwnInputs"]
+
+
+class OwnInputs:
+    """Arguments as autograd takes them, in containers of their own; copies, if the forward edits its inputs.
+
+    Whether it does is seen in the first pass, which works on copies.
+    """
+
+    def __init__(self) -> None:
+        self._edited: bool | None = None
+
+    @contextmanager
+    def of(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+        """The engine's own version of the arguments, for one pass."""
+        args, kwargs = tree_map(normal_tensor, (args, kwargs))
+        if self._edited is not False:
+            args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        before = [(x, x._version) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        yield args, kwargs
+        if self._edited is None:
+            self._edited = any(x._version != version for x, version in before)
