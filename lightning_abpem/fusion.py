@@ -50,10 +50,6 @@ class JointFusion:
     def adapting(self) -> list[FusionAttention]:
         return self.watched
 
-    @property
-    def names(self) -> str:
-        return ", ".join(f"'{attention.name}'" for attention in self.watched)
-
     def compare(self, calls: Iterable[AttentionCall], tokens: Mapping[str, Tokens]) -> dict[Pair, list[Comparison]]:
         """By (query, key) modality, for each call, the statistics of the cross block and of the key's self block."""
         pairs = [(m, n) for m in tokens for n in tokens if m != n]
@@ -103,10 +99,6 @@ class SeparateFusion:
     watched: list[FusionAttention]
     adapting: list[FusionAttention]
     places: dict[Pair, list[_Place]]
-
-    @property
-    def names(self) -> str:
-        return ", ".join(f"'{attention.name}'" for attention in self.watched)
 
     def compare(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> dict[Pair, list[Comparison]]:
         """By (query, key) modality, for each call, the statistics of the cross block and of the key's self block."""

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.functional import entropy, widen
-from lightning_abpem.fusion import JointFusion, SeparateFusion
-from lightning_abpem.method import Method, Predicts, Record, Step, check_range, record_of
-from lightning_abpem.methods.norms import batch_statistics, norm_params
+from lightning_abpem.method import Record, Step, check_range, record_of
+from lightning_abpem.methods.norms import NormMethod, running_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["EATA", "SampleEfficientEntropy"]
 
-_MOMENTUM = 0.9  # of the running mean of the predictions
-
 
 @dataclass(frozen=True)
-class SampleEfficientEntropy(Method):
+class SampleEfficientEntropy(NormMethod):
     """Entropy over samples that are reliable and not redundant, and a pull towards the source where that matters.
 
     Args:
@@ -44,18 +40,11 @@ class SampleEfficientEntropy(Method):
     fisher_weight: float = 2000.0
     fisher_batches: Sequence[Sequence[Any]] = ()
     name: ClassVar[str] = "EATA"
-    predicts: ClassVar[Predicts] = "before"
 
     def __post_init__(self) -> None:
         check_range("entropy_margin", self.entropy_margin, above=0)
         check_range("redundancy", self.redundancy, above=0)
         check_range("fisher_weight", self.fisher_weight, above=-1e-9)
-
-    def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
-        return norm_params(model)
-
-    def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
-        return batch_statistics(model)
 
     def measure_source(self, observe: Callable[[Sequence[Any]], Step]) -> Mapping[str, Any]:
         fisher: dict[str, Tensor] = {}
@@ -83,8 +72,7 @@ class SampleEfficientEntropy(Method):
         if not bool(kept.any()):
             return None, record_of(entropies.mean(), step.logits, kept=share)
         mean = p[kept].mean(0)
-        before = step.state.get("mean")
-        step.state["mean"] = mean if before is None else _MOMENTUM * before + (1 - _MOMENTUM) * mean
+        step.state["mean"] = running_mean(step.state.get("mean"), mean)
         weights = (margin - entropies.detach()).exp()
         loss = (weights * entropies)[kept].mean()
         for name, fisher in step.source["fisher"].items():

@@ -1,14 +1,42 @@
-"""The affine parameters of normalisation layers, which Tent, EATA and SAR adapt, and their batch statistics."""
+"""What Tent, EATA and SAR share: the affine parameters of normalisation layers move, under batch statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-__all__ = ["batch_statistics", "norm_params"]
+from lightning_abpem.fusion import JointFusion, SeparateFusion
+from lightning_abpem.method import Method, Predicts
+
+__all__ = ["NormMethod", "batch_statistics", "norm_params", "running_mean"]
+
+_MOMENTUM = 0.9
+_Running = TypeVar("_Running", float, Tensor)
+
+
+class NormMethod(Method):
+    """Moves the affine parameters of normalisation layers; batch normalisation uses the batch's own statistics.
+
+    Predictions are those that the step was computed from. `exclude` says how the names of layers start that stay.
+    """
+
+    predicts: ClassVar[Predicts] = "before"
+    exclude: Sequence[str] = ()
+
+    def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
+        return norm_params(model, self.exclude)
+
+    def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
+        return batch_statistics(model)
+
+
+def running_mean(before: _Running | None, now: _Running) -> _Running:
+    """The mean of what came before, with momentum 0.9, and of now."""
+    return now if before is None else _MOMENTUM * before + (1 - _MOMENTUM) * now
 
 
 def norm_params(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.functional import entropy, widen
-from lightning_abpem.fusion import JointFusion, SeparateFusion
-from lightning_abpem.method import Gradients, Method, Predicts, Record, Step, check_range, record_of
-from lightning_abpem.methods.norms import batch_statistics, norm_params
+from lightning_abpem.method import Gradients, Record, Step, check_range, record_of
+from lightning_abpem.methods.norms import NormMethod, running_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["SAR", "SharpnessAwareEntropy"]
 
-_MOMENTUM = 0.9  # of the running mean of the entropy
-
 
 @dataclass(frozen=True)
-class SharpnessAwareEntropy(Method):
+class SharpnessAwareEntropy(NormMethod):
     """The gradient of reliable samples' entropy at the worst nearby weights (equations 2 to 5), and a way back.
 
     Args:
@@ -41,18 +37,11 @@ class SharpnessAwareEntropy(Method):
     reset_entropy: float = 0.2
     exclude: Sequence[str] = ()
     name: ClassVar[str] = "SAR"
-    predicts: ClassVar[Predicts] = "before"
 
     def __post_init__(self) -> None:
         check_range("entropy_margin", self.entropy_margin, above=0)
         check_range("radius", self.radius, above=0)
         check_range("reset_entropy", self.reset_entropy, above=-1e-9)
-
-    def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
-        return norm_params(model, self.exclude)
-
-    def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
-        return batch_statistics(model)
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:
         entropies = entropy(step.logits)
@@ -81,8 +70,7 @@ class SharpnessAwareEntropy(Method):
                 for p, value in zip(step.params.values(), start, strict=True):
                     p.copy_(value)
         if gradients is not None:
-            now, before = entropies[kept].mean().item(), step.state.get("entropy")
-            step.state["entropy"] = now if before is None else _MOMENTUM * before + (1 - _MOMENTUM) * now
+            step.state["entropy"] = running_mean(step.state.get("entropy"), entropies[kept].mean().item())
         return gradients, record
 
     def wants_reset(self, state: Mapping[str, Any]) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.functional import entropy
-from lightning_abpem.fusion import JointFusion, SeparateFusion
-from lightning_abpem.method import Method, Predicts, Record, Step, record_of
-from lightning_abpem.methods.norms import batch_statistics, norm_params
+from lightning_abpem.method import Record, Step, record_of
+from lightning_abpem.methods.norms import NormMethod
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,20 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["EntropyMinimization", "Tent"]
 
 
-class EntropyMinimization(Method):
+class EntropyMinimization(NormMethod):
     """The mean entropy of the predictions moves the affine parameters of the normalisation layers (section 3).
 
     Batch normalisation uses the batch's own statistics. Predictions are those that the step was computed from.
     """
 
     name: ClassVar[str] = "Tent"
-    predicts: ClassVar[Predicts] = "before"
-
-    def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
-        return norm_params(model)
-
-    def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
-        return batch_statistics(model)
 
     def loss(self, step: Step) -> tuple[Tensor, Record]:
         loss = entropy(step.logits).mean()
