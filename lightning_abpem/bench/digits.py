@@ -26,10 +26,10 @@ _SIZES: dict[str, dict[str, int]] = {
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "tent": {"learning_rate": 1e-3},
-    "eata": {"learning_rate": 3e-3, "redundancy": 0.4},  # 0.05 is for 1,000 classes
-    "sar": {"learning_rate": 3e-3},
+    "eata": {"learning_rate": 1e-3, "redundancy": 0.4},  # 0.05 is for 1,000 classes
+    "sar": {"learning_rate": 1e-3},
     "mmtta": {"learning_rate": 1e-4},
-    "sumi": {"learning_rate": 3e-4},
+    "sumi": {"learning_rate": 1e-4},
     "read": {"learning_rate": 1e-3},
     "abpem": {"learning_rate": 1e-3, "memory_samples": 32},
     "abpem-published": {"learning_rate": 1e-3, "memory_samples": 32},
