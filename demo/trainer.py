@@ -15,12 +15,13 @@ OUTPUT = Path("demo/output")
 def silent_trainer(**options: Any) -> Trainer:
     """A Trainer that writes and shows nothing, unless the options say so."""
     silent = {
+        "accelerator": "cpu",
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
         "logger": False,
     }
-    return Trainer(accelerator="cpu", **(silent | options))
+    return Trainer(**(silent | options))
 
 
 def quiet() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_abpem.compiled import around_calls, check_entry
 from lightning_abpem.fusion import find_fusion
+from lightning_abpem.late import LateBools
 from lightning_abpem.logits import check_head, read_logits
 from lightning_abpem.memory import find_memory
 from lightning_abpem.method import Edit, Gradients, Record, Step
@@ -33,6 +34,19 @@ __all__ = ["Adaptation"]
 log = logging.getLogger(__name__)
 
 _ADAPTING: set[int] = set()  # ids of the parameters of the models that some open Adaptation adapts
+
+
+class _Unsettled(NamedTuple):
+    """A step of which the host does not know yet whether it was taken, and what follows if it was.
+
+    `fate` is (whether loss and gradients were finite, whether the step was taken), `tokens` those to remember, `call`
+    the number of the target's call.
+    """
+
+    fate: LateBools
+    state: dict[str, Any]
+    tokens: dict[str, Tokens] | None
+    call: int
 
 
 class _Computed(NamedTuple):
@@ -89,15 +103,32 @@ class Adaptation:
             check_head(model)
         check_entry(model, self.target)
         check_eval(model)
-        self.calls = self.updates = self.skipped = 0
+        self.calls = self._updates = self._skipped = 0
         self.record: dict[str, Tensor] = {}
-        self.state: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
+        self._unsettled: _Unsettled | None = None
         self._source: Mapping[str, Any] | None = None
+        self._draft: dict[str, Any] = {}
         self._pending: _Computed | None = None
         self._updates_since_reset = 0
         self._is_first = True
         self._observer = Observer(model, self.target, settings, self.fusion, self.watched, self.memory, report)
         self._stack = ExitStack()
+
+    @property
+    def updates(self) -> int:
+        self._settle()
+        return self._updates
+
+    @property
+    def skipped(self) -> int:
+        self._settle()
+        return self._skipped
+
+    @property
+    def state(self) -> dict[str, Any]:
+        self._settle()
+        return self._state
 
     def __enter__(self) -> Adaptation:
         try:
@@ -140,6 +171,7 @@ class Adaptation:
     def close(self) -> None:
         """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
         with torch.inference_mode(False):
+            self._settle()
             self._stack.close()
         if self.memory is not None:
             self.memory.clear()
@@ -147,8 +179,9 @@ class Adaptation:
     def reset(self) -> None:
         """Back to the source model: its weights, a fresh optimizer, an empty memory, nothing of earlier batches."""
         with torch.inference_mode(False):
+            self._settle()
             self.weights.reset()
-        self.state = {}
+        self._state = {}
         if self.memory is not None:
             self.memory.clear()
         self._updates_since_reset = 0
@@ -172,10 +205,10 @@ class Adaptation:
             return
         self.calls += 1
         self._pending = None  # what a call that was broken off left
-        self._replay.end_batch()
-        if self._reset_is_due():
-            self.reset()
+        self._replay.start_batch()
         with torch.inference_mode(False), torch.enable_grad():
+            if self._reset_is_due():
+                self.reset()
             self.forward_and_adapt(args, kwargs)
         self._replay.start_pass()
 
@@ -186,10 +219,11 @@ class Adaptation:
         """
         tokens = self._observer.tokens_of(args, kwargs)
         if self._source is None:
-            self._draft = dict(self.state)
+            self._draft = {}
             self._source = self.method.measure_source(lambda own: self._observe(own, {}, {}))
             self._replay.end_batch()
         for i in range(max(self.settings.steps, 1)):
+            self._settle()
             self._is_first = i == 0
             computed = self._compute(args, kwargs, tokens)
             if computed is None:
@@ -201,7 +235,7 @@ class Adaptation:
 
     def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
         """The method's gradients for one batch; None if it is empty."""
-        self._draft = dict(self.state)
+        self._draft = dict(self._state)
         step = self._observe(args, kwargs, tokens)
         if step.samples == 0:
             return None
@@ -228,33 +262,43 @@ class Adaptation:
     def _apply(self, computed: _Computed, last: bool = True) -> None:
         """Step, or not if the loss or a gradient is not finite; then record."""
         gradients, record, samples, tokens, state = computed
-        updated = gradients is not None and self._step(record["loss"], gradients)
-        if updated or gradients is None:  # of a step that failed nothing is remembered
-            self.state = state
-        self.record = record | {"updated": record["loss"].new_tensor(float(updated))}
+        if gradients is None:
+            self._state, updated = state, record["loss"].new_zeros(())
+        else:
+            finite = all_finite(record["loss"], *gradients)
+            updated = self.weights.step(gradients, finite)
+            fate = LateBools(finite, updated)
+            self._unsettled = _Unsettled(fate, state, tokens if last else None, self.calls)
+        self.record = record | {"updated": updated.to(record["loss"])}
         if self.on_step is not None:
             self.on_step(self.record, samples)
-        if updated and last and self.memory is not None:
-            self.memory.push(tokens)
 
-    def _step(self, loss: Tensor, gradients: Gradients) -> bool:
-        finite = all_finite(loss, *gradients) and self.weights.step(gradients)
-        if finite:
-            self.updates += 1
+    def _settle(self) -> None:
+        """What follows from the last step, as soon as somebody needs to know whether it was taken."""
+        last, self._unsettled = self._unsettled, None
+        if last is None:
+            return
+        finite, taken = last.fate.read()
+        if taken:
+            self._state = last.state
+            self._updates += 1
             self._updates_since_reset += 1
-        else:
-            self.skipped += 1
-            if self.skipped == 1:
-                log.warning(
-                    "Call %d: the loss, a gradient or the step is not finite. Such steps are skipped.", self.calls
-                )
-        return finite
+            if last.tokens is not None and self.memory is not None:
+                self.memory.push(last.tokens)
+            return
+        self._skipped += 1  # of a step that failed nothing is remembered
+        if self.memory is not None:
+            self.memory.skip()
+        if finite:
+            self.weights.restart()
+        if self._skipped == 1:
+            log.warning("Call %d: the loss, a gradient or the step is not finite. Such steps are skipped.", last.call)
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._observer.inside:
             return
         self._replay.end_batch()
-        if self.memory is not None and output is not None:
+        if self.memory is not None and self._unsettled is not None and output is not None:
             self.memory.expect(read_logits(output, self.settings.logits))
         computed, self._pending = self._pending, None
         if computed is not None and output is not None:
@@ -264,5 +308,6 @@ class Adaptation:
     # --------------------------------------------------------------------------------------------------- the details
 
     def _reset_is_due(self) -> bool:
+        self._settle()
         limit = self.settings.updates_per_reset
-        return (limit is not None and self._updates_since_reset >= limit) or self.method.wants_reset(self.state)
+        return (limit is not None and self._updates_since_reset >= limit) or self.method.wants_reset(self._state)

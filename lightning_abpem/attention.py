@@ -114,6 +114,10 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.fused.append(_fused_call(self.attention, self.turn, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
+            lean = _lean_multi_head(self.attention, self.turn, *args, **kwargs)
+            if lean is not None:
+                self.fused.append(lean[1])
+                return lean[0], None
             self.fused.append(_multi_head_call(self.attention, self.turn, *args, **kwargs))
         elif func in SOFTMAX:
             self.softmaxed.append(_Softmax(args[0] if args else kwargs["input"], softmax_dim(args, kwargs)))
@@ -255,6 +259,46 @@ def _multi_head_call(
         attn_mask = _allowed(attn_mask)
         masks.append(read_mask(_unfold_heads(attn_mask, heads) if attn_mask.dim() == 3 else attn_mask, k.shape[1]))
     return _masked_call(attention.name, turn, q, k, (embed_dim // heads) ** -0.5 / heads, masks)
+
+
+def _lean_multi_head(
+    attention: FusionAttention,
+    turn: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    **_: Any,
+) -> tuple[Tensor, FusedCall] | None:
+    """F.multi_head_attention_forward in its plainest form, (N, B, D), with its q and k; None in any other.
+
+    That function keeps its q and k to itself: to have them too, they would be projected twice, forward and backward.
+    """
+    plain = query is key and key is value and query.dim() == 3 and in_proj_weight is not None
+    masked = key_padding_mask is not None or attn_mask is not None
+    appended = bias_k is not None or bias_v is not None or add_zero_attn
+    if not plain or masked or appended or need_weights or use_separate_proj_weight or (training and dropout_p > 0):
+        return None
+    assert in_proj_weight is not None
+    q, k, v = F.linear(query.transpose(0, 1), in_proj_weight, in_proj_bias).chunk(3, -1)
+    by_head = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    output = _side_by_side(F.scaled_dot_product_attention(*by_head))
+    output = F.linear(output, out_proj_weight, out_proj_bias).transpose(0, 1)
+    return output, FusedCall(attention.name, q, k, (embed_dim // heads) ** -0.5 / heads, turn=turn)
 
 
 def _allowed(mask: Tensor) -> Tensor:

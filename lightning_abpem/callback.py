@@ -113,10 +113,18 @@ class TestTimeAdaptation(Callback):
         if unknown or not stages or isinstance(stages, str):
             raise ValueError(f'Expected `stages` to hold some of "test", "predict", "validate", but got {stages!r}.')
         self.stages = tuple(stages)
-        self.updates = self.skipped = 0
+        self._counts = (0, 0)
         self.averages: dict[int, dict[str, Tensor]] = {}
         self._logged = 0
         self._run: _Run | None = None
+
+    @property
+    def updates(self) -> int:
+        return self._counts[0] if self._run is None else self._run.counts[0]
+
+    @property
+    def skipped(self) -> int:
+        return self._counts[1] if self._run is None else self._run.counts[1]
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[Adaptation]:
@@ -142,7 +150,7 @@ class TestTimeAdaptation(Callback):
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 _check_trainer(trainer)
-                self.updates, self.skipped, self.averages = 0, 0, {}
+                self._counts, self.averages = (0, 0), {}
                 self._run = _Run(trainer, pl_module, own_stage, self.settings.method.name.lower(), self._logged)
 
     def on_test_batch_start(
@@ -161,7 +169,7 @@ class TestTimeAdaptation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._run is not None:
-            self.updates, self.skipped = self._run.end_batch()
+            self._run.end_batch()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
@@ -185,7 +193,7 @@ class TestTimeAdaptation(Callback):
         run, self._run = self._run, None
         if run is not None:
             run.close()
-            self._logged = run.logged
+            self._counts, self._logged = run.counts, run.logged
 
 
 class _Run:
@@ -216,8 +224,8 @@ class _Run:
             self.adaptation.reset()
         self._dataloader = dataloader
 
-    def end_batch(self) -> tuple[int, int]:
-        """The updates taken and the steps skipped so far."""
+    def end_batch(self) -> None:
+        """Hold the step against what it should have done: to call the target."""
         assert self.adaptation is not None
         if self.adaptation.calls == 0:
             target = self.adaptation.settings.target
@@ -226,7 +234,11 @@ class _Run:
                 "nothing was adapted. Set the callback's `target` to the name of the module that the step calls with "
                 "the batch, and call it as a function, not by its `.forward`."
             )
-        return self.adaptation.updates, self.adaptation.skipped
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """The updates taken and the steps skipped so far."""
+        return (0, 0) if self.adaptation is None else (self.adaptation.updates, self.adaptation.skipped)
 
     def averages(self) -> dict[int, dict[str, Tensor]]:
         """The figures' means so far, by dataloader."""

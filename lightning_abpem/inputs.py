@@ -27,8 +27,10 @@ class OwnInputs:
     def of(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
         """The engine's own version of the arguments, for one pass."""
         args, kwargs = tree_map(normal_tensor, (args, kwargs))
-        if self._edited is not False:
-            args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        if self._edited is False:
+            yield args, kwargs
+            return
+        args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         before = [(x, x._version) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         yield args, kwargs
         if self._edited is None:

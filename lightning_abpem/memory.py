@@ -64,7 +64,7 @@ class TokenMemory:
         self._past: list[_Batch] = []  # those of the stored batches that fit the current one
         self._current: _Batch | None = None
         self._predicted: Tensor | None = None
-        self._awaits_prediction = self._verified = self._warned = False
+        self._verified = self._warned = False
 
     @contextmanager
     def extend(self) -> Iterator[None]:
@@ -89,14 +89,16 @@ class TokenMemory:
         if self._current is not None:
             self._current.masks = {name: own.keep for name, own in tokens.items() if own.keep is not None}
             self._stored.append(self._current)
-            self._predicted, self._awaits_prediction = None, not self._verified
+
+    def skip(self) -> None:
+        """The current batch is not to be stored."""
+        self._predicted = None
 
     def clear(self) -> None:
         """Forget all tokens."""
         self._stored.clear()
         self._past.clear()
         self._current = self._predicted = None
-        self._awaits_prediction = False
 
     def with_past(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
         """Whose tokens the stored and the current ones are, as `extend` puts them together."""
@@ -110,9 +112,9 @@ class TokenMemory:
         }
 
     def expect(self, prediction: Tensor) -> None:
-        """The logits that the model gave for the newest stored batch, to be found again by `verify`."""
-        if self._awaits_prediction:
-            self._predicted, self._awaits_prediction = prediction.detach(), False
+        """The logits that the model gave for the current batch, which `verify` finds again once it is stored."""
+        if not self._verified:
+            self._predicted = prediction.detach()
 
     def verify(self, logits: Tensor) -> int:
         """Hold the logits of memory and batch against the sizes and, once, against `expect`; the samples stored.

@@ -30,7 +30,7 @@ class RecordMean(Metric):
 
     def update(self, record: Mapping[str, Tensor], samples: int) -> None:
         """Add one step: scalars by name, and the number of samples they stand for."""
-        values = torch.stack([record[name].to(self.total) for name in self.names])
+        values = torch.stack([record[name] for name in self.names]).to(self.total)
         finite = values.isfinite()
         self.total = self.total + torch.where(finite, values, 0) * samples
         self.weight = self.weight + finite * samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal, NamedTuple
@@ -108,21 +108,21 @@ class Objective:
         """
         principal = principal_entropy(logits, self.classes_kept(logits.shape[1])).mean()
         balance = self._balance(logits, stream)
-        gaps = {f"{m}_to_{n}": _average(layers, _gap) for (m, n), layers in attention.items()}
-        divergences = {f"{m}_to_{n}": _average(layers, _divergence) for (m, n), layers in attention.items()}
+        compared = _compare([comparison for layers in attention.values() for comparison in layers])
+        layers = [len(own) for own in attention.values()]
         confidence = torch.zeros_like(principal)
         if self.entropy_weight:  # a part that does not count cannot spoil the loss either
             confidence = confidence + self.entropy_weight * principal
         if self.balance_weight:
             confidence = confidence - self.balance_weight * balance
-        bootstrapping = torch.stack([value for value, _ in divergences.values()]).sum()
+        bootstrapping = torch.stack([own.mean() for own in compared.divergence.split(layers)]).sum()
         with torch.no_grad():
-            record = {
-                "principal_entropy": principal,
-                "entropy": entropy(logits).mean(),
-                "balance": balance,
-                **{f"attention_gap/{pair}": figure for pair, (_, figure) in gaps.items()},
-                **{f"divergence/{pair}": figure for pair, (_, figure) in divergences.items()},
+            pairs = [f"{m}_to_{n}" for m, n in attention]
+            figures = {"attention_gap": compared.gap, "divergence": compared.divergence}
+            record = {"principal_entropy": principal, "entropy": entropy(logits).mean(), "balance": balance} | {
+                f"{name}/{pair}": own.nanmean()
+                for name, values in figures.items()
+                for pair, own in zip(pairs, values.where(compared.counts, torch.nan).split(layers), strict=True)
             }
         return Parts(confidence, bootstrapping, {name: value.detach() for name, value in record.items()})
 
@@ -149,35 +149,42 @@ class Objective:
         return share * marginal_balance(logits) + (1 - share) * stream_balance(logits, stream.counts)
 
 
-def _gap(cross: ScoreStatistics, target: ScoreStatistics) -> Tensor:
-    return target.mean - cross.mean
+class _Compared(NamedTuple):
+    """Of each comparison, means over the samples that count, 0 if none does: (comparisons,) each.
+
+    `counts` says whether any does.
+    """
+
+    divergence: Tensor
+    gap: Tensor
+    counts: Tensor
 
 
-def _divergence(cross: ScoreStatistics, target: ScoreStatistics) -> Tensor:
-    return gaussian_kl(cross.mean, cross.std, target.mean, target.std)
-
-
-def _has_spread(block: ScoreStatistics) -> Tensor:
-    """Whether the scores of a sample differ by more than rounding."""
-    return ~(block.std <= 64 * torch.finfo(block.std.dtype).eps * block.mean.abs())
-
-
-def _average(
-    layers: Sequence[Comparison], compare: Callable[[ScoreStatistics, ScoreStatistics], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Mean over samples, then over layers: 0 where no sample counts, to add up, and NaN there, to report.
+def _compare(comparisons: Sequence[Comparison]) -> _Compared:
+    """Divergence and gap of all comparisons at once.
 
     A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
     silent sensor may be, and no Gaussian is near that.
     """
-    sums, figures = [], []
-    for cross, target in layers:
-        counts = _has_spread(cross) & _has_spread(target)
-        for seen in (cross.seen, target.seen):
-            counts = counts if seen is None else counts & seen
-        safe = [s._replace(std=s.std.where(counts, 1)) for s in (cross, target)]
-        total = counts.sum()
-        mean = compare(*safe).where(counts, 0).sum() / total.clamp(min=1)
-        sums.append(mean)
-        figures.append(mean.detach().where(total > 0, torch.nan))
-    return torch.stack(sums).mean(), torch.stack(figures).nanmean()
+    cross, target = ([own[side] for own in comparisons] for side in (0, 1))
+    (mean_p, std_p), (mean_q, std_q) = (
+        (torch.stack([s.mean for s in side]), torch.stack([s.std for s in side])) for side in (cross, target)
+    )
+    counts = _has_spread(mean_p, std_p) & _has_spread(mean_q, std_q)
+    for side in (cross, target):
+        if any(s.seen is not None for s in side):
+            counts = counts & torch.stack([counts[i] if s.seen is None else s.seen for i, s in enumerate(side)])
+    total = counts.sum(1)
+
+    def average(figure: Tensor) -> Tensor:
+        return figure.where(counts, 0).sum(1) / total.clamp(min=1)
+
+    divergence = average(gaussian_kl(mean_p, std_p.where(counts, 1), mean_q, std_q.where(counts, 1)))
+    with torch.no_grad():
+        gap = average(mean_q - mean_p)
+    return _Compared(divergence, gap, total > 0)
+
+
+def _has_spread(mean: Tensor, std: Tensor) -> Tensor:
+    """Whether the scores of a sample differ by more than rounding."""
+    return ~(std <= 64 * torch.finfo(std.dtype).eps * mean.detach().abs())  # NaN does not pass unnoticed

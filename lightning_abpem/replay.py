@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.compiled import compiled_entry, inside_compiled, substituted
+from lightning_abpem.late import LateBools
 
 __all__ = ["FrozenReplay"]
 
+_LEAF = tree_flatten(0)[1]
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, slice)
 
 
@@ -69,6 +71,8 @@ class FrozenReplay:
         self._mode: str | None = None
         self._inside = False
         self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._doubts: list[Tensor] = []
+        self._late: LateBools | None = None
         self._turn: dict[int, int] = {}
 
     @contextmanager
@@ -88,39 +92,53 @@ class FrozenReplay:
             self._mode = "record" if self._mode is None else "replay"
             self._turn.clear()
 
+    def start_batch(self) -> None:
+        """A batch begins; what was in doubt about the last one is known by now."""
+        self.end_batch()
+        late, self._late = self._late, None
+        if late is not None and not all(late.read()):
+            self._distrust(
+                "A frozen module got other inputs in the last batch's prediction than in the pass before it, which it "
+                "had not in earlier batches: that batch's logits may be wrong. From now on"
+            )
+
     def end_batch(self) -> None:
         """Forget the batch."""
         if self._recorded:
             self._unaudited -= 1
+        if self._doubts:
+            self._late = LateBools(*self._doubts)
         self._mode = None
         self._recorded.clear()
+        self._doubts.clear()
 
     def _call(self, module: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._mode is None or self._inside:
             return forward(*args, **kwargs)
-        inputs, spec = tree_flatten((args, kwargs))
         turn = (module, self._turn.get(module, 0))
         self._turn[module] = turn[1] + 1
         self._inside = True
         try:
             if self._mode == "record":
-                return self._record(turn, forward, args, kwargs, inputs, spec)
+                return self._record(turn, forward, args, kwargs)
             recorded = self._recorded.get(turn)
-            if recorded is None or not _matches(recorded, inputs, spec):
+            if recorded is None or not self._matches(recorded, *_flat(args, kwargs)):
                 return forward(*args, **kwargs)
             if self._unaudited > 0:
                 self._audit(recorded, forward)
-            return tree_unflatten(recorded.outputs, recorded.output_spec)
+            alone = recorded.output_spec == _LEAF
+            return recorded.outputs[0] if alone else tree_unflatten(recorded.outputs, recorded.output_spec)
         finally:
             self._inside = False
 
-    def _record(
-        self, turn: tuple[int, int], forward: Any, args: Any, kwargs: Any, inputs: list[Any], spec: TreeSpec
-    ) -> Any:
+    def _record(self, turn: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
+        if any(isinstance(x, Tensor) and x.requires_grad for x in args):  # most modules after the fusion
+            return forward(*args, **kwargs)
+        inputs, spec = _flat(args, kwargs)
         replayable = all(isinstance(x, _PLAIN) or _is_constant(x) for x in inputs)
         versions = _versions(inputs)
         output = forward(*args, **kwargs)
-        outputs, output_spec = tree_flatten(output)
+        outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
         # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
         replayable = replayable and all(isinstance(x, _PLAIN) or _is_constant(x) for x in outputs)
         if replayable and versions == _versions(inputs):
@@ -131,16 +149,48 @@ class FrozenReplay:
 
     def _audit(self, recorded: _Recorded, forward: Callable[..., Any]) -> None:
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""
-        args, kwargs = tree_unflatten(recorded.inputs, recorded.input_spec)
+        spec = recorded.input_spec
+        args, kwargs = (recorded.inputs, {}) if spec == _LEAF else tree_unflatten(recorded.inputs, spec)
         outputs, spec = tree_flatten(forward(*args, **kwargs))
         if spec != recorded.output_spec or not all(map(_identical, outputs, recorded.outputs)):
-            self.enabled, self._mode = False, None
             recorded.outputs, recorded.output_spec = outputs, spec
-            warnings.warn(
+            self._distrust(
                 "A frozen module gave another output for the same input (does the model draw random numbers in eval "
-                "mode?): its outputs are not replayed, each prediction runs the whole model again.",
-                stacklevel=2,
+                "mode?):"
             )
+
+    def _distrust(self, why: str) -> None:
+        self.enabled, self._mode = False, None
+        warnings.warn(f"{why} its outputs are not replayed, each prediction runs the whole model again.", stacklevel=2)
+
+    def _matches(self, recorded: _Recorded, inputs: list[Any], spec: TreeSpec) -> bool:
+        if spec != recorded.input_spec or _precision(recorded.outputs) != recorded.precision:
+            return False
+        before = recorded.input_versions, recorded.output_versions
+        if (_versions(recorded.inputs), _versions(recorded.outputs)) != before:
+            return False  # something edited them in place
+        return all(map(self._is_same, inputs, recorded.inputs))
+
+    def _is_same(self, x: Any, y: Any) -> bool:
+        """Whether an input is that of the recorded pass; on a device whose answer takes time, once audited, probably.
+
+        There it is the same if the batches that were audited are anything to go by; `start_batch` gets the answer.
+        """
+        if x is y or self._unaudited > 0 or not _answers_late(x):
+            return x is y or _identical(x, y)
+        if not _alike(x, y):
+            return False
+        self._doubts.append(((x == y) | (x.isnan() & y.isnan())).all())
+        return True
+
+
+def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
+    """The leaves and the structure of a call's arguments; that of a single tensor, the usual case, is known."""
+    return (
+        (list(args), _LEAF)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        else tree_flatten((args, kwargs))
+    )
 
 
 def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
@@ -162,19 +212,19 @@ def _precision(leaves: list[Any]) -> tuple[Any, ...]:
     return (autocast, torch.get_default_dtype())
 
 
-def _matches(recorded: _Recorded, inputs: list[Any], spec: TreeSpec) -> bool:
-    if spec != recorded.input_spec or _precision(recorded.outputs) != recorded.precision:
-        return False
-    if _versions(recorded.inputs) != recorded.input_versions or _versions(recorded.outputs) != recorded.output_versions:
-        return False  # something edited them in place
-    return all(x is y or _identical(x, y) for x, y in zip(inputs, recorded.inputs, strict=True))
-
-
 def _identical(x: Any, y: Any) -> bool:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return type(x) is type(y) and bool(x == y)
-    if x.is_nested or y.is_nested or x.requires_grad:
+    return _alike(x, y) and (torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True))
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """Whether two tensors may be equal, as far as can be told without their values."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.is_nested or y.is_nested or x.requires_grad:
         return False
-    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
-        return False
-    return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+
+
+def _answers_late(x: Any) -> bool:
+    """Whether to look at a value means to wait for its device."""
+    return isinstance(x, Tensor) and x.device.type != "cpu"

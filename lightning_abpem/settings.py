@@ -19,7 +19,7 @@ __all__ = ["OptimizerFactory", "Reset", "Settings", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Reset = Literal["never", "batch", "dataloader"] | int
-default_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-4)
+default_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-4, fused=True)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class BatchTokens:
             if key not in self._read:
                 self._read[key] = self._off_a_forward(args, kwargs)
             return self._read[key]
+        if all(isinstance(span, Tokens) for span in self._spans.values()):
+            return cast(dict[str, Tokens], self._spans)
         with torch.no_grad():
             tokens = select_tokens(self._spans, *tree_map(normal_tensor, (args, kwargs)))
         if self._unchecked and isinstance(self._fusion, JointFusion):

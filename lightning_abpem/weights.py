@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,24 +43,40 @@ class AdaptedWeights:
         self._start()
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None]) -> bool:
-        """One step of the optimizer; where weights would not stay finite they return, with a fresh optimizer.
+    def step(self, gradients: Sequence[Tensor | None], finite: Tensor) -> Tensor:
+        """One step of the optimizer if the gradients are `finite`; where weights would not stay so they return.
+
+        Nothing here waits for the device if the optimizer can skip a step by itself, as torch's do with fused=True.
 
         Returns:
-            Whether the step was taken.
+            Whether the step was taken: a bool scalar. After one of finite gradients that was not, `restart` is due.
         """
         before = [master.clone() for master in self._masters]
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = None if gradient is None else gradient.to(master)
-        with torch.enable_grad():
-            self._optimizer.step()
+        self._step_if(finite)
         for master in self._masters:
             master.grad = None
-        finite = all_finite(*self._masters)
-        self._set(self._masters if finite else before)
-        if not finite:
-            self._start()
-        return finite
+        taken = finite & all_finite(*self._masters)
+        for master, old in zip(self._masters, before, strict=True):
+            master.copy_(master.where(taken, old))
+        self._set(self._masters)
+        return taken
+
+    def restart(self) -> None:
+        """A fresh optimizer at the present weights, for one whose moments took them out of range."""
+        self._start()
+
+    @torch.enable_grad()
+    def _step_if(self, finite: Tensor) -> None:
+        optimizer: Any = self._optimizer
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's name for what takes `found_inf`
+            if finite:
+                optimizer.step()
+            return
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
 
     def _start(self) -> None:
         narrow = (torch.float16, torch.bfloat16)
@@ -95,6 +112,6 @@ def describe_params(method: str, model: nn.Module, params: Mapping[str, nn.Param
     ]
 
 
-def all_finite(*tensors: Tensor | None) -> bool:
-    """Whether no tensor holds NaN or infinity; None counts as finite."""
-    return bool(torch.stack([torch.isfinite(x).all() for x in tensors if x is not None]).all())
+def all_finite(*tensors: Tensor | None) -> Tensor:
+    """Whether no tensor holds NaN or infinity, a bool scalar; None counts as finite."""
+    return torch.stack([torch.isfinite(x).all() for x in tensors if x is not None]).all()

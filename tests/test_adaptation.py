@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_abpem import ABPEM
 from lightning_abpem.attention import FusedCall
@@ -739,3 +740,40 @@ def test_a_part_without_weight_cannot_spoil_the_loss():
     with torch.no_grad(), abpem(attention_weight=0.0).attach(model) as adaptation:
         model(*alike)
         assert adaptation.updates == 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values that are read there, and comparisons that answer there."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().partition("::")[2].partition(".")[0] in WAITING:
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def tokens_of(first):
+    """A mask that the batch's own arguments give: the tokens of the first modality, or of the second."""
+    return lambda audio, video: (torch.arange(AUDIO + VIDEO) < AUDIO).expand(len(audio), -1) == first
+
+
+MASKS = {"audio": tokens_of(True), "video": tokens_of(False)}
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select"}
+
+
+@pytest.mark.parametrize("options", [{}, PAPER, {"memory_batches": 3}, {"modalities": MASKS}])
+def test_no_step_waits_for_the_device(monkeypatch, options):
+    """As on a GPU, where comparisons are not looked at in the batch itself; the first batches are audited."""
+    monkeypatch.setattr("lightning_abpem.replay._answers_late", lambda x: isinstance(x, torch.Tensor))
+    model = make_toy()
+    abpem = ABPEM("fusion.*.attn", **({"modalities": MODALITIES} | options))
+    with torch.no_grad(), abpem.attach(model) as adaptation:
+        reads = Reads()
+        for i, args in enumerate(batches(8)):
+            with reads if i >= 5 else nullcontext():
+                model(*args)
+        assert reads.seen == []
+        assert adaptation.updates == 8

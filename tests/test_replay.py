@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_abpem.replay import FrozenReplay
-from tests.toy import Encoder, batches, make_toy
+from tests.toy import WIDTH, Encoder, batches, make_toy
 
 
 def passes(model, replay, *args, count=2):
@@ -164,3 +164,39 @@ def test_modules_that_share_adapted_parameters_are_not_frozen():
     with replay.attached(), torch.no_grad():
         passes(model, replay, *batches(1)[0])
     assert (model.audio.runs, model.video.runs) == (2, 1)
+
+
+class Glued(nn.Module):
+    """An encoder whose input is not a module's output, so that its passes have to be compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head, self.shift = Encoder(), nn.Linear(WIDTH, 3), 0.0
+
+    def forward(self, x):
+        return self.head(self.encoder(x + self.shift).mean(1))
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_on_a_slow_device_a_comparison_is_read_one_batch_later(monkeypatch, moves):
+    monkeypatch.setattr("lightning_abpem.replay._answers_late", lambda x: isinstance(x, torch.Tensor))
+    model = Glued()
+    replay = attach(model, model.head, audited_batches=1)
+    x = torch.randn(2, 5, 3)
+    x[0, 0, 0] = torch.nan
+    with replay.attached(), torch.no_grad():
+        for batch in range(2):
+            replay.start_batch()
+            replay.start_pass()
+            model(x)
+            model.shift += 1.0 * (moves and batch == 1)  # something that the audited batch does not show
+            replay.start_pass()
+            model(x)
+            replay.end_batch()
+            assert model.encoder.runs == 2 + batch  # the first batch is audited
+        if moves:
+            with pytest.warns(UserWarning, match="may be wrong"):
+                replay.start_batch()
+        else:
+            replay.start_batch()
+        assert replay.enabled is not moves

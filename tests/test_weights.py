@@ -9,6 +9,7 @@ from torch import nn
 from lightning_abpem.weights import AdaptedWeights, all_finite
 
 SGD = partial(torch.optim.SGD, lr=1e-4)
+YES = torch.tensor(True)
 
 
 def ones(dtype=torch.float32):
@@ -21,7 +22,7 @@ def test_many_small_steps_add_up(dtype):
     params = ones(dtype)
     weights = AdaptedWeights(params, SGD)
     for _ in range(100):
-        assert weights.step([torch.ones(3, dtype=dtype), None])
+        assert weights.step([torch.ones(3, dtype=dtype), None], YES)
     assert params[0].tolist() == pytest.approx([0.99] * 3, abs=4e-3 if dtype == torch.bfloat16 else 1e-3)
     assert torch.equal(params[1], torch.full((2,), 2.0, dtype=dtype))
     assert all(p.grad is None for p in params)
@@ -33,19 +34,44 @@ def test_a_reset_forgets_the_momentum():
     params = ones()
     weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     gradients = [torch.ones(3), torch.ones(2)]
-    weights.step(gradients)
+    weights.step(gradients, YES)
     first = params[0].clone()
-    weights.step(gradients)
+    weights.step(gradients, YES)
     weights.reset()
-    weights.step(gradients)
+    weights.step(gradients, YES)
     assert torch.equal(params[0], first)
 
 
 def test_an_overflowing_step_is_taken_back():
     params = ones()
     weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=1e30))
-    assert not weights.step([torch.full((3,), 1e30), None])
+    assert not weights.step([torch.full((3,), 1e30), None], YES)
     assert torch.equal(params[0], torch.ones(3))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)])
+def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were(kind, fused):
+    """A stream with a bad batch in it ends where one without that batch does, whoever skips it."""
+    ends = []
+    for with_bad in (True, False):
+        params = ones()
+        weights = AdaptedWeights(params, partial(kind, lr=0.1, fused=fused))
+        for value in (1.0, float("nan"), -3.0, 2.0):
+            gradients = [torch.full((3,), value), torch.full((2,), value)]
+            if value == value or with_bad:
+                assert bool(weights.step(gradients, all_finite(*gradients))) == (value == value)
+        ends.append(torch.cat([p.detach() for p in params]))
+    assert torch.equal(*ends)
+
+
+def test_a_restarted_optimizer_has_no_moments():
+    params = ones()
+    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    weights.step([torch.ones(3), None], YES)
+    weights.restart()
+    weights.step([torch.ones(3), None], YES)
+    assert torch.allclose(params[0], torch.full((3,), 0.8))
 
 
 def test_all_finite():

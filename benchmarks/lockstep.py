@@ -1,0 +1,119 @@
+"""Timing programs against each other: a process for each, taking turns batch by batch in one run.
+
+A process of its own gives each program its own peak memory; taking turns lets whatever else the machine does fall on
+all of them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from lightning_abpem.processes import start_worker
+
+__all__ = ["Measured", "Turns", "in_lockstep"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A program's seconds per batch, a value for each round, and its process's peak memory in bytes."""
+
+    seconds: list[float]
+    peak: int
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+class Turns:
+    """The batches of one program: `take` waits for the program's turn, and times what came since the last one."""
+
+    def __init__(self, connection: Connection, device: str) -> None:
+        self._connection, self._device = connection, device
+        self._left, self._start = 0, 0.0
+
+    def take(self) -> bool:
+        """Whether there is another batch to run, now."""
+        if self._left == 0:
+            self._synchronize()
+            self._connection.send(time.perf_counter() - self._start)
+            self._left = self._connection.recv()
+            self._start = time.perf_counter()
+        self._left -= 1
+        return self._left >= 0
+
+    def __iter__(self) -> Iterator[None]:
+        while self.take():
+            yield
+
+    def _synchronize(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+
+def in_lockstep(
+    programs: Mapping[str, tuple[Callable[..., None], Sequence[Any]]],
+    *,
+    rounds: int,
+    batches: int = 1,
+    warmup: int = 1,
+    device: str = "cpu",
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, Measured]:
+    """Run all programs, in turns.
+
+    Args:
+        programs: by label, a function and its arguments; it gets `Turns` before them, and runs a batch for each.
+        rounds: turns that each program has.
+        batches: batches per turn; seconds are per batch.
+        warmup: batches before the first round, untimed.
+        device: "cpu" or "cuda", for the peak memory and to wait for the device.
+        progress: wraps the rounds.
+    """
+    context = get_context("spawn")
+    seconds: dict[str, list[float]] = {label: [] for label in programs}
+    with ExitStack() as stack:
+        ends: dict[str, Connection] = {}
+        for label, (run, arguments) in programs.items():
+            ends[label], theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, device, run, arguments), daemon=True)
+            process.start()
+            theirs.close()  # so that a program that fails ends the run
+            stack.callback(process.join)
+            stack.callback(process.terminate)
+            ends[label].recv()  # built
+            ends[label].send(warmup)
+            ends[label].recv()
+        for _ in progress(range(rounds)):
+            for label, end in ends.items():
+                end.send(batches)
+                seconds[label].append(end.recv() / batches)
+        peaks = {}
+        for label, end in ends.items():
+            end.send(0)
+            peaks[label] = end.recv()
+            end.close()
+    return {label: Measured(seconds[label], peaks[label]) for label in programs}
+
+
+def _work(connection: Connection, device: str, run: Callable[..., None], arguments: Sequence[Any]) -> None:
+    start_worker()
+    run(Turns(connection, device), *arguments)
+    connection.send(torch.cuda.max_memory_allocated() if device == "cuda" else _peak_resident())
+
+
+def _peak_resident() -> int:
+    """The most memory that this process has had, in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

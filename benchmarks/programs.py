@@ -1,0 +1,228 @@
+"""The programs whose cost per batch is compared: loops over batches that yield the logits they predict.
+
+All adapt the same weights by the same loss, ABPEM's as published, so that they predict the same:
+`tests/test_benchmarks.py` holds them against each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_abpem import ABPEM
+from lightning_abpem.functional import dense_score_statistics, gaussian_kl, marginal_balance, principal_entropy
+from lightning_abpem.models import CAVMAE
+from lightning_abpem.models.cavmae import Block
+from lightning_abpem.models.digits import DigitsModel
+
+__all__ = ["Anatomy", "Inputs", "anatomy", "by_hand", "engine", "published_way"]
+
+Inputs = tuple[Tensor, Tensor]
+K, WEIGHT = 7, 1.0
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A pre-norm transformer block taken apart: x + out(attention(norm1(x))), then x + mlp(norm2(x))."""
+
+    norm1: nn.Module
+    weight: nn.Parameter
+    bias: nn.Parameter
+    out: nn.Module
+    norm2: nn.Module
+    mlp: Callable[[Tensor], Tensor]
+    heads: int
+
+    @classmethod
+    def of(cls, block: Any) -> _Block:
+        if isinstance(block, Block):
+            qkv, heads = block.attn.qkv, block.attn.num_heads
+            return cls(block.norm1, qkv.weight, qkv.bias, block.attn.proj, block.norm2, block.mlp, heads)
+        assert isinstance(block, nn.TransformerEncoderLayer)
+        attn = block.self_attn
+        assert attn.in_proj_weight is not None
+        return cls(
+            block.norm1,
+            attn.in_proj_weight,
+            attn.in_proj_bias,
+            attn.out_proj,
+            block.norm2,
+            lambda x: block.linear2(F.gelu(block.linear1(x))),
+            attn.num_heads,
+        )
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, N, D), heads side by side."""
+        q, k, v = F.linear(self.norm1(x), self.weight, self.bias).chunk(3, -1)
+        return q, k, v
+
+    def fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output, and q and k, with fused attention."""
+        q, k, v = self.qkv(x)
+        heads = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        x = x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x)), q, k
+
+    def eager(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output, and the scores averaged over heads, (B, N, N), all materialised."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x)), scores.mean(1)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model with one fusion block, taken apart by somebody who writes the loop by hand.
+
+    Args:
+        fusion: the name of the fusion attention.
+        modalities: its tokens.
+        embed: from the two inputs to the tokens that enter the two encoders.
+        encoders: the encoders' blocks.
+        block: the fusion block.
+        head: from the tokens that leave it to the logits.
+    """
+
+    fusion: str
+    modalities: dict[str, int]
+    embed: Callable[..., Inputs]
+    encoders: tuple[nn.Sequential, nn.Sequential]
+    block: _Block
+    head: Callable[[Tensor], Tensor]
+
+    @property
+    def spans(self) -> tuple[slice, slice]:
+        first, second = self.modalities.values()
+        return slice(0, first), slice(first, first + second)
+
+    @torch.no_grad()
+    def encode(self, inputs: Inputs) -> Tensor:
+        """The joint tokens (B, N, D), by the model's own blocks."""
+        return torch.cat([blocks(x) for blocks, x in zip(self.encoders, self.embed(*inputs), strict=True)], 1)
+
+    @torch.no_grad()
+    def encode_eagerly(self, inputs: Inputs) -> Tensor:
+        """The same, with every block's attention materialised."""
+        tokens = []
+        for blocks, x in zip(self.encoders, self.embed(*inputs), strict=True):
+            for block in blocks:
+                x, _ = _Block.of(block).eager(x)
+            tokens.append(x)
+        return torch.cat(tokens, 1)
+
+
+def anatomy(model: LightningModule) -> Anatomy:
+    """How the two models of the package are built."""
+    if isinstance(model, CAVMAE):
+        return Anatomy(
+            "blocks_u.0.attn",
+            CAVMAE.modalities,
+            lambda audio, video: (
+                model.patch_embed_a(audio.unsqueeze(1).transpose(2, 3)) + model.pos_embed_a + model.modality_a,
+                model.patch_embed_v(video) + model.pos_embed_v + model.modality_v,
+            ),
+            (nn.Sequential(*model.blocks_a), nn.Sequential(*model.blocks_v)),
+            _Block.of(model.blocks_u[0]),
+            lambda x: model.mlp_head(model.norm(x).mean(dim=1)),
+        )
+    assert isinstance(model, DigitsModel)
+    encoders = (model.audio, model.image)
+    return Anatomy(
+        "fusion.self_attn",
+        {"audio": 32, "image": 16},
+        lambda audio, image: tuple(
+            encoder.embed(x.unsqueeze(1)).flatten(2).mT + encoder.position
+            for encoder, x in zip(encoders, (audio, image.squeeze(1)), strict=True)
+        ),
+        (model.audio.layers, model.image.layers),
+        _Block.of(model.fusion),
+        lambda x: model.head(model.norm(x).mean(1)),
+    )
+
+
+def engine(model: LightningModule, memory: int, **options: Any) -> ABPEM:
+    """Ours, with the loss that the other programs have, unless `options` say otherwise."""
+    own = anatomy(model)
+    published: dict[str, Any] = {"k": K, "attention_weight": WEIGHT, "balance": "marginal"}
+    return ABPEM(own.fusion, own.modalities, memory_batches=memory, **(published | options))
+
+
+def by_hand(model: LightningModule, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
+    """Our own arithmetic without the engine: no hooks, no checks, no record; fused attention, statistics from q and k.
+
+    What an engine that works on any model costs is held against this.
+    """
+    own = anatomy(model)
+    spans, block = own.spans, own.block
+    scale = (block.weight.shape[1] // block.heads) ** -0.5 / block.heads
+    moving = _only(model, block)
+    optimizer = torch.optim.Adam(moving, lr=1e-4, fused=True)
+    stored: deque[Tensor] = deque(maxlen=memory)
+    for inputs in batches:
+        tokens = own.encode(inputs)
+        stored.append(tokens)
+        output, q, k = block.fused(torch.cat(tuple(stored)) if memory > 1 else tokens)
+        logits = own.head(output)
+        bootstrapping = torch.zeros(())
+        with torch.no_grad():
+            targets = [dense_score_statistics(q[:, s], k[:, s], scale) for s in spans]
+        for rows, columns, target in ((spans[0], spans[1], targets[1]), (spans[1], spans[0], targets[0])):
+            cross = dense_score_statistics(q[:, rows], k[:, columns], scale)
+            bootstrapping = bootstrapping + gaussian_kl(cross.mean, cross.std, target.mean, target.std).mean()
+        loss = principal_entropy(logits, K).mean() - marginal_balance(logits) + WEIGHT * bootstrapping
+        for parameter, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        with torch.no_grad():
+            output, _, _ = block.fused(tokens)
+            yield own.head(output)
+
+
+def published_way(model: LightningModule, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
+    """The way of the published program, from its description: every block materialises its attention for each head.
+
+    It averages over heads afterwards and takes the statistics of slices of the N x N maps; the encoders' tokens are
+    kept from the adapting pass to the prediction, and those of earlier batches in the memory.
+    """
+    own = anatomy(model)
+    first, second = own.spans
+    moving = _only(model, own.block)
+    optimizer = torch.optim.Adam(moving, lr=1e-4)
+    stored: deque[Tensor] = deque(maxlen=memory)
+    for inputs in batches:
+        tokens = own.encode_eagerly(inputs)
+        stored.append(tokens)
+        output, scores = own.block.eager(torch.cat(tuple(stored)))
+        logits = own.head(output)
+        bootstrapping = torch.zeros(())
+        for rows, columns in ((first, second), (second, first)):
+            cross, target = scores[:, rows, columns].flatten(1), scores[:, columns, columns].detach().flatten(1)
+            divergence = gaussian_kl(cross.mean(1), cross.std(1), target.mean(1), target.std(1))
+            bootstrapping = bootstrapping + divergence.mean()
+        p = logits.softmax(-1)
+        top = p.topk(K, dim=-1).values
+        mean = p.mean(0)
+        loss = -(top * (top + 1e-6).log()).sum(-1).mean() + (mean * mean.log()).sum() + WEIGHT * bootstrapping
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            output, _ = own.block.eager(tokens)
+            yield own.head(output)
+
+
+def _only(model: LightningModule, block: _Block) -> list[nn.Parameter]:
+    """Let gradients reach the block's q, k and v alone."""
+    model.requires_grad_(False)
+    moving = [block.weight, block.bias]
+    for parameter in moving:
+        parameter.requires_grad_(True)
+    return moving

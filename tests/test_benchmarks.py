@@ -1,0 +1,63 @@
+"""The programs whose cost is compared predict the same, and taking turns runs each the batches it is dealt."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks.lockstep import in_lockstep
+from benchmarks.programs import by_hand, engine, published_way
+from lightning_abpem.models import CAVMAE
+from lightning_abpem.models.digits import DigitsModel
+
+MODELS = {
+    "cavmae": (lambda: CAVMAE(20, 32, 2, 2), ((1024, 128), (3, 224, 224))),
+    "digits": (DigitsModel, ((64, 32), (1, 32, 32))),
+}
+
+
+@pytest.mark.parametrize("memory", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_all_programs_predict_the_same(model, memory):
+    make, shapes = MODELS[model]
+    generator = torch.Generator().manual_seed(1)
+    data = [tuple(torch.randn(2, *shape, generator=generator).double() for shape in shapes) for _ in range(4)]
+
+    def fresh():
+        torch.manual_seed(0)
+        return make().double().eval()
+
+    ours = fresh()
+    with torch.no_grad():
+        unadapted = [ours(*batch) for batch in data]
+        with engine(ours, memory).attach(ours):
+            predicted = [ours(*batch) for batch in data]
+    for program in (by_hand, published_way):
+        for step, logits in enumerate(program(fresh(), data, memory)):
+            torch.testing.assert_close(logits, predicted[step], rtol=0, atol=1e-9)
+            assert (logits - unadapted[step]).abs().max() > 1e-4
+
+
+def count_turns(turns, least):
+    """A program whose batches take at least that long."""
+    for _ in turns:
+        end = time.perf_counter() + least
+        while time.perf_counter() < end:
+            pass
+
+
+def fail(turns):
+    raise RuntimeError
+
+
+def test_turns_are_timed_per_batch_in_processes_of_their_own():
+    programs = {"long": (count_turns, (0.02,)), "short": (count_turns, (0.0,))}
+    measured = in_lockstep(programs, rounds=3, batches=4, warmup=2)
+    assert [len(own.seconds) for own in measured.values()] == [3, 3]
+    assert all(seconds >= 0.02 for seconds in measured["long"].seconds)
+    assert all(own.peak > 0 for own in measured.values())
+
+
+def test_a_program_that_fails_ends_the_run():
+    with pytest.raises(EOFError):
+        in_lockstep({"good": (count_turns, (0.0,)), "bad": (fail, ())}, rounds=1)
