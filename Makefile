@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test lint docs results speech clean
+.PHONY: demo check-demo test lint docs results bench speech clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m demo
@@ -32,6 +32,12 @@ docs: .venv/docs.done
 RESULTS := choose iid large protocols batch-size severity ablation ablation-large
 results: .venv/test.done
 	for name in $(RESULTS); do $(BIN)/abpem bench digits-avc --config benchmarks/$$name.yaml --out runs/$$name || exit 1; done
+
+# Every number of docs/performance, into runs/: half an hour on a machine that does nothing else.
+bench: .venv/test.done
+	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.step_cost --model digits --batch-size 8 --rounds 40 --batches 20
+	$(BIN)/python -m benchmarks.token_sweep
 
 speech: .venv/demo.done
 	$(BIN)/python -m lightning_abpem.data.spoken_digits.make

@@ -66,7 +66,7 @@ def in_lockstep(
     *,
     rounds: int,
     batches: int = 1,
-    warmup: int = 1,
+    warmup: int | Mapping[str, int] = 1,
     device: str = "cpu",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Measured]:
@@ -76,7 +76,7 @@ def in_lockstep(
         programs: by label, a function and its arguments; it gets `Turns` before them, and runs a batch for each.
         rounds: turns that each program has.
         batches: batches per turn; seconds are per batch.
-        warmup: batches before the first round, untimed.
+        warmup: batches before the first round, untimed; by label where they differ.
         device: "cpu" or "cuda", for the peak memory and to wait for the device.
         progress: wraps the rounds.
     """
@@ -92,7 +92,7 @@ def in_lockstep(
             stack.callback(process.join)
             stack.callback(process.terminate)
             ends[label].recv()  # built
-            ends[label].send(warmup)
+            ends[label].send(warmup if isinstance(warmup, int) else warmup[label])
             ends[label].recv()
         for _ in progress(range(rounds)):
             for label, end in ends.items():

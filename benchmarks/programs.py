@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_abpem import ABPEM
@@ -22,10 +21,23 @@ from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.cavmae import Block
 from lightning_abpem.models.digits import DigitsModel
 
-__all__ = ["Anatomy", "Inputs", "anatomy", "by_hand", "engine", "published_way"]
+__all__ = ["Anatomy", "FusionAlone", "Inputs", "anatomy", "by_hand", "engine", "published_way"]
 
 Inputs = tuple[Tensor, Tensor]
 K, WEIGHT = 7, 1.0
+
+
+class FusionAlone(nn.Module):
+    """One fusion block over the tokens of two modalities, which come as they are, and a head."""
+
+    def __init__(self, tokens: int, width: int = 256, heads: int = 4, classes: int = 20) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.block, self.head = Block(width, heads), nn.Linear(width, classes)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Logits (B, classes) from half of the tokens each, (B, tokens / 2, width)."""
+        return self.head(self.block(torch.cat((first, second), 1)).mean(1))
 
 
 @dataclass(frozen=True)
@@ -98,11 +110,6 @@ class Anatomy:
     block: _Block
     head: Callable[[Tensor], Tensor]
 
-    @property
-    def spans(self) -> tuple[slice, slice]:
-        first, second = self.modalities.values()
-        return slice(0, first), slice(first, first + second)
-
     @torch.no_grad()
     def encode(self, inputs: Inputs) -> Tensor:
         """The joint tokens (B, N, D), by the model's own blocks."""
@@ -119,8 +126,13 @@ class Anatomy:
         return torch.cat(tokens, 1)
 
 
-def anatomy(model: LightningModule) -> Anatomy:
-    """How the two models of the package are built."""
+def anatomy(model: nn.Module) -> Anatomy:
+    """How the two models of the package are built, and `FusionAlone`."""
+    if isinstance(model, FusionAlone):
+        half = {"first": model.tokens // 2, "second": model.tokens // 2}
+        nothing = nn.Sequential(), nn.Sequential()
+        block = _Block.of(model.block)
+        return Anatomy("block.attn", half, lambda *inputs: inputs, nothing, block, lambda x: model.head(x.mean(1)))
     if isinstance(model, CAVMAE):
         return Anatomy(
             "blocks_u.0.attn",
@@ -148,20 +160,20 @@ def anatomy(model: LightningModule) -> Anatomy:
     )
 
 
-def engine(model: LightningModule, memory: int, **options: Any) -> ABPEM:
+def engine(model: nn.Module, memory: int, **options: Any) -> ABPEM:
     """Ours, with the loss that the other programs have, unless `options` say otherwise."""
     own = anatomy(model)
     published: dict[str, Any] = {"k": K, "attention_weight": WEIGHT, "balance": "marginal"}
     return ABPEM(own.fusion, own.modalities, memory_batches=memory, **(published | options))
 
 
-def by_hand(model: LightningModule, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
+def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
     """Our own arithmetic without the engine: no hooks, no checks, no record; fused attention, statistics from q and k.
 
     What an engine that works on any model costs is held against this.
     """
     own = anatomy(model)
-    spans, block = own.spans, own.block
+    block = own.block
     scale = (block.weight.shape[1] // block.heads) ** -0.5 / block.heads
     moving = _only(model, block)
     optimizer = torch.optim.Adam(moving, lr=1e-4, fused=True)
@@ -172,10 +184,11 @@ def by_hand(model: LightningModule, batches: Iterable[Inputs], memory: int) -> I
         output, q, k = block.fused(torch.cat(tuple(stored)) if memory > 1 else tokens)
         logits = own.head(output)
         bootstrapping = torch.zeros(())
+        (q_a, q_v), (k_a, k_v) = (x.split(tuple(own.modalities.values()), 1) for x in (q, k))
         with torch.no_grad():
-            targets = [dense_score_statistics(q[:, s], k[:, s], scale) for s in spans]
-        for rows, columns, target in ((spans[0], spans[1], targets[1]), (spans[1], spans[0], targets[0])):
-            cross = dense_score_statistics(q[:, rows], k[:, columns], scale)
+            targets = [dense_score_statistics(*parts, scale) for parts in ((q_v, k_v), (q_a, k_a))]
+        for queries, keys, target in ((q_a, k_v, targets[0]), (q_v, k_a, targets[1])):
+            cross = dense_score_statistics(queries, keys, scale)
             bootstrapping = bootstrapping + gaussian_kl(cross.mean, cross.std, target.mean, target.std).mean()
         loss = principal_entropy(logits, K).mean() - marginal_balance(logits) + WEIGHT * bootstrapping
         for parameter, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
@@ -186,14 +199,15 @@ def by_hand(model: LightningModule, batches: Iterable[Inputs], memory: int) -> I
             yield own.head(output)
 
 
-def published_way(model: LightningModule, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
+def published_way(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
     """The way of the published program, from its description: every block materialises its attention for each head.
 
     It averages over heads afterwards and takes the statistics of slices of the N x N maps; the encoders' tokens are
     kept from the adapting pass to the prediction, and those of earlier batches in the memory.
     """
     own = anatomy(model)
-    first, second = own.spans
+    split = own.modalities[next(iter(own.modalities))]
+    first, second = slice(0, split), slice(split, None)
     moving = _only(model, own.block)
     optimizer = torch.optim.Adam(moving, lr=1e-4)
     stored: deque[Tensor] = deque(maxlen=memory)
@@ -219,7 +233,7 @@ def published_way(model: LightningModule, batches: Iterable[Inputs], memory: int
             yield own.head(output)
 
 
-def _only(model: LightningModule, block: _Block) -> list[nn.Parameter]:
+def _only(model: nn.Module, block: _Block) -> list[nn.Parameter]:
     """Let gradients reach the block's q, k and v alone."""
     model.requires_grad_(False)
     moving = [block.weight, block.bias]

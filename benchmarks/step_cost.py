@@ -143,7 +143,9 @@ def main() -> None:
         programs,
         rounds=args.rounds,
         batches=args.batches,
-        warmup=max(args.memory, default=1) + 2,
+        warmup={
+            label: 1 + next((memory for memory in args.memory if label.endswith(f" {memory}")), 1) for label in programs
+        },
         device=args.accelerator,
         progress=lambda rounds: track(rounds, "rounds", transient=True),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -38,12 +39,13 @@ def score_statistics(
         return lambda m, n: map_statistics(
             call.scores[:, rows[m].span, columns[n].span], _kept(call, rows[m], columns[n])
         )
+    q_of, k_of = _parts(call.q, rows), _parts(call.k, columns)
     moments_fit = call.bias is None and (call.keep is None or call.keep.shape[1] == 1)
     if form == "dense" or not moments_fit or (form == "auto" and call.q.shape[1] <= 2 * call.q.shape[2]):
-        return lambda m, n: _dense(call, rows[m], columns[n])
+        return lambda m, n: _dense(call, q_of[m], k_of[n], rows[m], columns[n])
     kept_keys = {name: _both(tokens.keep, _key_mask(call, tokens.span)) for name, tokens in columns.items()}
-    q = {name: token_moments(call.q[:, tokens.span], tokens.keep) for name, tokens in rows.items()}
-    k = {name: token_moments(call.k[:, tokens.span], kept_keys[name]) for name, tokens in columns.items()}
+    q = {name: token_moments(q_of[name], tokens.keep) for name, tokens in rows.items()}
+    k = {name: token_moments(k_of[name], kept_keys[name]) for name in columns}
     return lambda m, n: moment_score_statistics(q[m], k[n], call.scale)
 
 
@@ -52,9 +54,23 @@ def visible_keys(call: AttentionCall) -> Tensor | None:
     return None if call.keep is None else call.keep.any(1)
 
 
-def _dense(call: FusedCall, rows: Tokens, columns: Tokens) -> ScoreStatistics:
+def _parts(x: Tensor, tokens: Mapping[str, Tokens]) -> dict[str, Tensor]:
+    """The tokens of each modality, of x (B, N, D).
+
+    Disjoint spans are split off, all at once: backward, that is one copy, where every slice would fill a whole x with
+    zeros.
+    """
+    bounds = {name: own.span.indices(x.shape[1])[:2] for name, own in tokens.items()}
+    ordered = sorted(bounds, key=lambda name: bounds[name])
+    cuts = [0, *(bound for name in ordered for bound in bounds[name]), x.shape[1]]
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    if min(sizes) < 0:
+        return {name: x[:, own.span] for name, own in tokens.items()}
+    return dict(zip(ordered, x.split(sizes, 1)[1::2], strict=True))  # what is between them is nobody's
+
+
+def _dense(call: FusedCall, q: Tensor, k: Tensor, rows: Tokens, columns: Tokens) -> ScoreStatistics:
     bias = None if call.bias is None else call.bias[:, rows.span, columns.span]
-    q, k = call.q[:, rows.span], call.k[:, columns.span]
     return dense_score_statistics(q, k, call.scale, bias, _kept(call, rows, columns))
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from benchmarks.lockstep import in_lockstep
-from benchmarks.programs import by_hand, engine, published_way
+from benchmarks.programs import FusionAlone, by_hand, engine, published_way
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.digits import DigitsModel
 
 MODELS = {
     "cavmae": (lambda: CAVMAE(20, 32, 2, 2), ((1024, 128), (3, 224, 224))),
     "digits": (DigitsModel, ((64, 32), (1, 32, 32))),
+    "fusion alone": (lambda: FusionAlone(80, 16, 2), ((40, 16), (40, 16))),
 }
 
 
