@@ -141,7 +141,7 @@ def anatomy(model: nn.Module) -> Anatomy:
                 model.patch_embed_a(audio.unsqueeze(1).transpose(2, 3)) + model.pos_embed_a + model.modality_a,
                 model.patch_embed_v(video) + model.pos_embed_v + model.modality_v,
             ),
-            (nn.Sequential(*model.blocks_a), nn.Sequential(*model.blocks_v)),
+            (model.blocks_a, model.blocks_v),
             _Block.of(model.blocks_u[0]),
             lambda x: model.mlp_head(model.norm(x).mean(dim=1)),
         )

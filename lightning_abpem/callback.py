@@ -1,12 +1,11 @@
-"""Test-time adaptation as a Lightning callback: the engine's lifecycle in a Trainer's run, its log, its averages."""
+"""Test-time adaptation as a Lightning callback: its options, and its hooks in a Trainer's run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,13 +14,12 @@ from torch import Tensor, nn
 from lightning_abpem.adaptation import Adaptation
 from lightning_abpem.fusion import FusionPatterns
 from lightning_abpem.method import Method, Predicts
-from lightning_abpem.metrics import RecordMean
-from lightning_abpem.settings import OptimizerFactory, Reset, Settings, default_optimizer
+from lightning_abpem.run import Run, Stage
+from lightning_abpem.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
 from lightning_abpem.spans import Modalities
+from lightning_abpem.strategies import check_strategy
 
-__all__ = ["Options", "Stage", "TestTimeAdaptation"]
-
-Stage = Literal["test", "predict", "validate"]
+__all__ = ["Options", "TestTimeAdaptation"]
 
 
 class Options(TypedDict, total=False):
@@ -36,6 +34,7 @@ class Options(TypedDict, total=False):
     stages: Sequence[Stage]
     replay: bool
     predicts: Predicts | None
+    sync: Sync
 
 
 class TestTimeAdaptation(Callback):
@@ -63,6 +62,8 @@ class TestTimeAdaptation(Callback):
         replay: compute the frozen part of the model once per batch; False computes it in every pass.
         predicts: whether the step sees predictions from "after" the update to its batch or from "before" it. Default:
             as the method's paper has it.
+        sync: with several processes, "global" takes one step for the batches of all of them together, the same in each;
+            "local" lets each adapt on its own stream, such as that of a sensor of its own.
 
     Attributes:
         updates: steps taken in the last run.
@@ -93,6 +94,7 @@ class TestTimeAdaptation(Callback):
         stages: Sequence[Stage] = ("test", "predict"),
         replay: bool = True,
         predicts: Predicts | None = None,
+        sync: Sync = "global",
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -108,6 +110,7 @@ class TestTimeAdaptation(Callback):
             restore=restore,
             replay=replay,
             predicts=predicts,
+            sync=sync,
         )
         unknown = set(stages) - {"test", "predict", "validate"}
         if unknown or not stages or isinstance(stages, str):
@@ -116,7 +119,7 @@ class TestTimeAdaptation(Callback):
         self._counts = (0, 0)
         self.averages: dict[int, dict[str, Tensor]] = {}
         self._logged = 0
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     @property
     def updates(self) -> int:
@@ -151,13 +154,13 @@ class TestTimeAdaptation(Callback):
             if own_stage == stage:
                 _check_trainer(trainer)
                 self._counts, self.averages = (0, 0), {}
-                self._run = _Run(trainer, pl_module, own_stage, self.settings.method.name.lower(), self._logged)
+                self._run = Run(trainer, pl_module, own_stage, self.settings, self, self._logged)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._run is not None:
-            self._run.start_batch(self.settings, dataloader_idx)
+            self._run.start_batch(dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -173,16 +176,20 @@ class TestTimeAdaptation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
+            self._run.end_stream()
             self.averages = self._run.averages()
             if self._run.stage == "predict":  # there Lightning has no results and refuses to log
                 self._run.log(self._run.named(self.averages))
             else:
-                pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False)
+                # The same in every process, so that to average it says nothing new, and Lightning does not warn.
+                pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False, sync_dist=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._run is not None:
+            self._run.abandon()
         self._end()
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
@@ -196,123 +203,13 @@ class TestTimeAdaptation(Callback):
             self._counts, self._logged = run.counts, run.logged
 
 
-class _Run:
-    """One run of a Trainer's loop with the engine in it, from setup to teardown or an exception."""
-
-    def __init__(self, trainer: Any, module: LightningModule, stage: Stage, prefix: str, logged: int) -> None:
-        self.trainer, self.module, self.stage, self._prefix = trainer, module, stage, prefix
-        self.logged = logged  # steps handed to the loggers, over all runs of the callback
-        self.adaptation: Adaptation | None = None
-        self._means: dict[int, RecordMean] = {}
-        self._pending: list[dict[str, Tensor]] = []
-        self._dataloader = 0
-        self._training = {m: m.training for m in module.modules()}
-        # First in line, so that an exception in another callback's on_exception cannot keep this one from restoring.
-        self._callbacks = trainer.callbacks
-        trainer.callbacks = sorted(trainer.callbacks, key=lambda callback: not isinstance(callback, TestTimeAdaptation))
-        # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
-        self._loop: Any = getattr(trainer, f"{stage}_loop")
-        self._inference_mode = getattr(self._loop, "inference_mode", None)
-        if self._inference_mode is not None:
-            self._loop.inference_mode = False
-
-    def start_batch(self, settings: Settings, dataloader: int) -> None:
-        """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
-        if self.adaptation is None:
-            self.adaptation = Adaptation(self.module, settings, self._on_step, rank_zero_info).__enter__()
-        elif dataloader != self._dataloader and settings.reset == "dataloader":
-            self.adaptation.reset()
-        self._dataloader = dataloader
-
-    def end_batch(self) -> None:
-        """Hold the step against what it should have done: to call the target."""
-        assert self.adaptation is not None
-        if self.adaptation.calls == 0:
-            target = self.adaptation.settings.target
-            raise MisconfigurationException(
-                f"The {self.stage} step ended without calling {f'`{target}`' if target else 'the LightningModule'}, so "
-                "nothing was adapted. Set the callback's `target` to the name of the module that the step calls with "
-                "the batch, and call it as a function, not by its `.forward`."
-            )
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """The updates taken and the steps skipped so far."""
-        return (0, 0) if self.adaptation is None else (self.adaptation.updates, self.adaptation.skipped)
-
-    def averages(self) -> dict[int, dict[str, Tensor]]:
-        """The figures' means so far, by dataloader."""
-        return {dataloader: mean.compute() for dataloader, mean in self._means.items()}
-
-    def log(self, figures: dict[str, Tensor]) -> None:
-        """Hand figures to the loggers, after the last step."""
-        self._flush()
-        for logger in self.trainer.loggers:
-            logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self.logged)
-
-    def named(self, averages: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The averages under the names of the result dict, with the dataloader's where the run has several."""
-        batches = {"test": "num_test_batches", "predict": "num_predict_batches", "validate": "num_val_batches"}
-        several = len(getattr(self.trainer, batches[self.stage])) > 1
-        return {
-            f"{self._prefix}/{name}" + (f"/dataloader_idx_{dataloader}" if several else ""): value
-            for dataloader, means in averages.items()
-            for name, value in means.items()
-        }
-
-    def close(self) -> None:
-        """Put everything back."""
-        self.trainer.callbacks = self._callbacks
-        if self._inference_mode is not None:
-            self._loop.inference_mode = self._inference_mode
-        for module, training in self._training.items():
-            module.training = training
-        if self.adaptation is not None:
-            self.adaptation.close()
-            self._flush()
-
-    def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
-        if self._dataloader not in self._means:
-            self._means[self._dataloader] = _new_mean(record)
-        self._means[self._dataloader].update(record, samples)
-        if self.trainer.loggers and self.trainer.log_every_n_steps > 0:
-            self._pending.append(record)
-            if len(self._pending) >= self.trainer.log_every_n_steps:
-                self._flush()
-
-    def _flush(self) -> None:
-        """Hand each pending step to the loggers: one copy from the device for all of them."""
-        if not self._pending:
-            return
-        names = list(self._pending[0])
-        table = torch.stack([torch.stack([record[n].float() for n in names]) for record in self._pending])
-        for row in table.tolist():
-            figures = {f"{self._prefix}/{name}_step": value for name, value in zip(names, row, strict=True)}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(figures, step=self.logged)
-            self.logged += 1
-        self._pending.clear()
-
-
-def _new_mean(record: dict[str, Tensor]) -> RecordMean:
-    mean = RecordMean(list(record))
-    device = record["loss"].device
-    if device.type == "mps":  # which has no float64
-        mean.set_dtype(torch.float32)
-    return mean.to(device)
-
-
 def _check_trainer(trainer: Any) -> None:
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
             f"This is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
             "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
         )
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"Adaptation runs in one process so far, but the Trainer runs {trainer.world_size}: their weights would "
-            "part ways. Use devices=1, num_nodes=1."
-        )
+    check_strategy(trainer.strategy)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
     count = sum(isinstance(callback, TestTimeAdaptation) for callback in callbacks)
     if count > 1:

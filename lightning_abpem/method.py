@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_abpem.distributed import Ranks
 from lightning_abpem.functional import entropy
 from lightning_abpem.fusion import JointFusion, SeparateFusion
 from lightning_abpem.objective import Comparison, Pair
@@ -37,6 +38,8 @@ class Step:
         state: the method's own memory of earlier batches; empty at first and after a reset.
         source: what it measured on the source model.
         is_first: whether this is the first step that is computed for its batch.
+        ranks: the processes that share the batch; None for one.
+        is_local: whether any of the samples are of this process.
     """
 
     logits: Tensor
@@ -47,19 +50,32 @@ class Step:
     state: dict[str, Any]
     source: Mapping[str, Any]
     is_first: bool = True
+    ranks: Ranks | None = None
+    is_local: bool = True
 
-    def gradients(self, loss: Tensor, keep_graph: bool = False) -> Gradients:
-        """The gradients of a loss for `params`; `keep_graph` if those of another one follow.
+    def gradients(self, loss: Tensor) -> Gradients:
+        """The gradients of a loss for `params`, over the samples of all processes.
 
         Raises:
             ValueError: if none reaches them.
         """
+        return self.gradients_of(loss)[0]
+
+    def gradients_of(self, *losses: Tensor) -> Sequence[Gradients]:
+        """The same of several losses, summed over processes at once."""
+        params = list(self.params.values())
+        own: list[Sequence[Tensor | None]] = [[] for _ in losses]
+        if self.is_local:
+            own = [self._own_gradients(loss, params, keep_graph=loss is not losses[-1]) for loss in losses]
+        return own if self.ranks is None else self.ranks.sum(own, params)
+
+    def _own_gradients(self, loss: Tensor, params: list[nn.Parameter], keep_graph: bool) -> Gradients:
         if not loss.requires_grad:
             raise ValueError(
                 f"Expected gradients through the target's forward, but no gradient reaches {', '.join(self.params)}. "
                 "Is the forward, or a part of it after the fusion attention, under torch.no_grad() or inference_mode()?"
             )
-        return torch.autograd.grad(loss, list(self.params.values()), retain_graph=keep_graph, allow_unused=True)
+        return torch.autograd.grad(loss, params, retain_graph=keep_graph, allow_unused=True)
 
 
 Edit = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]

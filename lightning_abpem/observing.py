@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_abpem.attention import AttentionCall, capture_attention
 from lightning_abpem.compiled import compiled_around, eagerly
+from lightning_abpem.distributed import Ranks, several_processes
 from lightning_abpem.fusion import JointFusion, SeparateFusion, check_samples
 from lightning_abpem.inputs import OwnInputs
 from lightning_abpem.logits import read_logits, refuse_probabilities
@@ -31,12 +32,16 @@ log = logging.getLogger(__name__)
 
 
 class Seen(NamedTuple):
-    """Of one pass: logits, how many of them are the batch's, attention and outputs, as `Step` has them."""
+    """Of one pass: logits, how many of them are the batch's, attention and outputs, as `Step` has them.
+
+    `is_local` says whether any of the samples are this process's.
+    """
 
     logits: Tensor
     samples: int
     attention: Mapping[Pair, Sequence[Comparison]]
     outputs: Mapping[str, Any]
+    is_local: bool = True
 
 
 class Observer:
@@ -53,6 +58,7 @@ class Observer:
 
     Attributes:
         inside: whether a pass is under way: calls of the target are the engine's own then.
+        ranks: the processes that share every batch; None for one.
     """
 
     def __init__(
@@ -76,10 +82,46 @@ class Observer:
         self._inputs = OwnInputs()
         self._is_checked = self._warned_single = False
         self.inside = False
+        self.ranks: Ranks | None = None
+
+    def find_ranks(self) -> None:
+        """From now on see the batches of all processes, if there are several and the settings say so.
+
+        Raises:
+            ValueError: if the method compares what is not exchanged.
+        """
+        if self._settings.sync == "local" or not several_processes():
+            return
+        method = self._settings.method
+        if method.watches:
+            raise ValueError(
+                f"{method.name} compares the outputs of modules, which are not exchanged between processes: set "
+                'sync="local", with which each process adapts on its own stream.'
+            )
+        self.ranks = Ranks(next((p.device for p in self._model.parameters()), torch.device("cpu")))
 
     def tokens_of(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
         """Whose tokens are whose in the batch of these arguments; empty for methods that do not ask."""
         return {} if self._tokens is None else self._tokens(args, kwargs)
+
+    def observe_all(self, args: Any, kwargs: Any, tokens: dict[str, Tokens], is_last: bool = False) -> Seen | None:
+        """One forward over memory and batch, and what the other processes have seen in theirs.
+
+        Args:
+            args: the target's arguments; None without a batch of one's own.
+            kwargs: its keyword arguments.
+            tokens: see `tokens_of`.
+            is_last: without a batch: whether there will be none any more.
+
+        Returns:
+            None if no process has a batch.
+        """
+        seen = None if args is None else self.observe(args, kwargs, tokens)
+        if self.ranks is None:
+            return seen
+        own = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
+        together = self.ranks.global_batch(*own, is_last=is_last)
+        return together and Seen(*together, {}, is_local=seen is not None and len(seen.logits) > 0)
 
     def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Seen:
         """One forward over memory and batch."""

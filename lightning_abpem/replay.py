@@ -52,6 +52,7 @@ class FrozenReplay:
         model: the module whose submodules are replayed, itself excepted.
         adapted: the parameters that change between the passes.
         watched: modules whose hooks may change how torch computes them; what holds one runs in every pass.
+        varying: modules that get other inputs in every pass; they and what is in them run in every pass.
         audited_batches: number of batches that are audited.
     """
 
@@ -60,12 +61,14 @@ class FrozenReplay:
         model: nn.Module,
         adapted: Collection[nn.Parameter],
         watched: Collection[nn.Module] = (),
+        varying: Collection[nn.Module] = (),
         audited_batches: int = 2,
     ) -> None:
         moving = {id(p) for p in adapted}
         self.enabled = True
         hidden = {model} | inside_compiled(model)
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
+        hidden |= {inner for m in varying for inner in m.modules()}
         self._modules = [m for m in model.modules() if m not in hidden and _is_frozen(m, moving)]
         self._unaudited = audited_batches
         self._mode: str | None = None

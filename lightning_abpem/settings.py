@@ -15,10 +15,11 @@ from lightning_abpem.method import Method, Predicts
 from lightning_abpem.objective import Pair
 from lightning_abpem.spans import Modalities, TokenMask, Tokens, own_spans, token_spans
 
-__all__ = ["OptimizerFactory", "Reset", "Settings", "default_optimizer"]
+__all__ = ["OptimizerFactory", "Reset", "Settings", "Sync", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Reset = Literal["never", "batch", "dataloader"] | int
+Sync = Literal["global", "local"]
 default_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-4, fused=True)
 
 
@@ -43,6 +44,7 @@ class Settings:
     restore: bool = True
     replay: bool = True
     predicts: Predicts | None = None
+    sync: Sync = "global"
     patterns: list[str] | dict[Pair, list[str]] | None = field(init=False)
     spans: dict[str, Tokens | TokenMask] | None = field(init=False)
 
@@ -63,6 +65,8 @@ class Settings:
             )
         if self.predicts not in (None, "after", "before"):
             raise ValueError(f'Expected `predicts` to be "after" or "before" the update, but got {self.predicts!r}.')
+        if self.sync not in ("global", "local"):
+            raise ValueError(f'Expected `sync` to be "global" or "local", but got {self.sync!r}.')
         if self.predicts is None:
             object.__setattr__(self, "predicts", self.method.predicts)
         for name in ("steps", "memory_batches"):

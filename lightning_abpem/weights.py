@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_abpem.settings import OptimizerFactory
+from lightning_abpem.late import LateBools
+from lightning_abpem.settings import OptimizerFactory, Settings
 
-__all__ = ["AdaptedWeights", "all_finite", "describe_params"]
+__all__ = ["AdaptedWeights", "all_finite", "describe_run"]
+
+log = logging.getLogger(__name__)
 
 
 class AdaptedWeights:
@@ -23,6 +27,11 @@ class AdaptedWeights:
         params: what moves; their present values are the source.
         optimizer: from parameters to a torch optimizer.
 
+    Attributes:
+        updates: steps taken.
+        skipped: steps not taken because something was not finite.
+        updates_since_reset: steps taken since the last reset.
+
     Raises:
         ValueError: if the factory makes no optimizer, or one that needs a closure.
     """
@@ -31,6 +40,8 @@ class AdaptedWeights:
         self._params = list(params)
         self._factory = optimizer
         self._source = [p.detach().clone() for p in params]
+        self._fate: LateBools | None = None
+        self.updates = self.skipped = self.updates_since_reset = 0
         self._start()
 
     def restore(self) -> None:
@@ -41,16 +52,18 @@ class AdaptedWeights:
         """Back to the source values, with a fresh optimizer."""
         self._set(self._source)
         self._start()
+        self.updates_since_reset = 0
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], finite: Tensor) -> Tensor:
-        """One step of the optimizer if the gradients are `finite`; where weights would not stay so they return.
+    def step(self, gradients: Sequence[Tensor | None], loss: Tensor) -> Tensor:
+        """One step of the optimizer if the loss and its gradients are finite, and the weights stay so.
 
         Nothing here waits for the device if the optimizer can skip a step by itself, as torch's do with fused=True.
 
         Returns:
-            Whether the step was taken: a bool scalar. After one of finite gradients that was not, `restart` is due.
+            Whether the step was taken: a bool scalar. `settle` tells the host.
         """
+        finite = all_finite(loss, *gradients)
         before = [master.clone() for master in self._masters]
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = None if gradient is None else gradient.to(master)
@@ -61,11 +74,25 @@ class AdaptedWeights:
         for master, old in zip(self._masters, before, strict=True):
             master.copy_(master.where(taken, old))
         self._set(self._masters)
+        self._fate = LateBools(finite, taken)
         return taken
 
-    def restart(self) -> None:
-        """A fresh optimizer at the present weights, for one whose moments took them out of range."""
-        self._start()
+    def settle(self) -> bool | None:
+        """Whether the last step was taken; None if that was said before, or there was none."""
+        fate, self._fate = self._fate, None
+        if fate is None:
+            return None
+        finite, taken = fate.read()
+        if taken:
+            self.updates += 1
+            self.updates_since_reset += 1
+            return True
+        self.skipped += 1
+        if self.skipped == 1:
+            log.warning("The loss, a gradient or the step is not finite. Such steps are skipped.")
+        if finite:  # the optimizer's moments took the weights out of range
+            self._start()
+        return False
 
     @torch.enable_grad()
     def _step_if(self, finite: Tensor) -> None:
@@ -98,18 +125,27 @@ class AdaptedWeights:
         torch.clear_autocast_cache()  # a surrounding autocast would go on with the casts of the old values
 
 
-def describe_params(method: str, model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[str]:
-    """What a method adapts, by name, with counts, a line each; what is tied to it moves as well."""
+def describe_run(
+    settings: Settings, model: nn.Module, params: Mapping[str, nn.Parameter], memory_at: str | None
+) -> str:
+    """What adapts, by name, with counts, a line each; what is tied to it moves as well; what is remembered."""
+    method = settings.method.name
+    if settings.steps == 0:
+        return f"{method} observes, with steps=0: no weight moves."
     count = sum(p.numel() for p in params.values())
     share = count / max(sum(p.numel() for p in model.parameters()), 1)
     adapted = {id(p) for p in params.values()}
     everywhere = model.named_parameters(remove_duplicate=False)
     tied = [name for name, p in everywhere if id(p) in adapted and name not in params]
-    return [
+    lines = [
         f"{method} adapts {count:,} values in {len(params)} tensors, {share:.2%} of {type(model).__name__}:",
         *(f"  {name} {tuple(p.shape)}" for name, p in params.items()),
         *(f"  {name} is the same tensor, so it moves as well" for name in tied),
     ]
+    if memory_at is not None:
+        lines.append(f"The last {settings.memory_batches} batches are remembered as they enter '{memory_at}'.")
+    fate = "return" if settings.restore else "do not return (restore=False)"
+    return "\n".join([*lines, f"Their source values {fate} after the run."])
 
 
 def all_finite(*tensors: Tensor | None) -> Tensor:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_abpem.strategies import check_strategy
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
 from tests.test_adaptation import abpem, fingerprint, predictions
@@ -356,11 +358,12 @@ def test_the_other_lightning():
         runner.test(Other(), loader(), verbose=False)
 
 
-def test_several_processes_are_refused():
-    runner = trainer(abpem(), devices=2, strategy="ddp_spawn")
-    runner.callbacks[0].setup(runner, make_toy(), "fit")
-    with pytest.raises(MisconfigurationException, match="one process so far, but the Trainer runs 2"):
-        runner.callbacks[0].setup(runner, make_toy(), "test")
+def test_a_strategy_that_cannot_work_is_refused():
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy packs all parameters"):
+        check_strategy(FSDPStrategy())
+    with pytest.raises(MisconfigurationException, match="not been made for object"):
+        check_strategy(object())
+    check_strategy(trainer(abpem(), devices=2, strategy="ddp_spawn").strategy)
 
 
 @pytest.mark.parametrize(

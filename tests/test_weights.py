@@ -9,7 +9,7 @@ from torch import nn
 from lightning_abpem.weights import AdaptedWeights, all_finite
 
 SGD = partial(torch.optim.SGD, lr=1e-4)
-YES = torch.tensor(True)
+LOSS = torch.zeros(())
 
 
 def ones(dtype=torch.float32):
@@ -22,7 +22,7 @@ def test_many_small_steps_add_up(dtype):
     params = ones(dtype)
     weights = AdaptedWeights(params, SGD)
     for _ in range(100):
-        assert weights.step([torch.ones(3, dtype=dtype), None], YES)
+        assert weights.step([torch.ones(3, dtype=dtype), None], LOSS)
     assert params[0].tolist() == pytest.approx([0.99] * 3, abs=4e-3 if dtype == torch.bfloat16 else 1e-3)
     assert torch.equal(params[1], torch.full((2,), 2.0, dtype=dtype))
     assert all(p.grad is None for p in params)
@@ -34,18 +34,18 @@ def test_a_reset_forgets_the_momentum():
     params = ones()
     weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     gradients = [torch.ones(3), torch.ones(2)]
-    weights.step(gradients, YES)
+    weights.step(gradients, LOSS)
     first = params[0].clone()
-    weights.step(gradients, YES)
+    weights.step(gradients, LOSS)
     weights.reset()
-    weights.step(gradients, YES)
+    weights.step(gradients, LOSS)
     assert torch.equal(params[0], first)
 
 
 def test_an_overflowing_step_is_taken_back():
     params = ones()
     weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=1e30))
-    assert not weights.step([torch.full((3,), 1e30), None], YES)
+    assert not weights.step([torch.full((3,), 1e30), None], LOSS)
     assert torch.equal(params[0], torch.ones(3))
 
 
@@ -60,18 +60,35 @@ def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were(kind, fused):
         for value in (1.0, float("nan"), -3.0, 2.0):
             gradients = [torch.full((3,), value), torch.full((2,), value)]
             if value == value or with_bad:
-                assert bool(weights.step(gradients, all_finite(*gradients))) == (value == value)
+                assert bool(weights.step(gradients, LOSS)) == (value == value)
         ends.append(torch.cat([p.detach() for p in params]))
     assert torch.equal(*ends)
 
 
-def test_a_restarted_optimizer_has_no_moments():
+def test_steps_are_counted_once_they_are_settled():
     params = ones()
     weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-    weights.step([torch.ones(3), None], YES)
-    weights.restart()
-    weights.step([torch.ones(3), None], YES)
-    assert torch.allclose(params[0], torch.full((3,), 0.8))
+    assert weights.settle() is None
+    for loss, taken in ((0.0, True), (float("nan"), False), (1.0, True)):
+        weights.step([torch.ones(3), None], torch.tensor(loss))
+        assert weights.settle() is taken
+        assert weights.settle() is None
+    assert (weights.updates, weights.skipped, weights.updates_since_reset) == (2, 1, 2)
+    weights.reset()
+    assert (weights.updates, weights.updates_since_reset) == (2, 0)
+
+
+def test_moments_that_ruin_the_weights_are_forgotten():
+    params = ones()
+    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=1.0, momentum=0.9))
+    weights.step([torch.full((3,), 3e38), None], LOSS)  # from 1 to -3e38
+    weights.settle()
+    weights.step([torch.full((3,), 3e38), None], LOSS)  # past the largest float
+    assert weights.settle() is False
+    before = params[0].clone()
+    weights.step([torch.ones(3), None], LOSS)
+    assert weights.settle() is True
+    assert torch.equal(params[0], before - 1)
 
 
 def test_all_finite():

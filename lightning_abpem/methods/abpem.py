@@ -67,8 +67,7 @@ class Bootstrapping(Method):
         if self.objective.attention_weight != "auto":
             return super().gradients(step, again)
         parts = self._parts(step)
-        others = step.gradients(parts.confidence, keep_graph=True)
-        pull = step.gradients(parts.bootstrapping)
+        others, pull = step.gradients_of(parts.confidence, parts.bootstrapping)
         weight = _SHARE * _relative_length(others, pull)
         loss = parts.confidence.detach() + weight * parts.bootstrapping.detach()
         return _sum(others, pull, weight), {"loss": loss, "attention_weight": weight, **parts.record}

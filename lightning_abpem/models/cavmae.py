@@ -104,8 +104,8 @@ class CAVMAE(LightningModule):
         super().__init__()
         self.save_hyperparameters()
 
-        def blocks(depth: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        def blocks(depth: int) -> nn.Sequential:
+            return nn.Sequential(*(Block(embed_dim, num_heads) for _ in range(depth)))
 
         self.patch_embed_a = PatchEmbed(1, embed_dim)
         self.patch_embed_v = PatchEmbed(3, embed_dim)
@@ -123,13 +123,7 @@ class CAVMAE(LightningModule):
         """Logits (B, C) from log-mel filterbanks (B, 1024, 128) and frames (B, 3, 224, 224), both normalised."""
         a = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3)) + self.pos_embed_a + self.modality_a
         v = self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
-        for block in self.blocks_a:
-            a = block(a)
-        for block in self.blocks_v:
-            v = block(v)
-        x = torch.cat((a, v), dim=1)
-        for block in self.blocks_u:
-            x = block(x)
+        x = self.blocks_u(torch.cat((self.blocks_a(a), self.blocks_v(v)), dim=1))
         return self.mlp_head(self.norm(x).mean(dim=1))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -1,0 +1,156 @@
+"""One run of a Trainer's loop with the engine in it: opening and closing it, its log, its averages."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_abpem.adaptation import Adaptation
+from lightning_abpem.metrics import RecordMean, merge_means
+from lightning_abpem.settings import Settings
+
+__all__ = ["Run", "Stage"]
+
+Stage = Literal["test", "predict", "validate"]
+
+
+class Run:
+    """One run of a Trainer's loop with the engine in it, from setup to teardown or an exception.
+
+    Args:
+        trainer: the Trainer.
+        module: what it runs.
+        stage: the function of the Trainer's.
+        settings: the engine's.
+        first: the callback that is to come first.
+        logged: steps handed to the loggers so far.
+    """
+
+    def __init__(
+        self, trainer: Any, module: LightningModule, stage: Stage, settings: Settings, first: Callback, logged: int
+    ) -> None:
+        self.trainer, self.module, self.stage, self._settings = trainer, module, stage, settings
+        self._prefix = settings.method.name.lower()
+        self.logged = logged  # steps handed to the loggers, over all runs of the callback
+        self.adaptation: Adaptation | None = None
+        self._means: dict[int, RecordMean] = {}
+        self._pending: list[dict[str, Tensor]] = []
+        self._dataloader, self._processes = 0, trainer.world_size
+        self._training = {m: m.training for m in module.modules()}
+        # First in line, so that an exception in another callback's on_exception cannot keep this one from restoring.
+        self._callbacks = trainer.callbacks
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda callback: callback is not first)
+        # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
+        self._loop: Any = getattr(trainer, f"{stage}_loop")
+        self._inference_mode = getattr(self._loop, "inference_mode", None)
+        if self._inference_mode is not None:
+            self._loop.inference_mode = False
+
+    def start_batch(self, dataloader: int) -> None:
+        """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
+        if self.adaptation is None:
+            self._open()
+        elif dataloader != self._dataloader and self._settings.reset == "dataloader":
+            self.adaptation.reset()
+        self._dataloader = dataloader
+
+    def end_batch(self) -> None:
+        """Hold the step against what it should have done: to call the target."""
+        assert self.adaptation is not None
+        if self.adaptation.calls == 0:
+            target = self.adaptation.settings.target
+            raise MisconfigurationException(
+                f"The {self.stage} step ended without calling {f'`{target}`' if target else 'the LightningModule'}, so "
+                "nothing was adapted. Set the callback's `target` to the name of the module that the step calls with "
+                "the batch, and call it as a function, not by its `.forward`."
+            )
+        if self._loop.batch_progress.is_last_batch:  # of a dataloader: what Lightning exchanges next has to wait
+            self.adaptation.drain()
+
+    def end_stream(self) -> None:
+        """See the other processes through to the end of their streams, also if this one never had a batch."""
+        if self.adaptation is None and self._processes > 1:
+            self._open()
+        if self.adaptation is not None:
+            self.adaptation.drain(is_last=True)
+        if self._settings.sync == "local" and self._processes > 1:
+            self._means = merge_means(self._means)
+
+    def abandon(self) -> None:
+        """This process fails: the others must not wait for it."""
+        if self.adaptation is not None:
+            self.adaptation.abandon()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """The updates taken and the steps skipped so far."""
+        return (0, 0) if self.adaptation is None else (self.adaptation.updates, self.adaptation.skipped)
+
+    def averages(self) -> dict[int, dict[str, Tensor]]:
+        """The figures' means so far, by dataloader."""
+        return {dataloader: mean.compute() for dataloader, mean in self._means.items()}
+
+    def log(self, figures: dict[str, Tensor]) -> None:
+        """Hand figures to the loggers, after the last step."""
+        self._flush()
+        for logger in self.trainer.loggers:
+            logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self.logged)
+
+    def named(self, averages: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The averages under the names of the result dict, with the dataloader's where the run has several."""
+        batches = {"test": "num_test_batches", "predict": "num_predict_batches", "validate": "num_val_batches"}
+        several = len(getattr(self.trainer, batches[self.stage])) > 1
+        return {
+            f"{self._prefix}/{name}" + (f"/dataloader_idx_{dataloader}" if several else ""): value
+            for dataloader, means in averages.items()
+            for name, value in means.items()
+        }
+
+    def close(self) -> None:
+        """Put everything back."""
+        self.trainer.callbacks = self._callbacks
+        if self._inference_mode is not None:
+            self._loop.inference_mode = self._inference_mode
+        for module, training in self._training.items():
+            module.training = training
+        if self.adaptation is not None:
+            self.adaptation.close()
+            self._flush()
+
+    def _open(self) -> None:
+        self.adaptation = Adaptation(self.module, self._settings, self._on_step, rank_zero_info).__enter__()
+
+    def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
+        if self._dataloader not in self._means:
+            self._means[self._dataloader] = _new_mean(record)
+        self._means[self._dataloader].update(record, samples)
+        if self.trainer.loggers and self.trainer.log_every_n_steps > 0:
+            self._pending.append(record)
+            if len(self._pending) >= self.trainer.log_every_n_steps:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Hand each pending step to the loggers: one copy from the device for all of them."""
+        if not self._pending:
+            return
+        names = list(self._pending[0])
+        table = torch.stack([torch.stack([record[n].float() for n in names]) for record in self._pending])
+        for row in table.tolist():
+            figures = {f"{self._prefix}/{name}_step": value for name, value in zip(names, row, strict=True)}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(figures, step=self.logged)
+            self.logged += 1
+        self._pending.clear()
+
+
+def _new_mean(record: dict[str, Tensor]) -> RecordMean:
+    mean = RecordMean(list(record))
+    device = record["loss"].device
+    if device.type == "mps":  # which has no float64
+        mean.set_dtype(torch.float32)
+    return mean.to(device)
