@@ -29,7 +29,7 @@ docs: .venv/docs.done
 	$(BIN)/mkdocs build --strict --quiet
 
 # Every run of docs/results, into runs/: more than an hour on two cores, and resumable.
-RESULTS := choose iid large protocols batch-size severity ablation ablation-large
+RESULTS := choose iid large protocols protocols-large batch-size severity ablation ablation-large
 results: .venv/test.done
 	for name in $(RESULTS); do $(BIN)/abpem bench digits-avc --config benchmarks/$$name.yaml --out runs/$$name || exit 1; done
 

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_abpem.calls import AttentionCall, EagerCall, FusedCall, masked_call, side_by_side, unfold_heads
 from lightning_abpem.masks import causal_mask, read_mask
+from lightning_abpem.multihead import call_multi_head
 from lightning_abpem.projections import FusionAttention
 
-__all__ = ["SOFTMAX", "AttentionCall", "EagerCall", "FusedCall", "capture_attention", "softmax_dim"]
+__all__ = ["SOFTMAX", "capture_attention", "softmax_dim"]
 
 
 class _Softmax(NamedTuple):
@@ -39,57 +41,6 @@ def softmax_dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)
-
-
-@dataclass(frozen=True)
-class FusedCall:
-    """One call of a fused attention: q (B, N_q, D) and k (B, N_k, D), heads side by side, with gradients.
-
-    The mean over heads of the scores that the softmax sees is ``scale * q @ k.mT + bias``.
-
-    Args:
-        name: the attention module's name.
-        q: queries.
-        k: keys.
-        scale: the attention's scale divided by the number of heads.
-        bias: what the attention adds to the scores, (B or 1, N_q, N_k), averaged over heads; None if nothing.
-        keep: which scores are not masked, bool (B or 1, N_q or 1, N_k); None if all.
-        turn: how many calls of this module came before, in this forward.
-    """
-
-    name: str
-    q: Tensor
-    k: Tensor
-    scale: float
-    bias: Tensor | None = None
-    keep: Tensor | None = None
-    turn: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, N_q, N_k)."""
-        return self.q.shape[0], self.q.shape[1], self.k.shape[1]
-
-
-@dataclass(frozen=True)
-class EagerCall:
-    """One call of an eager attention: what its softmax gets, averaged over heads, (B, N_q, N_k), with gradients.
-
-    `name`, `keep` and `turn` are those of a `FusedCall`; scores that are not kept may be -inf.
-    """
-
-    name: str
-    scores: Tensor
-    keep: Tensor
-    turn: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(B, N_q, N_k)."""
-        return tuple(self.scores.shape)
-
-
-AttentionCall = FusedCall | EagerCall
 
 
 @dataclass
@@ -114,11 +65,9 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.fused.append(_fused_call(self.attention, self.turn, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
-            lean = _lean_multi_head(self.attention, self.turn, *args, **kwargs)
-            if lean is not None:
-                self.fused.append(lean[1])
-                return lean[0], None
-            self.fused.append(_multi_head_call(self.attention, self.turn, *args, **kwargs))
+            output, call = call_multi_head(self.attention.name, self.turn, args, kwargs)
+            self.fused.append(call)
+            return output
         elif func in SOFTMAX:
             self.softmaxed.append(_Softmax(args[0] if args else kwargs["input"], softmax_dim(args, kwargs)))
         output = func(*args, **kwargs)
@@ -197,9 +146,9 @@ def _fused_call(
     """
     if query.dim() == 3:
         heads = attention.heads if attention.is_head_width(query.shape[-1]) else 1
-        query, key = _unfold_heads(query, heads), _unfold_heads(key, heads)
+        query, key = unfold_heads(query, heads), unfold_heads(key, heads)
         if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = _unfold_heads(attn_mask, heads)
+            attn_mask = unfold_heads(attn_mask, heads)
     if query.dim() != 4:
         raise ValueError(
             f"Expected queries (batch, heads, tokens, width) in '{attention.name}', but got {tuple(query.shape)}."
@@ -211,115 +160,7 @@ def _fused_call(
     masks = [] if attn_mask is None else [read_mask(attn_mask, key.shape[2])]
     if is_causal:
         masks.append((causal_mask(query.shape[2], key.shape[2], query.device), None))
-    return _masked_call(attention.name, turn, _side_by_side(query), _side_by_side(key), scale / heads, masks)
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
-
-
-def _unfold_heads(x: Tensor, heads: int) -> Tensor:
-    """(B * H, N, M) as (B, H, N, M)."""
-    return x.unflatten(0, (-1, heads)) if x.shape[0] % heads == 0 else x.unsqueeze(1)
-
-
-def _multi_head_call(
-    attention: FusionAttention,
-    turn: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    *_: Any,
-    key_padding_mask: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    **__: Any,
-) -> FusedCall:
-    """From the arguments of F.multi_head_attention_forward: tokens (N, B, D), projected here once more.
-
-    The key tokens that `bias_k` and `add_zero_attn` append belong to no modality, so nothing needs to be known of them.
-    """
-    if query.dim() != 3:
-        raise ValueError(f"Expected batched tokens in '{attention.name}', but got queries {tuple(query.shape)}.")
-    if in_proj_weight is not None:
-        q_proj_weight, k_proj_weight, _v = in_proj_weight.chunk(3)
-    assert q_proj_weight is not None
-    assert k_proj_weight is not None
-    b_q, b_k = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
-    q, k = F.linear(query, q_proj_weight, b_q).transpose(0, 1), F.linear(key, k_proj_weight, b_k).transpose(0, 1)
-    masks = []
-    if key_padding_mask is not None:
-        masks.append(read_mask(_allowed(key_padding_mask)[:, None, None], k.shape[1]))
-    if attn_mask is not None:
-        attn_mask = _allowed(attn_mask)
-        masks.append(read_mask(_unfold_heads(attn_mask, heads) if attn_mask.dim() == 3 else attn_mask, k.shape[1]))
-    return _masked_call(attention.name, turn, q, k, (embed_dim // heads) ** -0.5 / heads, masks)
-
-
-def _lean_multi_head(
-    attention: FusionAttention,
-    turn: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    **_: Any,
-) -> tuple[Tensor, FusedCall] | None:
-    """F.multi_head_attention_forward in its plainest form, (N, B, D), with its q and k; None in any other.
-
-    That function keeps its q and k to itself: to have them too, they would be projected twice, forward and backward.
-    """
-    plain = query is key and key is value and query.dim() == 3 and in_proj_weight is not None
-    masked = key_padding_mask is not None or attn_mask is not None
-    appended = bias_k is not None or bias_v is not None or add_zero_attn
-    if not plain or masked or appended or need_weights or use_separate_proj_weight or (training and dropout_p > 0):
-        return None
-    assert in_proj_weight is not None
-    q, k, v = F.linear(query.transpose(0, 1), in_proj_weight, in_proj_bias).chunk(3, -1)
-    by_head = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    output = _side_by_side(F.scaled_dot_product_attention(*by_head))
-    output = F.linear(output, out_proj_weight, out_proj_bias).transpose(0, 1)
-    return output, FusedCall(attention.name, q, k, (embed_dim // heads) ** -0.5 / heads, turn=turn)
-
-
-def _allowed(mask: Tensor) -> Tensor:
-    """nn.MultiheadAttention's masks say which scores to hide, those of F.scaled_dot_product_attention which to keep."""
-    return ~mask if mask.dtype == torch.bool else mask
-
-
-def _masked_call(
-    name: str, turn: int, q: Tensor, k: Tensor, scale: float, masks: list[tuple[Tensor | None, Tensor | None]]
-) -> FusedCall:
-    """A call under several masks. What is added to a key's scores alike for all queries becomes a feature of it."""
-    keep = bias = None
-    for kept, added in masks:
-        if kept is not None:
-            keep = kept if keep is None else keep & kept
-        if added is not None and added.shape[1] == 1:
-            q = torch.cat([q, q.new_ones(*q.shape[:2], 1)], -1)
-            k = torch.cat([k, (added.mT / scale).to(k).expand(*k.shape[:2], 1)], -1)
-        elif added is not None:
-            bias = added if bias is None else bias + added
-    return FusedCall(name, q, k, scale, bias, keep, turn)
+    return masked_call(attention.name, turn, side_by_side(query), side_by_side(key), scale / heads, masks)
 
 
 def _eager_call(attention: FusionAttention, turn: int, softmaxed: list[_Softmax]) -> EagerCall:
@@ -327,7 +168,7 @@ def _eager_call(attention: FusionAttention, turn: int, softmaxed: list[_Softmax]
     scores = [x.scores for x in softmaxed if x.scores.dim() == 4]
     if not scores and attention.heads > 1:
         folded = [x.scores for x in softmaxed if x.scores.dim() == 3 and x.scores.shape[0] % attention.heads == 0]
-        scores = [_unfold_heads(x, attention.heads) for x in folded]
+        scores = [unfold_heads(x, attention.heads) for x in folded]
     if len(scores) != 1 or any(x.dim not in (-1, x.scores.dim() - 1) for x in softmaxed if x.scores.dim() > 2):
         listed = ", ".join(f"{tuple(x.scores.shape)} over dimension {x.dim}" for x in softmaxed)
         raise ValueError(

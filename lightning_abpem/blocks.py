@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from lightning_abpem.attention import AttentionCall, EagerCall, FusedCall
+from lightning_abpem.calls import AttentionCall, EagerCall, FusedCall
 from lightning_abpem.functional import (
     ScoreStatistics,
     dense_score_statistics,

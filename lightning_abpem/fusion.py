@@ -15,8 +15,8 @@ from itertools import combinations
 import torch
 from torch import nn
 
-from lightning_abpem.attention import AttentionCall
 from lightning_abpem.blocks import score_statistics, visible_keys
+from lightning_abpem.calls import AttentionCall
 from lightning_abpem.modules import find_modules, plain_name
 from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import FusionAttention, find_attention

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_abpem.attention import AttentionCall, capture_attention
+from lightning_abpem.attention import capture_attention
+from lightning_abpem.calls import AttentionCall
 from lightning_abpem.compiled import compiled_around, eagerly
 from lightning_abpem.distributed import Ranks, several_processes
 from lightning_abpem.fusion import JointFusion, SeparateFusion, check_samples

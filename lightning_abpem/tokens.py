@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_abpem.attention import AttentionCall
+from lightning_abpem.calls import AttentionCall
 from lightning_abpem.fusion import JointFusion, SeparateFusion
 from lightning_abpem.modules import normal_tensor
 from lightning_abpem.seen import SeenCall, joint_spans

@@ -17,5 +17,6 @@ def interrupt(folder: Path) -> None:
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     threading.Thread(target=interrupt, args=(out,), daemon=True).start()
     main(["bench", "tests.toybench.ToyBench", "--out", str(out), "--methods", "source,abpem", "--workers", "1"])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_abpem import ABPEM
-from lightning_abpem.attention import FusedCall
+from lightning_abpem.calls import FusedCall
 from lightning_abpem.fusion import JointFusion
 from lightning_abpem.spans import Tokens
 from tests.golden_runs import Golden, both_runs

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_abpem import ABPEM
-from lightning_abpem.attention import FusedCall
+from lightning_abpem.calls import FusedCall
 from lightning_abpem.fusion import check_samples, find_fusion, fusion_patterns
 from lightning_abpem.spans import Tokens, own_spans, token_spans
 from tests.toy import CLASSES, HEADS, WIDTH, FusedAttention, batches, heads_first, make_toy

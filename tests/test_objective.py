@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_abpem.attention import FusedCall
+from lightning_abpem.calls import FusedCall
 from lightning_abpem.fusion import JointFusion
 from lightning_abpem.objective import Objective
 from lightning_abpem.spans import Tokens

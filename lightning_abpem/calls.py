@@ -1,0 +1,90 @@
+"""The calls of a fusion attention, as they are captured: q and k of a fused one, the scores of an eager one.
+
+Shapes: B samples, N tokens, D width (all heads side by side), H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["AttentionCall", "EagerCall", "FusedCall", "masked_call", "side_by_side", "unfold_heads"]
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """One call of a fused attention: q (B, N_q, D) and k (B, N_k, D), heads side by side, with gradients.
+
+    The mean over heads of the scores that the softmax sees is ``scale * q @ k.mT + bias``.
+
+    Args:
+        name: the attention module's name.
+        q: queries.
+        k: keys.
+        scale: the attention's scale divided by the number of heads.
+        bias: what the attention adds to the scores, (B or 1, N_q, N_k), averaged over heads; None if nothing.
+        keep: which scores are not masked, bool (B or 1, N_q or 1, N_k); None if all.
+        turn: how many calls of this module came before, in this forward.
+    """
+
+    name: str
+    q: Tensor
+    k: Tensor
+    scale: float
+    bias: Tensor | None = None
+    keep: Tensor | None = None
+    turn: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, N_q, N_k)."""
+        return self.q.shape[0], self.q.shape[1], self.k.shape[1]
+
+
+@dataclass(frozen=True)
+class EagerCall:
+    """One call of an eager attention: what its softmax gets, averaged over heads, (B, N_q, N_k), with gradients.
+
+    `name`, `keep` and `turn` are those of a `FusedCall`; scores that are not kept may be -inf.
+    """
+
+    name: str
+    scores: Tensor
+    keep: Tensor
+    turn: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, N_q, N_k)."""
+        return tuple(self.scores.shape)
+
+
+AttentionCall = FusedCall | EagerCall
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """(B, H, N, D/H) as (B, N, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def unfold_heads(x: Tensor, heads: int) -> Tensor:
+    """(B * H, N, M) as (B, H, N, M)."""
+    return x.unflatten(0, (-1, heads)) if x.shape[0] % heads == 0 else x.unsqueeze(1)
+
+
+def masked_call(
+    name: str, turn: int, q: Tensor, k: Tensor, scale: float, masks: list[tuple[Tensor | None, Tensor | None]]
+) -> FusedCall:
+    """A call under several masks. What is added to a key's scores alike for all queries becomes a feature of it."""
+    keep = bias = None
+    for kept, added in masks:
+        if kept is not None:
+            keep = kept if keep is None else keep & kept
+        if added is not None and added.shape[1] == 1:
+            q = torch.cat([q, q.new_ones(*q.shape[:2], 1)], -1)
+            k = torch.cat([k, (added.mT / scale).to(k).expand(*k.shape[:2], 1)], -1)
+        elif added is not None:
+            bias = added if bias is None else bias + added
+    return FusedCall(name, q, k, scale, bias, keep, turn)
