@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, IterableDataset
@@ -87,13 +89,17 @@ def _dealt(setting: Setting, turns: Turns) -> Iterator[Inputs]:
         yield batches[i % len(batches)]
 
 
-def trainer(turns: Turns, setting: Setting, memory: int | None, options: dict[str, Any]) -> None:
-    """`trainer.test`, with ABPEM or, for `memory` None, without."""
+def trainer(turns: Turns, setting: Setting, memory: int | None, is_logged: bool = False) -> None:
+    """`trainer.test`, with ABPEM or, for `memory` None, without; every step to a CSV file if `is_logged`."""
     _prepare(setting)
     model = setting.build()
-    callbacks = [] if memory is None else [engine(model, memory, **options)]
-    loop = silent_trainer(accelerator=setting.accelerator, precision=setting.precision, callbacks=callbacks)
-    loop.test(model, DataLoader(_Stream(setting, turns), batch_size=None), verbose=False)
+    callbacks = [] if memory is None else [engine(model, memory)]
+    with TemporaryDirectory() as folder:
+        logging = {"logger": CSVLogger(folder), "log_every_n_steps": 1} if is_logged else {}
+        loop = silent_trainer(
+            accelerator=setting.accelerator, precision=setting.precision, callbacks=callbacks, **logging
+        )
+        loop.test(model, DataLoader(_Stream(setting, turns), batch_size=None), verbose=False)
 
 
 def loop(turns: Turns, setting: Setting, memory: int | None, options: dict[str, Any]) -> None:
@@ -159,12 +165,13 @@ def every_program(setting: Setting, memories: Iterable[int]) -> dict[str, tuple[
     """The programs by label; those that start with "plain" are what the others are held against."""
     defaults = {"k": "auto", "attention_weight": "auto", "balance": "stream"}
     programs: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
-        "plain Trainer": (trainer, (setting, None, {})),
+        "plain Trainer": (trainer, (setting, None)),
         "plain loop": (loop, (setting, None, {})),
     }
     for memory in memories:
         programs |= {
-            f"ABPEM in a Trainer, memory {memory}": (trainer, (setting, memory, {})),
+            f"ABPEM in a Trainer, memory {memory}": (trainer, (setting, memory)),
+            f"ABPEM in a Trainer that logs, memory {memory}": (trainer, (setting, memory, True)),
             f"ABPEM attached, memory {memory}": (loop, (setting, memory, {})),
             f"defaults attached, memory {memory}": (loop, (setting, memory, defaults)),
             f"by hand, memory {memory}": (written, (setting, by_hand, memory)),
