@@ -2,8 +2,8 @@
 
 While an `Adaptation` is open, a call of the target module first adapts parameters of the model, as a method says, to
 the batch it is called with, and then proceeds as it would have: the caller sees the adapted logits without any change.
-The way of a batch: `_before_call` -> `forward_and_adapt` -> `_compute` (forward and gradients) -> `_apply` (the step)
--> the call itself, its frozen part replayed -> `_after_call`.
+The way of a batch: `_before_call` -> `Stepper.adapt` (forward, gradients, step) -> the call itself, its frozen part
+replayed -> `_after_call`.
 """
 
 from __future__ import annotations
@@ -11,39 +11,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_abpem.compiled import around_calls, check_entry
-from lightning_abpem.distributed import Ranks
 from lightning_abpem.fusion import find_fusion
-from lightning_abpem.logits import check_head, read_logits
+from lightning_abpem.logits import check_head
+from lightning_abpem.loss_scale import LossScale
 from lightning_abpem.memory import find_memory
-from lightning_abpem.method import Edit, Gradients, Record, Step
-from lightning_abpem.modules import check_eval, named_module, only_trainable, without_inference_tensors
-from lightning_abpem.observing import Observer, Seen
+from lightning_abpem.method import Record
+from lightning_abpem.modules import adapted_once, check_eval, named_module, only_trainable, without_inference_tensors
+from lightning_abpem.observing import Observer
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
-from lightning_abpem.spans import Tokens
+from lightning_abpem.sharded import check_shards, reshard
+from lightning_abpem.stepping import Stepper
 from lightning_abpem.weights import AdaptedWeights, describe_run
 
 __all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
-
-_ADAPTING: set[int] = set()  # ids of the parameters of the models that some open Adaptation adapts
-
-
-class _Computed(NamedTuple):
-    """A step that can be taken: gradients, None for no step, its figures, its samples; what is remembered if it is."""
-
-    gradients: Gradients | None
-    record: Record
-    samples: int
-    tokens: dict[str, Tokens] | None
-    state: dict[str, Any]
 
 
 class Adaptation:
@@ -54,6 +44,7 @@ class Adaptation:
         settings: what to adapt and how.
         on_step: called after each step with its record (detached scalars by name) and the number of samples.
         report: told what adapts, and which spans were read off a batch.
+        scale: of the loss, where gradients pass through float16; default: as torch.amp.GradScaler begins.
 
     Attributes:
         params: the adapted parameters by name.
@@ -75,6 +66,7 @@ class Adaptation:
         settings: Settings,
         on_step: Callable[[dict[str, Tensor], int], None] | None = None,
         report: Callable[[str], None] = log.info,
+        scale: LossScale | None = None,
     ) -> None:
         self.model, self.settings, self.on_step, self._report = model, settings, on_step, report
         self.target = model if settings.target is None else named_module(model, settings.target, "target")
@@ -91,30 +83,27 @@ class Adaptation:
         check_entry(model, self.target)
         check_eval(model)
         self.calls = 0
-        self.record: dict[str, Tensor] = {}
-        self._state: dict[str, Any] = {}
-        self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
-        self._source: Mapping[str, Any] | None = None
-        self._draft: dict[str, Any] = {}
-        self._pending: _Computed | None = None
-        self._is_first, self._is_last = True, False
+        self._scale = LossScale() if scale is None else scale
         self._observer = Observer(model, self.target, settings, self.fusion, self.watched, self.memory, report)
         self._stack = ExitStack()
 
     @property
+    def record(self) -> Record:
+        return self._stepper.record
+
+    @property
     def updates(self) -> int:
-        self._settle()
-        return self.weights.updates
+        self._stepper.settle()
+        return self._stepper.weights.updates
 
     @property
     def skipped(self) -> int:
-        self._settle()
-        return self.weights.skipped
+        self._stepper.settle()
+        return self._stepper.weights.skipped
 
     @property
     def state(self) -> dict[str, Any]:
-        self._settle()
-        return self._state
+        return self._stepper.state
 
     def __enter__(self) -> Adaptation:
         try:
@@ -138,25 +127,25 @@ class Adaptation:
         if any(p.is_inference() for p in adapted):
             raise ValueError(f"Parameters made inside torch.inference_mode() cannot adapt: {', '.join(self.params)}.")
         self._observer.find_ranks()
-        own = [id(p) for p in self.model.parameters()]
-        if not _ADAPTING.isdisjoint(own):
-            raise ValueError(
-                f"Parameters of this {type(self.model).__name__} are being adapted already: close the first Adaptation "
-                "first."
-            )
-        _ADAPTING.update(own)
-        self._stack.callback(_ADAPTING.difference_update, own)
+        self._stack.enter_context(adapted_once(self.model))
         self._stack.enter_context(without_inference_tensors(self.model))
         self._stack.enter_context(self.method.prepared(self.model))
         self._stack.enter_context(only_trainable(self.model, adapted))
-        self.weights = AdaptedWeights(adapted, self.settings.optimizer)
+        is_sharded = check_shards(self.params, self.method.name, self.method.reads_params)
+        letting_go = partial(reshard, self.model) if is_sharded else None
+        weights = AdaptedWeights(self.params, self.settings.optimizer, letting_go)
         if self.settings.restore:
-            self._stack.callback(self.weights.restore)
+            self._stack.callback(weights.restore)
         in_memory = [] if self.memory is None else [self.memory.block]
         self._replay = FrozenReplay(self.target, adapted, [attention.module for attention in self.watched], in_memory)
         self._replay.enabled = self.settings.replay
         if self._replay.enabled:
             self._stack.enter_context(self._replay.attached())
+        self._stepper = Stepper(
+            *(self.settings, self.params, weights, self.memory, self._observer, self._replay, self._scale),
+            self._report_step,
+        )
+        self._stack.callback(self._stepper.settle)
         self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call))
 
     def drain(self, is_last: bool = False) -> None:
@@ -164,10 +153,10 @@ class Adaptation:
         ranks = self._observer.ranks
         if ranks is None or ranks.over:
             return
-        self._is_last, ranks.resting = is_last, False
+        ranks.resting = False
         with torch.inference_mode(False), torch.enable_grad():
             while not (ranks.over if is_last else ranks.resting):
-                self._adapt(None, None)
+                self._stepper.adapt(None, None, is_last)
 
     def abandon(self) -> None:
         """Tell the other processes that this one fails, so that they stop too."""
@@ -177,7 +166,6 @@ class Adaptation:
     def close(self) -> None:
         """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
         with torch.inference_mode(False):
-            self._settle()
             self._stack.close()
         if self.memory is not None:
             self.memory.clear()
@@ -185,11 +173,28 @@ class Adaptation:
     def reset(self) -> None:
         """Back to the source model: its weights, a fresh optimizer, an empty memory, nothing of earlier batches."""
         with torch.inference_mode(False):
-            self._settle()
-            self.weights.reset()
-        self._state = {}
-        if self.memory is not None:
-            self.memory.clear()
+            self._stepper.reset()
+
+    def state_dict(self, memory: bool = True) -> dict[str, Any]:
+        """What the stream needs to go on elsewhere, on the host: adapted values, optimizer, memory, random numbers.
+
+        The model itself is not in it. With several processes each has its own.
+
+        Args:
+            memory: whether the remembered tokens are wanted; without them a stream goes on with an empty memory.
+        """
+        return self._stepper.state_dict(memory)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a stream where `state_dict` was called, to the last bit.
+
+        Raises:
+            ValueError: if the state is damaged, or of another model, source, fusion pattern, method or optimizer;
+                nothing has changed then.
+        """
+        with torch.inference_mode(False):
+            self._stepper.load_state_dict(state)
+        self._report(f"{self.method.name} goes on from a state after {self.updates} updates.")
 
     def describe(self) -> str:
         """What adapts, by name, with counts."""
@@ -202,118 +207,18 @@ class Adaptation:
         if self._observer.inside:
             return
         self.calls += 1
-        self._pending = None  # what a call that was broken off left
         self._replay.start_batch()
         with torch.inference_mode(False), torch.enable_grad():
-            self._adapt(args, kwargs)
+            self._stepper.adapt(args, kwargs)
         self._replay.start_pass()
-
-    def _adapt(self, args: Any, kwargs: Any) -> None:
-        if self._reset_is_due():
-            self.reset()
-        self.forward_and_adapt(args, kwargs)
-
-    def forward_and_adapt(self, args: Any, kwargs: Any) -> None:
-        """Adapt to one batch, the target's arguments: `steps` times forward, gradients and step.
-
-        A step that is due before the prediction is taken; one that is due after it is kept for `_after_call`. Without a
-        batch, None, the step is that of the other processes.
-        """
-        tokens = {} if args is None else self._observer.tokens_of(args, kwargs)
-        if self._source is None:
-            self._draft = {}
-            self._source = self.method.measure_source(self._observe_source)
-            self._replay.end_batch()
-        for i in range(max(self.settings.steps, 1)):
-            self._settle()
-            self._is_first = i == 0
-            computed = self._compute(args, kwargs, tokens)
-            if computed is None:
-                return
-            if self.settings.predicts == "before" and args is not None:
-                self._pending = computed
-            else:
-                self._apply(computed, last=i + 1 >= self.settings.steps)
-
-    def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
-        """The method's gradients for one batch; None if it is empty."""
-        self._draft = dict(self._state)
-        step = self._observe(args, kwargs, tokens)
-        if step is None or step.samples == 0:
-            return None
-        kept = None if args is None else tokens
-        if self.settings.steps == 0:
-            return _Computed(None, self.method.loss(step)[1], step.samples, kept, self._draft)
-
-        def again(edit: Edit | None = None) -> Step:
-            torch.clear_autocast_cache()  # the method may have moved weights
-            own_args, own_kwargs = (args, kwargs) if edit is None or args is None else edit(args, kwargs)
-            step = self._observe(own_args, own_kwargs, tokens)
-            assert step is not None
-            return step
-
-        gradients, record = self.method.gradients(step, again)
-        if "loss" not in record:
-            raise ValueError(f"Expected {self.method.name} to record its `loss`, but got {sorted(record)}.")
-        return _Computed(gradients, record, step.samples, kept, self._draft)
-
-    def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
-        """One forward over memory and batch, as the method sees it; None if no process has a batch."""
-        self._replay.start_pass()
-        seen = self._observer.observe_all(args, kwargs, tokens, self._is_last)
-        if seen is None:
-            return None
-        return self._step_of(seen, self._observer.ranks)
-
-    def _observe_source(self, args: Any) -> Step:
-        """A forward of this process alone, for what is measured on the source."""
-        self._replay.start_pass()
-        return self._step_of(self._observer.observe(args, {}, {}))
-
-    def _step_of(self, seen: Seen, ranks: Ranks | None = None) -> Step:
-        of_method = self.params, self._draft, self._source or {}, self._is_first
-        return Step(seen.logits, seen.samples, seen.attention, seen.outputs, *of_method, ranks, seen.is_local)
-
-    def _apply(self, computed: _Computed, last: bool = True) -> None:
-        """Step, or not if the loss or a gradient is not finite; then record."""
-        record = computed.record
-        if computed.gradients is None:
-            self._state, updated = computed.state, record["loss"].new_zeros(())
-        else:
-            updated = self.weights.step(computed.gradients, record["loss"])
-            self._unsettled = computed if last else computed._replace(tokens=None)
-        self.record = record | {"updated": updated.to(record["loss"])}
-        if self.on_step is not None:
-            self.on_step(self.record, computed.samples)
-
-    def _settle(self) -> None:
-        """What follows from the last step, as soon as somebody needs to know whether it was taken."""
-        last, self._unsettled = self._unsettled, None
-        if last is None:
-            return
-        taken = self.weights.settle()
-        if taken:
-            self._state = last.state
-        if self.memory is not None:
-            if not taken:  # of a step that failed nothing is remembered
-                self.memory.skip()
-            elif last.tokens is not None:
-                self.memory.push(last.tokens)
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._observer.inside:
             return
         self._replay.end_batch()
-        if self.memory is not None and self._unsettled is not None and output is not None:
-            self.memory.expect(read_logits(output, self.settings.logits))
-        computed, self._pending = self._pending, None
-        if computed is not None and output is not None:
-            with torch.inference_mode(False):
-                self._apply(computed)
+        with torch.inference_mode(False):
+            self._stepper.end_call(output)
 
-    # --------------------------------------------------------------------------------------------------- the details
-
-    def _reset_is_due(self) -> bool:
-        self._settle()
-        limit = self.settings.updates_per_reset
-        return (limit is not None and self.weights.updates_since_reset >= limit) or self.method.wants_reset(self._state)
+    def _report_step(self, record: Record, samples: int) -> None:
+        if self.on_step is not None:
+            self.on_step(record, samples)

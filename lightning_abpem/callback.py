@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypedDict
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +16,7 @@ from lightning_abpem.adaptation import Adaptation
 from lightning_abpem.fusion import FusionPatterns
 from lightning_abpem.method import Method, Predicts
 from lightning_abpem.run import Run, Stage
+from lightning_abpem.saving import check_form, check_saved, read_state, write_state
 from lightning_abpem.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
 from lightning_abpem.spans import Modalities
 from lightning_abpem.strategies import check_strategy
@@ -119,6 +121,8 @@ class TestTimeAdaptation(Callback):
         self._counts = (0, 0)
         self.averages: dict[int, dict[str, Tensor]] = {}
         self._logged = 0
+        self._state: Mapping[str, Any] = {}  # of the last run
+        self._loaded: Mapping[str, Any] | Path | None = None  # what the next one goes on from
         self._run: Run | None = None
 
     @property
@@ -142,9 +146,63 @@ class TestTimeAdaptation(Callback):
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
         with Adaptation(model, self.settings, report=rank_zero_info) as adaptation:
-            yield adaptation
+            if (state := self._take_state()) is not None:
+                adaptation.load_state_dict(state)
+            try:
+                yield adaptation
+            finally:
+                self._state = adaptation.state_dict()
             if adaptation.calls == 0:
                 rank_zero_warn("The `with` block ended without a call of the target: nothing was adapted.")
+
+    def state_dict(self, memory: bool = True) -> dict[str, Any]:
+        """What the stream of this run, or of the last, needs to go on: see `Adaptation.state_dict`.
+
+        Lightning puts it into checkpoints. Empty if nothing was adapted yet.
+        """
+        if self._run is not None and self._run.adaptation is not None:
+            return self._run.adaptation.state_dict(memory)
+        return dict(self._state) if memory or not self._state else {**self._state, "memory": []}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Let the next run, or the next `attach`, go on from a state.
+
+        Raises:
+            ValueError: if it is no such state, or one of another method. What depends on the model is seen, and raised,
+                when the run begins, before anything changes.
+        """
+        check_form(state_dict, self.settings.method.name)
+        self._loaded = state_dict
+
+    def save(self, path: str | Path, memory: bool = True) -> Path:
+        """Write `state_dict` to a file, all of it or nothing.
+
+        With several processes each writes its own, beside each other: of state.pt state-0-of-2.pt and state-1-of-2.pt.
+
+        Returns:
+            the file that was written.
+
+        Raises:
+            ValueError: if nothing was adapted yet.
+        """
+        state = self.state_dict(memory)
+        if not state:
+            raise ValueError("Expected a run before `save`, but nothing has been adapted yet.")
+        return write_state(state, path)
+
+    def load(self, path: str | Path) -> None:
+        """Let the next run, or the next `attach`, go on from what `save` wrote; each process reads its own file.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: see `load_state_dict`; also if the file is damaged.
+        """
+        check_saved(path, self.settings.method.name)
+        self._loaded = Path(path)
+
+    def _take_state(self) -> Mapping[str, Any] | None:
+        loaded, self._loaded = self._loaded, None
+        return read_state(loaded, self.settings.method.name) if isinstance(loaded, Path) else loaded
 
     # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
 
@@ -154,7 +212,7 @@ class TestTimeAdaptation(Callback):
             if own_stage == stage:
                 _check_trainer(trainer)
                 self._counts, self.averages = (0, 0), {}
-                self._run = Run(trainer, pl_module, own_stage, self.settings, self, self._logged)
+                self._run = Run(trainer, pl_module, own_stage, self.settings, self, self._logged, self._take_state)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -200,7 +258,7 @@ class TestTimeAdaptation(Callback):
         run, self._run = self._run, None
         if run is not None:
             run.close()
-            self._counts, self._logged = run.counts, run.logged
+            self._counts, self._logged, self._state = run.counts, run.logged, run.state or self._state
 
 
 def _check_trainer(trainer: Any) -> None:

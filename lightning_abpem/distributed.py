@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_abpem.functional import ScoreStatistics
 from lightning_abpem.objective import Comparison, Pair
 
-__all__ = ["GlobalBatch", "Ranks", "several_processes"]
+__all__ = ["GlobalBatch", "Ranks", "process", "several_processes"]
 
 _GONE, _OUT, _BATCH, _FAILED = range(4)
 _COLUMNS = 6  # of a comparison: mean, deviation and whether it is seen, of the cross and of the self block
@@ -47,6 +47,11 @@ class _Form(NamedTuple):
 def several_processes() -> bool:
     """Whether torch.distributed runs, with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def process() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if several_processes() else (0, 1)
 
 
 class Ranks:
@@ -120,14 +125,32 @@ class Ranks:
         rows = torch.cat([*remembered, *current])
         return GlobalBatch(rows[:, : self._form.classes], sum(row[1] for row in header), self._unpacked(rows))
 
-    def sum(self, gradients: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    def refuse_uneven(self, has_batch: bool) -> None:
+        """Hold the processes' streams against each other before a forward that needs all processes.
+
+        Raises:
+            RuntimeError: in all of them, if some have a batch and some have none, or one has failed.
+        """
+        statuses = [row[0] for row in self._exchange(_BATCH if has_batch else _OUT)]
+        if len(set(statuses)) > 1:
+            self.over = True
+            without = [rank for rank, status in enumerate(statuses) if status != _BATCH]
+            raise RuntimeError(
+                f"Process {without} had no batch, or failed, while others had one, but the model is cut into shards, "
+                "so that every forward needs all processes. Give each as many batches, as Lightning's own sampler does."
+            )
+
+    def sum(
+        self, gradients: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor], is_local: bool = True
+    ) -> list[list[Tensor | None]]:
         """The gradients of several losses, summed over processes: one flat exchange for all of them.
 
         Args:
             gradients: by loss, one for each parameter; empty lists where this process has no samples.
             params: the parameters.
+            is_local: whether this process has samples, and so knows which parameters the loss does not reach.
         """
-        if gradients[0]:
+        if is_local:
             self._absent = [gradient is None for gradient in gradients[0]]
         local = [g for own in gradients for g in (own or [None] * len(params))]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32

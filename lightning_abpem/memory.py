@@ -94,6 +94,18 @@ class TokenMemory:
         """The current batch is not to be stored."""
         self._predicted = None
 
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The stored batches, oldest first."""
+        return [
+            {"places": sorted(batch.places), "tensors": batch.tensors, "masks": batch.masks} for batch in self._stored
+        ]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Store these batches instead, the newest of them if there is not room for all."""
+        self.clear()
+        for batch in state:
+            self._stored.append(_Batch(frozenset(batch["places"]), dict(batch["tensors"]), dict(batch["masks"])))
+
     def clear(self) -> None:
         """Forget all tokens."""
         self._stored.clear()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.distributed import Ranks
-from lightning_abpem.functional import entropy
+from lightning_abpem.functional import entropy, widen
 from lightning_abpem.fusion import JointFusion, SeparateFusion
 from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import collect_params
+from lightning_abpem.sharded import is_sharded, sharded_gradients
 
 __all__ = ["Again", "Edit", "Gradients", "Method", "Predicts", "Record", "Step", "check_range", "record_of"]
 
@@ -38,6 +39,7 @@ class Step:
         state: the method's own memory of earlier batches; empty at first and after a reset.
         source: what it measured on the source model.
         is_first: whether this is the first step that is computed for its batch.
+        scale: what losses are multiplied by while their gradients are taken; None for 1.
         ranks: the processes that share the batch; None for one.
         is_local: whether any of the samples are of this process.
     """
@@ -50,6 +52,7 @@ class Step:
     state: dict[str, Any]
     source: Mapping[str, Any]
     is_first: bool = True
+    scale: Tensor | None = None
     ranks: Ranks | None = None
     is_local: bool = True
 
@@ -64,18 +67,33 @@ class Step:
     def gradients_of(self, *losses: Tensor) -> Sequence[Gradients]:
         """The same of several losses, summed over processes at once."""
         params = list(self.params.values())
-        own: list[Sequence[Tensor | None]] = [[] for _ in losses]
-        if self.is_local:
-            own = [self._own_gradients(loss, params, keep_graph=loss is not losses[-1]) for loss in losses]
-        return own if self.ranks is None else self.ranks.sum(own, params)
+        own: list[list[Tensor | None]] = [[] for _ in losses]
+        if self.is_local or any(loss.requires_grad for loss in losses):
+            own = self._own_gradients(losses, params)
+        return own if self.ranks is None else self.ranks.sum(own, params, self.is_local)
 
-    def _own_gradients(self, loss: Tensor, params: list[nn.Parameter], keep_graph: bool) -> Gradients:
-        if not loss.requires_grad:
+    def in_all(self, term: Tensor) -> Tensor:
+        """A term of the loss that depends on `params` alone, so that the sum over processes has it once."""
+        return term if self.ranks is None else term.detach() + (term - term.detach()) / self.ranks.size
+
+    def _own_gradients(self, losses: Sequence[Tensor], params: list[nn.Parameter]) -> list[list[Tensor | None]]:
+        if not all(loss.requires_grad for loss in losses):
             raise ValueError(
                 f"Expected gradients through the target's forward, but no gradient reaches {', '.join(self.params)}. "
                 "Is the forward, or a part of it after the fusion attention, under torch.no_grad() or inference_mode()?"
             )
-        return torch.autograd.grad(loss, params, retain_graph=keep_graph, allow_unused=True)
+        scaled = losses if self.scale is None else [loss * self.scale.to(loss.device) for loss in losses]
+        if any(map(is_sharded, params)):
+            gradients = sharded_gradients(scaled, params)
+        else:
+            last = len(scaled) - 1
+            gradients = [
+                list(torch.autograd.grad(loss, params, retain_graph=i < last, allow_unused=True))
+                for i, loss in enumerate(scaled)
+            ]
+        if self.scale is None:
+            return gradients
+        return [[None if g is None else widen(g) / self.scale.to(g.device) for g in own] for own in gradients]
 
 
 Edit = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -97,6 +115,7 @@ class Method:
     Attributes:
         name: as its paper writes it; figures are logged under its lower case.
         needs_attention: whether `Step.attention` is wanted, and so modalities.
+        reads_params: whether it looks at the values of `Step.params`, or sets them, which shards do not allow.
         predicts: "after" the update, or "before" it.
         balances_batch: whether its loss compares the samples of a batch, and so wants several.
         watches: names of modules whose outputs are wanted, and so `Step.outputs`.
@@ -104,6 +123,7 @@ class Method:
 
     name: ClassVar[str]
     needs_attention: ClassVar[bool] = False
+    reads_params: ClassVar[bool] = False
     predicts: ClassVar[Predicts] = "after"
     watches: Sequence[str] = ()
 

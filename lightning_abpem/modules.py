@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "adapted_once",
     "check_eval",
     "encoders_around",
     "find_modules",
@@ -111,6 +112,28 @@ def normal_tensor(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return x.clone() if x.is_inference() else x.detach() if x.requires_grad else x
+
+
+_ADAPTING: set[int] = set()  # ids of the parameters of the models that somebody adapts
+
+
+@contextmanager
+def adapted_once(model: nn.Module) -> Iterator[None]:
+    """While it lasts, nobody else may adapt a parameter of `model`.
+
+    Raises:
+        ValueError: if somebody does already.
+    """
+    own = [id(p) for p in model.parameters()]
+    if not _ADAPTING.isdisjoint(own):
+        raise ValueError(
+            f"Parameters of this {type(model).__name__} are being adapted already: close the first Adaptation first."
+        )
+    _ADAPTING.update(own)
+    try:
+        yield
+    finally:
+        _ADAPTING.difference_update(own)
 
 
 @contextmanager

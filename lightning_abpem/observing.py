@@ -23,6 +23,7 @@ from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import FusionAttention
 from lightning_abpem.seen import SeenCall
 from lightning_abpem.settings import Settings
+from lightning_abpem.sharded import has_shards
 from lightning_abpem.spans import Tokens
 from lightning_abpem.tokens import BatchTokens, refuse_silence
 from lightning_abpem.tracing import trace_attention
@@ -81,6 +82,7 @@ class Observer:
         modules = [attention.module for attention in watched]
         self._encoders, self._compiled = encoders_around(model, modules), compiled_around(model, modules)
         self._inputs = OwnInputs()
+        self._is_sharded = has_shards(model)
         self._is_checked = self._warned_single = False
         self.inside = False
         self.ranks: Ranks | None = None
@@ -91,7 +93,14 @@ class Observer:
         Raises:
             ValueError: if the method compares what is not exchanged.
         """
-        if self._settings.sync == "local" or not several_processes():
+        if not several_processes():
+            return
+        if self._settings.sync == "local":
+            if self._is_sharded:
+                raise ValueError(
+                    'Expected sync="global", for the model is cut into shards, so that every forward needs all '
+                    'processes, but got sync="local".'
+                )
             return
         method = self._settings.method
         if method.watches:
@@ -117,6 +126,8 @@ class Observer:
         Returns:
             None if no process has a batch.
         """
+        if self.ranks is not None and self._is_sharded:
+            self.ranks.refuse_uneven(args is not None)
         seen = None if args is None else self.observe(args, kwargs, tokens)
         if self.ranks is None:
             return seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_abpem.adaptation import Adaptation
+from lightning_abpem.loss_scale import LossScale
 from lightning_abpem.metrics import RecordMean, merge_means
 from lightning_abpem.settings import Settings
 
@@ -29,15 +31,28 @@ class Run:
         settings: the engine's.
         first: the callback that is to come first.
         logged: steps handed to the loggers so far.
+        take_state: what the adaptation is to go on from, asked when it begins; None for the source.
+
+    Attributes:
+        state: the adaptation's after the run, as it can be saved; empty if it never began.
     """
 
     def __init__(
-        self, trainer: Any, module: LightningModule, stage: Stage, settings: Settings, first: Callback, logged: int
+        self,
+        trainer: Any,
+        module: LightningModule,
+        stage: Stage,
+        settings: Settings,
+        first: Callback,
+        logged: int,
+        take_state: Callable[[], Mapping[str, Any] | None],
     ) -> None:
         self.trainer, self.module, self.stage, self._settings = trainer, module, stage, settings
         self._prefix = settings.method.name.lower()
         self.logged = logged  # steps handed to the loggers, over all runs of the callback
+        self._take_state = take_state
         self.adaptation: Adaptation | None = None
+        self.state: dict[str, Any] = {}
         self._means: dict[int, RecordMean] = {}
         self._pending: list[dict[str, Tensor]] = []
         self._dataloader, self._processes = 0, trainer.world_size
@@ -119,11 +134,18 @@ class Run:
         for module, training in self._training.items():
             module.training = training
         if self.adaptation is not None:
-            self.adaptation.close()
+            try:
+                self.state = self.adaptation.state_dict()
+            finally:
+                self.adaptation.close()
             self._flush()
 
     def _open(self) -> None:
-        self.adaptation = Adaptation(self.module, self._settings, self._on_step, rank_zero_info).__enter__()
+        scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))
+        self.adaptation = Adaptation(self.module, self._settings, self._on_step, rank_zero_info, scale).__enter__()
+        state = self._take_state()
+        if state is not None:
+            self.adaptation.load_state_dict(state)
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
         if self._dataloader not in self._means:

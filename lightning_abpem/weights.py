@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_abpem.late import LateBools
+from lightning_abpem.saving import check_weights, source_sums
 from lightning_abpem.settings import OptimizerFactory, Settings
+from lightning_abpem.sharded import assign, is_sharded, whole
 
 __all__ = ["AdaptedWeights", "all_finite", "describe_run"]
 
@@ -21,11 +23,12 @@ class AdaptedWeights:
     """Parameters with an optimizer of their own and the way back to where they came from.
 
     Parameters narrower than float32 move by way of float32 masters: Adam at 1e-4 would not move a bfloat16 weight of 1,
-    and its epsilon is 0 in float16.
+    and its epsilon is 0 in float16. Those cut into shards move by way of whole ones, the same in every process.
 
     Args:
-        params: what moves; their present values are the source.
+        params: what moves, by name; their present values are the source.
         optimizer: from parameters to a torch optimizer.
+        before_writing: called before values are written to them.
 
     Attributes:
         updates: steps taken.
@@ -36,10 +39,16 @@ class AdaptedWeights:
         ValueError: if the factory makes no optimizer, or one that needs a closure.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], optimizer: OptimizerFactory) -> None:
-        self._params = list(params)
-        self._factory = optimizer
-        self._source = [p.detach().clone() for p in params]
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        optimizer: OptimizerFactory,
+        before_writing: Callable[[], None] | None = None,
+    ) -> None:
+        self._names, self._params = list(params), list(params.values())
+        self._factory, self._before_writing = optimizer, before_writing
+        self._source = [p.detach().clone() for p in self._params]
+        self._sums = source_sums([whole(p) for p in self._source])
         self._fate: LateBools | None = None
         self.updates = self.skipped = self.updates_since_reset = 0
         self._start()
@@ -94,9 +103,40 @@ class AdaptedWeights:
             self._start()
         return False
 
+    def state_dict(self) -> dict[str, Any]:
+        """The adapted values, the optimizer and the counters; the source by its checksums alone."""
+        return {
+            "params": dict(zip(self._names, self._masters, strict=True)),
+            "source": self._sums,
+            "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+            "optimizer_class": type(self._optimizer).__name__,
+            "counts": [self.updates, self.skipped, self.updates_since_reset],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run stopped, if it began with the same source.
+
+        Raises:
+            ValueError: if it did not, or if something else does not fit; nothing has changed then.
+        """
+        self.settle()
+        check_weights(state, self.state_dict())
+        masters, optimizer = self._fresh()
+        try:
+            if masters:
+                optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"The state's optimizer does not fit this one: {error}") from error
+        self._masters, self._optimizer = masters, optimizer
+        with torch.no_grad():
+            for name, master in zip(self._names, masters, strict=True):
+                master.copy_(state["params"][name])
+        self._set(masters)
+        self.updates, self.skipped, self.updates_since_reset = state["counts"]
+
     @torch.enable_grad()
     def _step_if(self, finite: Tensor) -> None:
-        optimizer: Any = self._optimizer
+        optimizer = self._optimizer
         if not getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's name for what takes `found_inf`
             if finite:
                 optimizer.step()
@@ -106,23 +146,36 @@ class AdaptedWeights:
         del optimizer.grad_scale, optimizer.found_inf
 
     def _start(self) -> None:
-        narrow = (torch.float16, torch.bfloat16)
-        self._masters = [nn.Parameter(p.detach().float()) if p.dtype in narrow else p for p in self._params]
-        if not self._masters:  # the source model: nothing moves
-            return
-        self._optimizer = self._factory(self._masters)
-        if not isinstance(self._optimizer, torch.optim.Optimizer) or isinstance(self._optimizer, torch.optim.LBFGS):
+        self._masters, self._optimizer = self._fresh()
+
+    def _fresh(self) -> tuple[list[nn.Parameter], Any]:
+        masters = [_master(p) for p in self._params]
+        if not masters:  # the source model: nothing moves
+            return masters, None
+        optimizer = self._factory(masters)
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                "Expected `optimizer` to make a torch optimizer that steps without a closure, but got "
-                f"{self._optimizer!r}."
+                f"Expected `optimizer` to make a torch optimizer that steps without a closure, but got {optimizer!r}."
             )
+        return masters, optimizer
 
     @torch.no_grad()
     def _set(self, values: Sequence[Tensor]) -> None:
+        if self._before_writing is not None:
+            self._before_writing()
         for parameter, value in zip(self._params, values, strict=True):
             if value is not parameter:
-                parameter.copy_(value)
+                assign(parameter, value)
         torch.clear_autocast_cache()  # a surrounding autocast would go on with the casts of the old values
+
+
+def _master(p: nn.Parameter) -> nn.Parameter:
+    """What the optimizer moves: the parameter itself if it is whole and wide enough."""
+    is_narrow = p.dtype in (torch.float16, torch.bfloat16)
+    if not is_narrow and not is_sharded(p):
+        return p
+    value = whole(p.detach())
+    return nn.Parameter(value.float() if is_narrow else value.clone())
 
 
 def describe_run(

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_abpem.methods import Tent
 from lightning_abpem.strategies import check_strategy
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
@@ -339,9 +340,11 @@ def test_the_target_is_never_called():
 
 def test_given_twice():
     callback = abpem()
-    for pair in ((callback, callback), (abpem(), abpem())):
-        with pytest.raises(MisconfigurationException, match="one callback that adapts, but the Trainer has 2"):
-            trainer(*pair).test(make_toy(), loader(), verbose=False)
+    with pytest.raises(MisconfigurationException, match="one callback that adapts, but the Trainer has 2"):
+        trainer(callback, Tent()).test(make_toy(), loader(), verbose=False)
+    for pair in ((callback, callback), (abpem(), abpem())):  # which Lightning finds first: their states have one name
+        with pytest.raises(RuntimeError, match="more than one stateful callback of type `ABPEM`"):
+            trainer(*pair)
 
 
 def test_the_other_lightning():

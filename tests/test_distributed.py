@@ -16,6 +16,15 @@ MASKS = {
     "audio": lambda audio, video: (torch.arange(AUDIO + VIDEO) < AUDIO) & (audio[:, :1, 0] > -9),
     "video": lambda audio, video: torch.arange(AUDIO + VIDEO) >= AUDIO + (video[:, :1, 0] > 0),
 }
+
+
+def stream(sizes, seed=10):
+    """Batches of these sizes, in float64."""
+    return [
+        tuple(x.double() for x in batches(1, size, seed=seed + i)[0]) if size else None for i, size in enumerate(sizes)
+    ]
+
+
 METHODS = {
     "abpem": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3),
     "abpem published": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3, **PAPER),
@@ -24,16 +33,12 @@ METHODS = {
     "abpem, reset": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=3),
     "tent": Tent,
     "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0),
+    "eata, fisher": partial(
+        EATA, redundancy=1.0, entropy_margin=1.0, fisher_weight=5.0, fisher_batches=stream([4, 3], seed=50)
+    ),
     "sar": partial(SAR, entropy_margin=1.0),
     "read": partial(READ, "fusion.*.attn"),
 }
-
-
-def stream(sizes):
-    """Batches of these sizes, in float64."""
-    return [
-        tuple(x.double() for x in batches(1, size, seed=10 + i)[0]) if size else None for i, size in enumerate(sizes)
-    ]
 
 
 def adapt(method, own, **changes):

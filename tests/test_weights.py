@@ -16,11 +16,15 @@ def ones(dtype=torch.float32):
     return [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.full((2,), 2.0, dtype=dtype))]
 
 
+def named(params):
+    return {str(i): p for i, p in enumerate(params)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_many_small_steps_add_up(dtype):
     """A hundred steps of 1e-4: each is lost on a bfloat16 1.0, all of them together are not."""
     params = ones(dtype)
-    weights = AdaptedWeights(params, SGD)
+    weights = AdaptedWeights(named(params), SGD)
     for _ in range(100):
         assert weights.step([torch.ones(3, dtype=dtype), None], LOSS)
     assert params[0].tolist() == pytest.approx([0.99] * 3, abs=4e-3 if dtype == torch.bfloat16 else 1e-3)
@@ -32,7 +36,7 @@ def test_many_small_steps_add_up(dtype):
 
 def test_a_reset_forgets_the_momentum():
     params = ones()
-    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    weights = AdaptedWeights(named(params), partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     gradients = [torch.ones(3), torch.ones(2)]
     weights.step(gradients, LOSS)
     first = params[0].clone()
@@ -44,7 +48,7 @@ def test_a_reset_forgets_the_momentum():
 
 def test_an_overflowing_step_is_taken_back():
     params = ones()
-    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=1e30))
+    weights = AdaptedWeights(named(params), partial(torch.optim.SGD, lr=1e30))
     assert not weights.step([torch.full((3,), 1e30), None], LOSS)
     assert torch.equal(params[0], torch.ones(3))
 
@@ -56,7 +60,7 @@ def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were(kind, fused):
     ends = []
     for with_bad in (True, False):
         params = ones()
-        weights = AdaptedWeights(params, partial(kind, lr=0.1, fused=fused))
+        weights = AdaptedWeights(named(params), partial(kind, lr=0.1, fused=fused))
         for value in (1.0, float("nan"), -3.0, 2.0):
             gradients = [torch.full((3,), value), torch.full((2,), value)]
             if value == value or with_bad:
@@ -67,7 +71,7 @@ def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were(kind, fused):
 
 def test_steps_are_counted_once_they_are_settled():
     params = ones()
-    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    weights = AdaptedWeights(named(params), partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     assert weights.settle() is None
     for loss, taken in ((0.0, True), (float("nan"), False), (1.0, True)):
         weights.step([torch.ones(3), None], torch.tensor(loss))
@@ -80,7 +84,7 @@ def test_steps_are_counted_once_they_are_settled():
 
 def test_moments_that_ruin_the_weights_are_forgotten():
     params = ones()
-    weights = AdaptedWeights(params, partial(torch.optim.SGD, lr=1.0, momentum=0.9))
+    weights = AdaptedWeights(named(params), partial(torch.optim.SGD, lr=1.0, momentum=0.9))
     weights.step([torch.full((3,), 3e38), None], LOSS)  # from 1 to -3e38
     weights.settle()
     weights.step([torch.full((3,), 3e38), None], LOSS)  # past the largest float

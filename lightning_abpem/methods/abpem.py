@@ -74,7 +74,8 @@ class Bootstrapping(Method):
 
     def _parts(self, step: Step) -> Parts:
         """The objective's parts; the stream's predictions so far are the only thing that is remembered."""
-        stream: StreamPredictions | None = step.state.get("stream")
+        known = step.state.get("stream")
+        stream = None if known is None else StreamPredictions(*known)  # of a loaded state it is a list
         if self.objective.balance != "stream":
             return self.objective(step.logits, step.attention)
         if step.is_first or stream is None:

@@ -40,6 +40,7 @@ class SampleEfficientEntropy(NormMethod):
     fisher_weight: float = 2000.0
     fisher_batches: Sequence[Sequence[Any]] = ()
     name: ClassVar[str] = "EATA"
+    reads_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("entropy_margin", self.entropy_margin, above=0)
@@ -76,9 +77,8 @@ class SampleEfficientEntropy(NormMethod):
         weights = (margin - entropies.detach()).exp()
         loss = (weights * entropies)[kept].mean()
         for name, fisher in step.source["fisher"].items():
-            loss = (
-                loss + self.fisher_weight * (fisher * (step.params[name] - step.source["start"][name]).square()).sum()
-            )
+            moved = (step.params[name] - step.source["start"][name]).square()
+            loss = loss + step.in_all(self.fisher_weight * (fisher * moved).sum())
         return loss, record_of(loss, step.logits, kept=share)
 
     def _is_new(self, p: Tensor, state: Mapping[str, Any]) -> Tensor:

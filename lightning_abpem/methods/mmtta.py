@@ -62,6 +62,7 @@ class SelectedPseudoLabels(NormMethod):
     selection: Selection = "soft"
     momentum: float = 0.99
     name: ClassVar[str] = "MM-TTA"
+    reads_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_inputs(self.inputs)

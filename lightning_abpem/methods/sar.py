@@ -37,6 +37,7 @@ class SharpnessAwareEntropy(NormMethod):
     reset_entropy: float = 0.2
     exclude: Sequence[str] = ()
     name: ClassVar[str] = "SAR"
+    reads_params: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("entropy_margin", self.entropy_margin, above=0)

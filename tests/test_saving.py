@@ -1,0 +1,264 @@
+"""A stream that is cut and goes on elsewhere predicts, to the last bit, what it would have uncut."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_abpem import ABPEM
+from lightning_abpem.methods import EATA, MMTTA, READ, SAR, Tent
+from tests.ranks import in_two_processes
+from tests.reference import same_state
+from tests.test_callback import trainer
+from tests.toy import MODALITIES, FusedAttention, batches, loader, make_toy
+
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+CUT, LENGTH = 3, 6
+METHODS = {
+    "abpem": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3),
+    "abpem, momentum": partial(
+        ABPEM, "fusion.*.attn", MODALITIES, optimizer=partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
+    ),
+    "abpem, reset": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=4),
+    "tent": Tent,
+    "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0, fisher_batches=batches(2, seed=7)),
+    "sar": partial(SAR, entropy_margin=1.0),
+    "mm-tta": partial(MMTTA, {"audio": 0, "video": 1}),
+    "read": partial(READ, "fusion.*.attn"),
+}
+
+
+def predict(callback, model, stream):
+    with torch.no_grad(), callback.attach(model):
+        return [model(*batch) for batch in stream]
+
+
+def made(name):
+    return METHODS[name](**({"optimizer": ADAM} if "momentum" not in name else {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stream_that_is_cut_goes_on(tmp_path, name, dtype):
+    stream = [tuple(x.to(dtype) for x in batch) for batch in batches(LENGTH)]
+    model = make_toy().to(dtype)
+    if name == "eata" and dtype != torch.float32:
+        pytest.skip("its Fisher batches are float32")
+    whole = predict(made(name), model, stream)
+    first, second = made(name), made(name)
+    start = predict(first, model, stream[:CUT])
+    path = first.save(tmp_path / "state.pt")
+    torch.manual_seed(99)
+    second.load(path)
+    rest = predict(second, make_toy().to(dtype), stream[CUT:])
+    assert all(torch.equal(a, b) for a, b in zip(whole, start + rest, strict=True))
+    anew = predict(made(name), model, stream[CUT:])
+    assert not all(torch.equal(a, b) for a, b in zip(rest, anew, strict=True))
+
+
+def test_batches_with_gaps_in_memory():
+    """Of which every other row is a sample: the first batch after the cut is rounded as in the middle of a stream."""
+    stream = [tuple(x[::2] for x in batch) for batch in batches(LENGTH)]
+    whole, first, second = predict(made("abpem"), make_toy(), stream), made("abpem"), made("abpem")
+    predict(first, make_toy(), stream[:CUT])
+    second.load_state_dict(first.state_dict())
+    rest = predict(second, make_toy(), stream[CUT:])
+    assert all(torch.equal(a, b) for a, b in zip(whole[CUT:], rest, strict=True))
+
+
+def test_through_a_trainer_and_its_checkpoint(tmp_path):
+    whole, rest = make_toy(), make_toy()
+    trainer(made("abpem")).test(whole, loader(LENGTH), verbose=False)
+    first = made("abpem")
+    trainer(first, limit_test_batches=CUT).test(make_toy(), loader(LENGTH), verbose=False)
+    assert first.updates == CUT
+    first.save(tmp_path / "state.pt")
+    second = made("abpem")
+    second.load(tmp_path / "state.pt")
+    data = loader(LENGTH).dataset
+    later = torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(4 * CUT, 4 * LENGTH)), batch_size=4)
+    trainer(second).test(rest, later, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.seen[CUT:], rest.seen, strict=True))
+    assert second.updates == LENGTH
+    assert same_state(rest.state_dict(), make_toy().state_dict())
+
+    runner = trainer(first, limit_test_batches=CUT)
+    runner.test(make_toy(), loader(LENGTH), verbose=False)
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    third, again = made("abpem"), make_toy()
+    trainer(third).test(again, later, ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(rest.seen, again.seen, strict=True))
+
+
+def test_a_run_that_crashed_can_be_saved(tmp_path):
+    """The state is that of the last step that was taken."""
+
+    class Breaks(type(make_toy())):
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == CUT:
+                raise OSError("the sensor is gone")
+            super().test_step(batch, batch_idx, dataloader_idx)
+
+    model, first = Breaks().eval(), made("abpem")
+    model.load_state_dict(make_toy().state_dict())
+    with pytest.raises(OSError, match="sensor"):
+        trainer(first).test(model, loader(LENGTH), verbose=False)
+    first.save(tmp_path / "state.pt")
+    second = made("abpem")
+    second.load(tmp_path / "state.pt")
+    rest = predict(second, make_toy(), batches(LENGTH)[CUT:])
+    whole = predict(made("abpem"), make_toy(), batches(LENGTH))
+    assert all(torch.equal(a, b) for a, b in zip(whole[CUT:], rest, strict=True))
+
+
+def test_only_what_adapts_is_saved():
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    state = first.state_dict()
+    assert list(state["weights"]["params"]) == ["fusion.0.attn.qkv.weight", "fusion.0.attn.qkv.bias"]
+    assert len(state["memory"]) == 2
+    assert first.state_dict(memory=False)["memory"] == []
+
+
+def test_a_state_is_used_once():
+    first = made("abpem")
+    source = predict(made("abpem"), make_toy(), batches(2))
+    predict(first, make_toy(), batches(2))
+    first.load_state_dict(first.state_dict())
+    assert not torch.equal(predict(first, make_toy(), batches(2))[0], source[0])
+    assert torch.equal(predict(first, make_toy(), batches(2))[0], source[0])
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="nothing has been adapted yet"):
+        made("abpem").save(tmp_path / "state.pt")
+    assert made("abpem").state_dict() == {}
+    with pytest.raises(FileNotFoundError, match=r"no '.*none\.pt'"):
+        made("abpem").load(tmp_path / "none.pt")
+
+
+def test_a_damaged_file(tmp_path):
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    path = first.save(tmp_path / "state.pt")
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"not a state", content[:-2000] + b"\0" * 2000):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"Expected '.*state\.pt' to hold the state of an adaptation, but it can"):
+            first.load(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match=r"as `state_dict` makes it, but got \['state_dict'\]"):
+        first.load(path)
+    with pytest.raises(ValueError, match="but got list"):
+        first.load_state_dict([1])
+    assert not list(tmp_path.glob(".*"))
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = FusedAttention()
+        self.attn.qkv = nn.Linear(12, 48)
+
+
+def other_weights():
+    torch.manual_seed(5)
+    return type(make_toy())().eval()
+
+
+BAD = {
+    "method": (lambda: READ("fusion.*.attn"), make_toy, "Expected a state of READ, but got one of ABPEM"),
+    "pattern": (
+        lambda: ABPEM("fusion.1.attn", MODALITIES),
+        partial(make_toy, depth=2),
+        r"fusion\.0\.attn\.qkv\.weight \(36, 12\) instead of nothing",
+    ),
+    "model": (
+        lambda: ABPEM("fusion.*.attn", MODALITIES),
+        partial(make_toy, depth=2),
+        r"fusion\.1\.attn\.qkv\.weight missing instead of \(36, 12\)",
+    ),
+    "source": (lambda: ABPEM("fusion.*.attn", MODALITIES), other_weights, "began with this model's weights"),
+    "optimizer": (
+        lambda: ABPEM("fusion.*.attn", MODALITIES, optimizer=partial(torch.optim.SGD, lr=1e-2)),
+        make_toy,
+        "Expected a state of SGD, but got one of Adam",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_state_that_does_not_fit(bad):
+    make, model, message = BAD[bad]
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    second, model = make(), model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def go_on():
+        second.load_state_dict(first.state_dict())
+        predict(second, model, batches(1))
+
+    with pytest.raises(ValueError, match=message):
+        go_on()
+    assert same_state(before, model.state_dict())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    predict(second, model, batches(1))  # and then it begins at the source
+
+
+def test_a_state_that_does_not_fit_changes_nothing_of_an_open_adaptation():
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    state = first.state_dict()
+    state["weights"]["optimizer"]["param_groups"] = []
+    whole = predict(made("abpem"), make_toy(), batches(4))
+    model = make_toy()
+    with torch.no_grad(), made("abpem").attach(model) as adaptation:
+        start = [model(*batch) for batch in batches(4)[:2]]
+        with pytest.raises(ValueError, match="optimizer does not fit"):
+            adaptation.load_state_dict(state)
+        rest = [model(*batch) for batch in batches(4)[2:]]
+    assert all(torch.equal(a, b) for a, b in zip(whole, start + rest, strict=True))
+
+
+def test_of_another_version():
+    first = made("abpem")
+    predict(first, make_toy(), batches(1))
+    with pytest.raises(ValueError, match="of form 1, but got 7"):
+        first.load_state_dict({**first.state_dict(), "format": 7})
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def cut_in_two(rank, folder):
+    """The stream uncut, and cut, saved, loaded."""
+    stream = [tuple(x[rank::2] for x in batch) for batch in batches(LENGTH)]
+    whole = predict(made("abpem"), make_toy(), stream)
+    first, second = made("abpem"), made("abpem")
+    start = predict(first, make_toy(), stream[:CUT])
+    written = first.save(folder / "state.pt")
+    torch.distributed.barrier()
+    second.load(folder / "state.pt")
+    rest = predict(second, make_toy(), stream[CUT:])
+    return written.name, whole, start + rest
+
+
+def test_two_processes_go_on(tmp_path):
+    results = in_two_processes(cut_in_two, tmp_path)
+    for rank, (name, whole, parts) in enumerate(results):
+        assert name == f"state-{rank}-of-2.pt"
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    alone = made("abpem")
+    alone.load(tmp_path / "state.pt")  # which is there, but not for one process
+    with pytest.raises(FileNotFoundError, match=r"no '.*state\.pt'"):
+        predict(alone, make_toy(), batches(1))
+
+
+def test_the_memory_of_another_process_is_left_out(caplog):
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    first.load_state_dict({**first.state_dict(), "process": [1, 2]})
+    predict(first, make_toy(), batches(1))
+    assert "memory of the loaded state is another process's" in caplog.text
