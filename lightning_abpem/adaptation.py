@@ -27,7 +27,7 @@ from lightning_abpem.modules import adapted_once, check_eval, named_module, only
 from lightning_abpem.observing import Observer
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
-from lightning_abpem.sharded import check_shards, reshard
+from lightning_abpem.sharded import check_shards, gathers_weights, modules_of_shards, reshard
 from lightning_abpem.stepping import Stepper
 from lightning_abpem.weights import AdaptedWeights, describe_run
 
@@ -69,6 +69,7 @@ class Adaptation:
         scale: LossScale | None = None,
     ) -> None:
         self.model, self.settings, self.on_step, self._report = model, settings, on_step, report
+        reshard(model)
         self.target = model if settings.target is None else named_module(model, settings.target, "target")
         self.method = settings.method
         self.fusion = None if settings.patterns is None else find_fusion(model, settings.patterns)
@@ -137,7 +138,8 @@ class Adaptation:
         if self.settings.restore:
             self._stack.callback(weights.restore)
         in_memory = [] if self.memory is None else [self.memory.block]
-        self._replay = FrozenReplay(self.target, adapted, [attention.module for attention in self.watched], in_memory)
+        hooked = [attention.module for attention in self.watched] + modules_of_shards(self.model)
+        self._replay = FrozenReplay(self.target, adapted, hooked, in_memory)
         self._replay.enabled = self.settings.replay
         if self._replay.enabled:
             self._stack.enter_context(self._replay.attached())
@@ -146,7 +148,8 @@ class Adaptation:
             self._report_step,
         )
         self._stack.callback(self._stepper.settle)
-        self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call))
+        first = gathers_weights(self.target)  # for a call of the engine's own, inside, lets go of them again
+        self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call, first))
 
     def drain(self, is_last: bool = False) -> None:
         """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one."""

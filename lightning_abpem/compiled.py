@@ -96,7 +96,7 @@ def substituted(module: nn.Module, attribute: str, value: Any) -> Iterator[None]
 
 @contextmanager
 def around_calls(
-    model: nn.Module, target: nn.Module, before: Callable[..., None], after: Callable[..., None]
+    model: nn.Module, target: nn.Module, before: Callable[..., None], after: Callable[..., None], first: bool = False
 ) -> Iterator[None]:
     """Have calls of `target`, a module of `model`, go by two hooks while the block lasts.
 
@@ -105,6 +105,7 @@ def around_calls(
         target: the module that is called.
         before: gets the module, its arguments and its keyword arguments.
         after: gets the module, its arguments and its output, None if it failed.
+        first: whether `before` comes ahead of the hooks that are there already.
     """
     if is_compiled(model):
         before, after = torch.compiler.disable(before), torch.compiler.disable(after)
@@ -122,7 +123,7 @@ def around_calls(
 
     with ExitStack() as stack:
         if compiled is None:
-            stack.callback(target.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(target.register_forward_pre_hook(before, prepend=first, with_kwargs=True).remove)
             stack.callback(target.register_forward_hook(after, always_call=True).remove)
         else:  # which would not see hooks that come after it
             stack.enter_context(substituted(target, "_compiled_call_impl", call))

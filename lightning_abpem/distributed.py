@@ -9,6 +9,7 @@ of the gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -155,11 +156,12 @@ class Ranks:
         local = [g for own in gradients for g in (own or [None] * len(params))]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         every = list(params) * len(gradients)
+        zeros = partial(torch.zeros, dtype=dtype, device=self._device)
         flat = torch.cat(
-            [(torch.zeros_like(p) if g is None else g).to(dtype).flatten() for g, p in zip(local, every, strict=True)]
+            [zeros(p.numel()) if g is None else g.to(dtype).flatten() for g, p in zip(local, every, strict=True)]
         )
         dist.all_reduce(flat)
-        summed = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in every]), every, strict=True)]
+        summed = [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in every]), every, strict=True)]
         absent = self._absent or [False] * len(params)
         by_loss = [summed[i : i + len(params)] for i in range(0, len(summed), len(params))]
         return [[None if gone else g for g, gone in zip(own, absent, strict=True)] for own in by_loss]

@@ -23,7 +23,7 @@ from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import FusionAttention
 from lightning_abpem.seen import SeenCall
 from lightning_abpem.settings import Settings
-from lightning_abpem.sharded import has_shards
+from lightning_abpem.sharded import gathers_weights, has_shards
 from lightning_abpem.spans import Tokens
 from lightning_abpem.tokens import BatchTokens, refuse_silence
 from lightning_abpem.tracing import trace_attention
@@ -83,6 +83,8 @@ class Observer:
         self._encoders, self._compiled = encoders_around(model, modules), compiled_around(model, modules)
         self._inputs = OwnInputs()
         self._is_sharded = has_shards(model)
+        # FSDP2 gathers a module's weights in its hooks; those of others are not for the engine's passes.
+        self._run = target if gathers_weights(target) else target.forward
         self._is_checked = self._warned_single = False
         self.inside = False
         self.ranks: Ranks | None = None
@@ -165,7 +167,7 @@ class Observer:
                 stack.enter_context(eagerly(self._compiled))
                 if self._memory is not None:
                     stack.enter_context(self._memory.extend())
-                return self._target.forward(*args, **kwargs)
+                return self._run(*args, **kwargs)
         finally:
             self.inside = False
 

@@ -51,7 +51,8 @@ class FrozenReplay:
     Args:
         model: the module whose submodules are replayed, itself excepted.
         adapted: the parameters that change between the passes.
-        watched: modules whose hooks may change how torch computes them; what holds one runs in every pass.
+        watched: modules whose hooks may change how torch computes them, or need other processes; what holds one runs
+            in every pass.
         varying: modules that get other inputs in every pass; they and what is in them run in every pass.
         audited_batches: number of batches that are audited.
     """

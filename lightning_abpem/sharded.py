@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["assign", "check_shards", "has_shards", "is_sharded", "reshard", "sharded_gradients", "whole"]
+__all__ = [
+    "assign",
+    "check_shards",
+    "gathers_weights",
+    "has_shards",
+    "is_sharded",
+    "reshard",
+    "sharded_gradients",
+    "whole",
+]
 
 
 def is_sharded(x: Any) -> bool:
@@ -17,7 +27,7 @@ def is_sharded(x: Any) -> bool:
 
 def has_shards(model: nn.Module) -> bool:
     """Whether some of a model's parameters are cut into shards, so that its forward needs all processes."""
-    return any(map(is_sharded, model.parameters()))
+    return bool(modules_of_shards(model)) or any(map(is_sharded, model.parameters()))
 
 
 def check_shards(params: Mapping[str, nn.Parameter], method: str, reads_params: bool) -> bool:
@@ -50,13 +60,21 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
+def modules_of_shards(model: nn.Module) -> list[nn.Module]:
+    """The modules before whose forward FSDP2 has to gather weights; afterwards it may keep them whole."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nothing was cut
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def gathers_weights(module: nn.Module) -> bool:
+    """Whether this module itself is one of them."""
+    return module in modules_of_shards(module)
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of whole copies that FSDP2 kept after a forward, so that the next one sees what is written to shards."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in modules_of_shards(model):
+        module.reshard()  # type: ignore[operator]
 
 
 def sharded_gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[list[Tensor | None]]:

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 __all__ = ["check_strategy"]
 
 _INSTEAD = (
-    'Use strategy="ddp" (or "ddp_spawn", "ddp_notebook"), ModelParallelStrategy with the fusion attention left whole, '
-    "or one device."
+    'Use strategy="ddp" (or "ddp_spawn", "ddp_notebook"), ModelParallelStrategy with fully_shard (FSDP2), or one '
+    "device."
 )
 
 
@@ -36,6 +36,12 @@ def check_strategy(strategy: Any) -> None:
         raise MisconfigurationException(
             f"Under {name} the model runs as compiled graphs, inside which the scores of an attention cannot be seen. "
             f"{_INSTEAD}"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
+        raise MisconfigurationException(
+            f"{name} with tensor_parallel_size={strategy._tensor_parallel_size} cuts the projections of an attention "
+            "apart, so that no process sees the scores of all heads. Use "
+            f"{name}(data_parallel_size=<processes>, tensor_parallel_size=1) and cut modules with fully_shard."
         )
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise MisconfigurationException(f"ABPEM has not been made for {name}. {_INSTEAD}")
