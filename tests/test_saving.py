@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_abpem import ABPEM
@@ -89,6 +90,20 @@ def test_through_a_trainer_and_its_checkpoint(tmp_path):
     third, again = made("abpem"), make_toy()
     trainer(third).test(again, later, ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(rest.seen, again.seen, strict=True))
+
+
+def test_a_checkpoint_of_adapted_weights_is_no_source(tmp_path):
+    """Written in the middle of a run it has the adapted weights for the model's own."""
+
+    class Writes(Callback):
+        def on_test_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "model.ckpt")
+
+    trainer(made("abpem"), Writes()).test(make_toy(), loader(2), verbose=False)
+    with pytest.raises(ValueError, match="Load the source model's checkpoint, not one that was written while"):
+        trainer(made("abpem")).test(
+            make_toy(), loader(2), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True
+        )
 
 
 def test_a_run_that_crashed_can_be_saved(tmp_path):

@@ -33,14 +33,16 @@ Cells = Iterable[Mapping[str, Any]]
 
 
 def accuracy_figure(summary: Summary, path: Path) -> None:
-    """Accuracy by corruption, a mark per method; the source is grey."""
+    """Accuracy by corruption, a mark per method, side by side, with its standard deviation; the source is grey."""
     rows = [row for group in summary.groups.values() for row in group]
-    figure = Figure(figsize=(max(0.42 * len(rows) + 2.5, 5), 4), layout="constrained")
+    figure = Figure(figsize=(max(0.55 * len(rows) + 2.5, 5), 4), layout="constrained")
     axes = figure.subplots()
-    for (method, scores), colour in zip(summary.scores.items(), _cycle(), strict=False):
-        axes.plot(
-            range(len(rows)), [scores[row].mean for row in rows], "o", color=colour, label=method, ms=5, alpha=0.85
-        )
+    offsets = np.linspace(-0.32, 0.32, len(summary.scores)) if len(summary.scores) > 1 else np.zeros(1)
+    for (method, scores), offset, colour in zip(summary.scores.items(), offsets, _cycle(), strict=False):
+        means, deviations = [scores[row].mean for row in rows], [scores[row].deviation or 0 for row in rows]
+        axes.errorbar(np.arange(len(rows)) + offset, means, deviations, fmt="o", color=colour, label=method, ms=3, lw=1)
+    for boundary in range(1, len(rows)):
+        axes.axvline(boundary - 0.5, color="#e3e6ea", lw=0.6, zorder=0)
     axes.set_xticks(range(len(rows)), rows, rotation=60, ha="right", fontsize=8)
     axes.set_ylabel("accuracy (%)")
     axes.set_title(title(summary), fontsize=10, loc="left")
@@ -98,7 +100,10 @@ def running_figure(cells: Cells, path: Path) -> None:
 
 
 def reliability_figure(cells: Cells, path: Path) -> None:
-    """Accuracy against confidence, a panel per method, with the expected calibration error."""
+    """Accuracy against confidence, a panel per method, with the expected calibration error.
+
+    A mark's area is that of its bin's predictions.
+    """
     bins: dict[str, Any] = defaultdict(lambda: np.zeros((BINS, 3)))
     for cell in cells:
         bins[cell["cell"]["method"]] += np.array(cell["reliability"])
@@ -107,7 +112,9 @@ def reliability_figure(cells: Cells, path: Path) -> None:
         samples, confidence, correct = counts[counts[:, 0] > 0].T
         error = np.abs(confidence - correct).sum() / samples.sum()
         axes.plot([0, 1], [0, 1], ":", color="#8a8f98")
-        axes.plot(confidence / samples, correct / samples, "o-", color=_COLOURS[1], ms=3.5)
+        axes.plot(confidence / samples, correct / samples, color=_COLOURS[1], lw=1)
+        sizes = 3 + 60 * samples / samples.max()  # what few predictions say is small
+        axes.scatter(confidence / samples, correct / samples, sizes, color=_COLOURS[1])
         axes.set_title(f"{method}, ECE {100 * error:.1f} %", fontsize=8)
     figure.supxlabel("confidence", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
@@ -120,8 +127,9 @@ def _panels(count: int, columns: int, size: tuple[float, float], share: bool = F
     rows = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns + 1.5, size[1] * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat)
-    for axes in panels[count:]:
+    for i, axes in enumerate(panels[count:], count):
         axes.set_visible(False)
+        panels[i - columns].tick_params(labelbottom=True)
     return figure, panels[:count]
 
 

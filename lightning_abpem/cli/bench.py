@@ -43,7 +43,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     if options.compare:
         if options.data or rest:
             raise ValueError(f"Expected --compare alone, but got {' '.join(filter(None, [options.data, *rest]))} too.")
-        Console().print(Markdown(compare_runs(*options.compare)))
+        console, table = Console(), compare_runs(*options.compare)
+        if console.is_terminal:
+            console.print(Markdown(table))
+        else:  # where Markdown is of more use than a table cut to 80 columns
+            console.print(table, soft_wrap=True, markup=False, highlight=False)
         return
     if options.data is None:
         raise ValueError(f"Expected a benchmark, {', '.join(_KNOWN)} or an import path; or --compare A B.")
