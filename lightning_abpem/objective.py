@@ -93,8 +93,8 @@ class Objective:
     ) -> Parts:
         """The loss's parts, and as detached scalars (nats; scores for the gap) all figures.
 
-        The figures are `principal_entropy`, `entropy`, `balance` and, for queries of m and keys of n,
-        `attention_gap/m_to_n` and `divergence/m_to_n`.
+        The figures are `principal_entropy`, `entropy`, `balance`, with a stream its `shuffledness` and, for queries of
+        m and keys of n, `attention_gap/m_to_n` and `divergence/m_to_n`.
 
         Args:
             logits: (B, C).
@@ -107,7 +107,8 @@ class Objective:
             ValueError: if k exceeds the number of classes.
         """
         principal = principal_entropy(logits, self.classes_kept(logits.shape[1])).mean()
-        balance = self._balance(logits, stream)
+        shuffled = None if stream is None else shuffledness(stream)
+        balance = self._balance(logits, stream, shuffled)
         compared = _compare([comparison for layers in attention.values() for comparison in layers])
         layers = [len(own) for own in attention.values()]
         confidence = torch.zeros_like(principal)
@@ -124,6 +125,8 @@ class Objective:
                 for name, values in figures.items()
                 for pair, own in zip(pairs, values.where(compared.counts, torch.nan).split(layers), strict=True)
             }
+        if shuffled is not None:
+            record["shuffledness"] = shuffled
         return Parts(confidence, bootstrapping, {name: value.detach() for name, value in record.items()})
 
     def classes_kept(self, classes: int) -> int:
@@ -141,11 +144,12 @@ class Objective:
             )
         return self.k
 
-    def _balance(self, logits: Tensor, stream: StreamPredictions | None) -> Tensor:
+    def _balance(self, logits: Tensor, stream: StreamPredictions | None, shuffled: Tensor | None) -> Tensor:
         if self.balance != "stream":
             return _BATCH_BALANCES[self.balance](logits)
         assert stream is not None
-        share = shuffledness(stream) * (1 - 1 / logits.shape[0])  # one sample has no balance of its own
+        assert shuffled is not None
+        share = shuffled * (1 - 1 / logits.shape[0])  # one sample has no balance of its own
         return share * marginal_balance(logits) + (1 - share) * stream_balance(logits, stream.counts)
 
 

@@ -129,9 +129,11 @@ def test_the_balance_is_the_papers_as_far_as_the_stream_looks_shuffled():
     objective = Objective(attention_weight=0.0)
     share = shuffledness(stream) * 7 / 8
     expected = share * marginal_balance(logits) + (1 - share) * stream_balance(logits, stream.counts)
-    torch.testing.assert_close(objective._balance(logits, stream), expected)
+    torch.testing.assert_close(objective._balance(logits, stream, shuffledness(stream)), expected)
     alone = extend_stream(None, logits[:1])
-    torch.testing.assert_close(objective._balance(logits[:1], alone), stream_balance(logits[:1], alone.counts))
+    torch.testing.assert_close(
+        objective._balance(logits[:1], alone, shuffledness(alone)), stream_balance(logits[:1], alone.counts)
+    )
 
 
 def test_a_reset_forgets_the_stream_and_a_bad_batch_does_not_enter_it():

@@ -5,7 +5,7 @@ import pytest
 import soundfile
 from scipy import signal, stats
 
-from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, Recordings, corrupt_audio, is_procedural
+from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, Recordings, corrupt_audio
 from lightning_abpem.data.noises import NOISE_KINDS, procedural
 
 RATE = 16000
@@ -120,11 +120,6 @@ def test_recordings_are_kept_by_kind_and_rate(folder):
 def test_wav_comes_before_flac(folder):
     soundfile.write(folder / "rain.wav", np.array([0.5, 0.5]), RATE, subtype="FLOAT")
     np.testing.assert_array_equal(Recordings(folder)("rain", RATE), 0.5)
-
-
-def test_what_is_procedural(folder):
-    assert [is_procedural(kind, None) for kind in AUDIO_KINDS] == [False, True, True, True, True, True]
-    assert not any(is_procedural(kind, Recordings(folder)) for kind in AUDIO_KINDS)
 
 
 def test_no_folder_or_nothing_in_it(tmp_path):

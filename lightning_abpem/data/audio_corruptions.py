@@ -17,7 +17,7 @@ from scipy import signal
 
 from lightning_abpem.data.noises import NOISE_KINDS, procedural
 
-__all__ = ["AUDIO_KINDS", "Recordings", "corrupt_audio", "is_procedural"]
+__all__ = ["AUDIO_KINDS", "Recordings", "corrupt_audio"]
 
 AUDIO_KINDS = ("gaussian_noise", *NOISE_KINDS)
 
@@ -112,11 +112,6 @@ def corrupt_audio(
     else:
         noise = 10 ** (_GAIN_DB[severity - 1] / 20) * _unamplified(samples, kind, rng, rate, recordings)
     return np.clip(samples + noise, -1, 1)
-
-
-def is_procedural(kind: str, recordings: Recordings | None) -> bool:
-    """Whether a procedural noise stands in for a recording: never for white noise, which needs none."""
-    return kind != "gaussian_noise" and recordings is None
 
 
 def _unamplified(

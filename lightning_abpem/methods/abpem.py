@@ -15,7 +15,7 @@ from lightning_abpem.fusion import FusionPatterns
 from lightning_abpem.method import Again, Gradients, Method, Record, Step
 from lightning_abpem.objective import Auto, Balance, Objective, Parts
 from lightning_abpem.spans import Modalities
-from lightning_abpem.stream import StreamPredictions, extend_stream, shuffledness
+from lightning_abpem.stream import StreamPredictions, extend_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,8 +80,7 @@ class Bootstrapping(Method):
             return self.objective(step.logits, step.attention)
         if step.is_first or stream is None:
             stream = step.state["stream"] = extend_stream(stream, step.logits[-step.samples :])
-        parts = self.objective(step.logits, step.attention, stream)
-        return parts._replace(record={**parts.record, "shuffledness": shuffledness(stream)})
+        return self.objective(step.logits, step.attention, stream)
 
 
 def _relative_length(others: Gradients, pull: Gradients) -> Tensor:
