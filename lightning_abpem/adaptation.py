@@ -151,20 +151,34 @@ class Adaptation:
         first = gathers_weights(self.target)  # for a call of the engine's own, inside, lets go of them again
         self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call, first))
 
-    def drain(self, is_last: bool = False) -> None:
-        """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one."""
+    def drain(self, is_last: bool = False, skipped: bool = False) -> bool:
+        """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one.
+
+        Args:
+            is_last: whether this one will have none any more.
+            skipped: whether it has no part, either, in what Lightning exchanges after the streams.
+
+        Returns:
+            whether all processes have a part in that.
+        """
         ranks = self._observer.ranks
-        if ranks is None or ranks.over:
-            return
+        if ranks is None:
+            return True
+        if is_last:
+            ranks.leave(skipped)
         ranks.resting = False
         with torch.inference_mode(False), torch.enable_grad():
-            while not (ranks.over if is_last else ranks.resting):
-                self._stepper.adapt(None, None, is_last)
+            while not (ranks.over or (ranks.resting and not is_last)):
+                self._stepper.adapt(None, None)
+        return not ranks.some_skipped
 
     def abandon(self) -> None:
         """Tell the other processes that this one fails, so that they stop too."""
         if self._observer.ranks is not None:
-            self._observer.ranks.abandon()
+            try:
+                self._observer.ranks.abandon()
+            except RuntimeError as error:  # the error that brought it here says more
+                log.warning("The other processes could not be told that this one fails: %s", error)
 
     def close(self) -> None:
         """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""

@@ -234,21 +234,27 @@ class TestTimeAdaptation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
-            self._run.end_stream()
+            all_follow = self._run.end_stream()
             self.averages = self._run.averages()
             if self._run.stage == "predict":  # there Lightning has no results and refuses to log
                 self._run.log(self._run.named(self.averages))
             else:
                 # The same in every process, so that to average it says nothing new, and Lightning does not warn.
-                pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False, sync_dist=True)
+                pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False, sync_dist=all_follow)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end()
+        try:
+            if self._run is not None:
+                self._run.end_skipped()
+        finally:
+            self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._run is not None:
-            self._run.abandon()
-        self._end()
+        try:
+            if self._run is not None:
+                self._run.abandon()
+        finally:
+            self._end()
 
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_abpem.modules import substituted
+
 __all__ = [
     "around_calls",
     "check_entry",
@@ -21,7 +23,6 @@ __all__ = [
     "eagerly",
     "inside_compiled",
     "is_compiled",
-    "substituted",
 ]
 
 
@@ -77,21 +78,6 @@ def eagerly(compiled: Collection[nn.Module]) -> Iterator[None]:
                 plain = None if entry == "_compiled_call_impl" else _plain(module)
                 stack.enter_context(substituted(module, entry, plain))
         yield
-
-
-@contextmanager
-def substituted(module: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    """Stand `value` in for an attribute of the instance while the block lasts."""
-    missing = object()
-    before = module.__dict__.get(attribute, missing)
-    module.__dict__[attribute] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            module.__dict__.pop(attribute, None)
-        else:
-            module.__dict__[attribute] = before
 
 
 @contextmanager

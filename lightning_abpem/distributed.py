@@ -21,7 +21,7 @@ from lightning_abpem.objective import Comparison, Pair
 
 __all__ = ["GlobalBatch", "Ranks", "process", "several_processes"]
 
-_GONE, _OUT, _BATCH, _FAILED = range(4)
+_SKIPPED, _GONE, _OUT, _BATCH, _FAILED = range(5)
 _COLUMNS = 6  # of a comparison: mean, deviation and whether it is seen, of the cross and of the self block
 
 
@@ -69,6 +69,7 @@ class Ranks:
         size: the number of processes.
         resting: whether no process had a batch the last time.
         over: whether none will have one any more, or one has failed.
+        some_skipped: whether one will exchange nothing but these batches; see `leave`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,15 +77,14 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._form: _Form | None = None
         self._absent: list[bool] | None = None
-        self.resting = self.over = False
+        self._without = _OUT  # what this process is while it has no batch
+        self.resting = self.over = self.some_skipped = False
 
     def global_batch(
         self,
         logits: Tensor | None,
         samples: int = 0,
         attention: Mapping[Pair, Sequence[Comparison]] | None = None,
-        *,
-        is_last: bool = False,
     ) -> GlobalBatch | None:
         """The global batch: in the order of ranks, first what each remembers, then what is current.
 
@@ -92,7 +92,6 @@ class Ranks:
             logits: (B, C) of this process, remembered samples first; None if it has no batch.
             samples: how many of them are current.
             attention: of the same samples; see `Objective`.
-            is_last: without a batch: there will be none any more.
 
         Returns:
             None if no process has a batch.
@@ -105,8 +104,7 @@ class Ranks:
             layers = {pair: len(own) for pair, own in attention.items()}
             self._form = _Form(logits.shape[1], layers, logits.dtype == torch.float64)
         stored = 0 if logits is None else logits.shape[0] - samples
-        status = _BATCH if logits is not None else _GONE if is_last else _OUT
-        header = self._exchange(status, samples, stored, self._form is not None)
+        header = self._exchange(self._without if logits is None else _BATCH, samples, stored, self._form is not None)
         statuses = [row[0] for row in header]
         if _FAILED in statuses:
             self.over = True
@@ -114,7 +112,8 @@ class Ranks:
                 f"Process {statuses.index(_FAILED)} stopped with an error, which it has reported; the steps of this "
                 f'one, {self.rank}, need its batches. With sync="local" each process adapts on its own stream.'
             )
-        self.resting, self.over = _BATCH not in statuses, set(statuses) == {_GONE}
+        self.resting, self.over = _BATCH not in statuses, max(statuses) <= _GONE
+        self.some_skipped = _SKIPPED in statuses
         if self.resting:
             return None
         if not all(row[3] for row in header):
@@ -125,6 +124,14 @@ class Ranks:
         current = [part[row[2] :] for part, row in zip(parts, header, strict=True)]
         rows = torch.cat([*remembered, *current])
         return GlobalBatch(rows[:, : self._form.classes], sum(row[1] for row in header), self._unpacked(rows))
+
+    def leave(self, skipped: bool = False) -> None:
+        """From now on this process has no batches.
+
+        Args:
+            skipped: whether it takes no part in what the others exchange after their streams, either.
+        """
+        self._without = _SKIPPED if skipped else _GONE
 
     def refuse_uneven(self, has_batch: bool) -> None:
         """Hold the processes' streams against each other before a forward that needs all processes.

@@ -20,6 +20,7 @@ __all__ = [
     "only_trainable",
     "outputs_of",
     "plain_name",
+    "substituted",
     "without_inference_tensors",
     "without_nested_tensors",
 ]
@@ -206,3 +207,18 @@ def without_nested_tensors(encoders: Collection[nn.TransformerEncoder]) -> Itera
     finally:
         for encoder, packs in before:
             encoder.use_nested_tensor = packs
+
+
+@contextmanager
+def substituted(owner: Any, attribute: str, value: Any) -> Iterator[None]:
+    """Stand `value` in for an instance's attribute while the block lasts."""
+    missing = object()
+    before = owner.__dict__.get(attribute, missing)
+    owner.__dict__[attribute] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            owner.__dict__.pop(attribute, None)
+        else:
+            owner.__dict__[attribute] = before

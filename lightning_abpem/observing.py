@@ -84,7 +84,7 @@ class Observer:
         self._inputs = OwnInputs()
         self._is_sharded = has_shards(model)
         # FSDP2 gathers a module's weights in its hooks; those of others are not for the engine's passes.
-        self._run = target if gathers_weights(target) else target.forward
+        self._calls_hooks = gathers_weights(target)
         self._is_checked = self._warned_single = False
         self.inside = False
         self.ranks: Ranks | None = None
@@ -116,14 +116,13 @@ class Observer:
         """Whose tokens are whose in the batch of these arguments; empty for methods that do not ask."""
         return {} if self._tokens is None else self._tokens(args, kwargs)
 
-    def observe_all(self, args: Any, kwargs: Any, tokens: dict[str, Tokens], is_last: bool = False) -> Seen | None:
+    def observe_all(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Seen | None:
         """One forward over memory and batch, and what the other processes have seen in theirs.
 
         Args:
             args: the target's arguments; None without a batch of one's own.
             kwargs: its keyword arguments.
             tokens: see `tokens_of`.
-            is_last: without a batch: whether there will be none any more.
 
         Returns:
             None if no process has a batch.
@@ -134,7 +133,7 @@ class Observer:
         if self.ranks is None:
             return seen
         own = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
-        together = self.ranks.global_batch(*own, is_last=is_last)
+        together = self.ranks.global_batch(*own)
         return together and Seen(*together, {}, is_local=seen is not None and len(seen.logits) > 0)
 
     def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Seen:
@@ -167,7 +166,8 @@ class Observer:
                 stack.enter_context(eagerly(self._compiled))
                 if self._memory is not None:
                     stack.enter_context(self._memory.extend())
-                return self._run(*args, **kwargs)
+                run = self._target if self._calls_hooks else self._target.forward
+                return run(*args, **kwargs)
         finally:
             self.inside = False
 

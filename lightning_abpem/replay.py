@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_abpem.compiled import compiled_entry, inside_compiled, substituted
+from lightning_abpem.compiled import compiled_entry, inside_compiled
 from lightning_abpem.late import LateBools
+from lightning_abpem.modules import substituted
 
 __all__ = ["FrozenReplay"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from lightning_abpem.adaptation import Adaptation
 from lightning_abpem.loss_scale import LossScale
 from lightning_abpem.metrics import RecordMean, merge_means
+from lightning_abpem.modules import substituted
 from lightning_abpem.settings import Settings
 
 __all__ = ["Run", "Stage"]
@@ -55,24 +57,28 @@ class Run:
         self.state: dict[str, Any] = {}
         self._means: dict[int, RecordMean] = {}
         self._pending: list[dict[str, Tensor]] = []
-        self._dataloader, self._processes = 0, trainer.world_size
+        self._processes = trainer.world_size
+        self._dataloader, self._is_left, self._is_over = 0, False, False
         self._training = {m: m.training for m in module.modules()}
-        # First in line, so that an exception in another callback's on_exception cannot keep this one from restoring.
-        self._callbacks = trainer.callbacks
-        trainer.callbacks = sorted(trainer.callbacks, key=lambda callback: callback is not first)
-        # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
         self._loop: Any = getattr(trainer, f"{stage}_loop")
-        self._inference_mode = getattr(self._loop, "inference_mode", None)
-        if self._inference_mode is not None:
-            self._loop.inference_mode = False
+        self._changes = ExitStack()
+        # First in line, so that an exception in another callback's on_exception cannot keep this one from restoring.
+        callbacks = sorted(trainer.callbacks, key=lambda callback: callback is not first)
+        self._change(trainer, "callbacks", callbacks)
+        # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
+        if hasattr(self._loop, "inference_mode"):
+            self._change(self._loop, "inference_mode", False)
+        # At the end of a dataloader, for which there is no hook, Lightning reduces metrics: no process may be behind.
+        if self._processes > 1 and hasattr(self._loop, "_store_dataloader_outputs"):
+            self._change(
+                self._loop, "_store_dataloader_outputs", self._leave_first(self._loop._store_dataloader_outputs)
+            )
 
     def start_batch(self, dataloader: int) -> None:
         """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
         if self.adaptation is None:
             self._open()
-        elif dataloader != self._dataloader and self._settings.reset == "dataloader":
-            self.adaptation.reset()
-        self._dataloader = dataloader
+        self._go_on_to(dataloader)
 
     def end_batch(self) -> None:
         """Hold the step against what it should have done: to call the target."""
@@ -84,17 +90,33 @@ class Run:
                 "nothing was adapted. Set the callback's `target` to the name of the module that the step calls with "
                 "the batch, and call it as a function, not by its `.forward`."
             )
-        if self._loop.batch_progress.is_last_batch:  # of a dataloader: what Lightning exchanges next has to wait
-            self.adaptation.drain()
 
-    def end_stream(self) -> None:
-        """See the other processes through to the end of their streams, also if this one never had a batch."""
-        if self.adaptation is None and self._processes > 1:
+    def end_stream(self, skipped: bool = False) -> bool:
+        """See the other processes through to the end of their streams, also if this one never had a batch.
+
+        Args:
+            skipped: whether Lightning has skipped the loop of this process, and exchanges nothing after it.
+
+        Returns:
+            whether all processes will take part in what Lightning exchanges after it.
+        """
+        self._is_over = True
+        if self._processes == 1:
+            return True
+        if self.adaptation is None:
             self._open()
-        if self.adaptation is not None:
-            self.adaptation.drain(is_last=True)
-        if self._settings.sync == "local" and self._processes > 1:
+        assert self.adaptation is not None
+        self._go_on_to(len(self._loop.max_batches) - 1)
+        all_follow = self.adaptation.drain(is_last=True, skipped=skipped)
+        if self._settings.sync == "local":
             self._means = merge_means(self._means)
+        return all_follow
+
+    def end_skipped(self) -> None:
+        """At the end of the run: if Lightning skipped the loop, the others may still have batches."""
+        if not self._is_over and self._processes > 1:
+            self.module.eval()  # as the loop would have
+            self.end_stream(skipped=True)
 
     def abandon(self) -> None:
         """This process fails: the others must not wait for it."""
@@ -128,9 +150,7 @@ class Run:
 
     def close(self) -> None:
         """Put everything back."""
-        self.trainer.callbacks = self._callbacks
-        if self._inference_mode is not None:
-            self._loop.inference_mode = self._inference_mode
+        self._changes.close()
         for module, training in self._training.items():
             module.training = training
         if self.adaptation is not None:
@@ -139,6 +159,35 @@ class Run:
             finally:
                 self.adaptation.close()
             self._flush()
+
+    def _change(self, owner: Any, attribute: str, value: Any) -> None:
+        self._changes.enter_context(substituted(owner, attribute, value))
+
+    def _leave_first(self, store: Callable[[], None]) -> Callable[[], None]:
+        def left() -> None:
+            self._leave()
+            store()
+
+        return left
+
+    def _leave(self) -> None:
+        """See the other processes through the rest of this dataloader."""
+        if self.adaptation is None:
+            self._open()
+        assert self.adaptation is not None
+        if not self._is_left:
+            self.adaptation.drain()
+            self._is_left = True
+
+    def _go_on_to(self, dataloader: int) -> None:
+        """Leave those before it one by one, each when all processes do: also those that had no batch for this one."""
+        assert self.adaptation is not None
+        while self._dataloader < dataloader:
+            self._leave()
+            if self._settings.reset == "dataloader":
+                self.adaptation.reset()
+            self._dataloader += 1
+            self._is_left = False
 
     def _open(self) -> None:
         scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))

@@ -82,11 +82,11 @@ class Stepper:
         self.settle()
         return self._state
 
-    def adapt(self, args: Any, kwargs: Any, is_last: bool = False) -> None:
+    def adapt(self, args: Any, kwargs: Any) -> None:
         """Adapt to one batch, the target's arguments: `steps` times forward, gradients and step.
 
         A step that is due before the prediction is taken; one that is due after it is kept for `end_call`. Without a
-        batch, None, the step is that of the other processes; `is_last` says that there will be none any more.
+        batch, None, the step is that of the other processes.
         """
         self._pending = None  # what a call that was broken off left
         if self._reset_is_due():
@@ -99,7 +99,7 @@ class Stepper:
         for i in range(max(self._settings.steps, 1)):
             self.settle()
             self._is_first = i == 0
-            computed = self._compute(args, kwargs, tokens, is_last)
+            computed = self._compute(args, kwargs, tokens)
             if computed is None:
                 return
             if self._settings.predicts == "before" and args is not None:
@@ -166,10 +166,10 @@ class Stepper:
 
     # ------------------------------------------------------------------------------------------------------ one step
 
-    def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens], is_last: bool) -> _Computed | None:
+    def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
         """The method's gradients for one batch; None if it is empty."""
         self._draft = dict(self._state)
-        step = self._observe(args, kwargs, tokens, is_last)
+        step = self._observe(args, kwargs, tokens)
         if step is None or step.samples == 0:
             return None
         kept = None if args is None else tokens
@@ -179,7 +179,7 @@ class Stepper:
         def again(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
             own_args, own_kwargs = (args, kwargs) if edit is None or args is None else edit(args, kwargs)
-            step = self._observe(own_args, own_kwargs, tokens, is_last)
+            step = self._observe(own_args, own_kwargs, tokens)
             assert step is not None
             return step
 
@@ -188,10 +188,10 @@ class Stepper:
             raise ValueError(f"Expected {self._method.name} to record its `loss`, but got {sorted(record)}.")
         return _Computed(gradients, record, step.samples, kept, self._draft)
 
-    def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens], is_last: bool) -> Step | None:
+    def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
         """One forward over memory and batch, as the method sees it; None if no process has a batch."""
         self._replay.start_pass()
-        seen = self._observer.observe_all(args, kwargs, tokens, is_last)
+        seen = self._observer.observe_all(args, kwargs, tokens)
         return None if seen is None else self._step_of(seen, self._observer.ranks)
 
     def _observe_source(self, args: Any) -> Step:

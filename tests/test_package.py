@@ -113,7 +113,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "spans": set(),
     "blocks": {"calls", "functional", "spans"},
     "modules": set(),
-    "compiled": set(),
+    "compiled": {"modules"},
     "fusion": {"calls", "blocks", "modules", "objective", "projections", "spans"},
     "distributed": {"functional", "objective"},
     "sharded": set(),
@@ -129,7 +129,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "late": set(),
     "logits": set(),
     "memory": {"modules", "spans"},
-    "replay": {"compiled", "late"},
+    "replay": {"compiled", "late", "modules"},
     "weights": {"late", "saving", "settings", "sharded"},
     "observing": {
         *(
@@ -159,7 +159,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "display": set(),
     "report": set(),
     "inspection": {"display", "logits", "modules", "objective", "projections", "seen", "tracing"},
-    "run": {"adaptation", "loss_scale", "metrics", "settings"},
+    "run": {"adaptation", "loss_scale", "metrics", "modules", "settings"},
     "callback": {"adaptation", "fusion", "method", "run", "saving", "settings", "spans", "strategies"},
     "methods.abpem": {"callback", "functional", "fusion", "method", "objective", "spans", "stream"},
     "methods.unimodal": {"method"},
