@@ -19,7 +19,8 @@ from lightning_abpem.masks import read_mask
 
 __all__ = ["call_multi_head"]
 
-_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+_PARAMETERS = inspect.signature(F.multi_head_attention_forward).parameters
+_DEFAULTS = {name: p.default for name, p in _PARAMETERS.items() if p.default is not p.empty}
 
 
 def call_multi_head(
@@ -36,9 +37,7 @@ def call_multi_head(
     Raises:
         ValueError: if the tokens have no batch dimension.
     """
-    bound = _SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = SimpleNamespace(**bound.arguments)
+    given = SimpleNamespace(**(_DEFAULTS | dict(zip(_PARAMETERS, args, strict=False)) | dict(kwargs)))
     if given.query.dim() != 3:
         raise ValueError(f"Expected batched tokens in '{name}', but got queries {tuple(given.query.shape)}.")
     scale = (given.embed_dim_to_check // given.num_heads) ** -0.5 / given.num_heads

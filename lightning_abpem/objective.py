@@ -118,13 +118,10 @@ class Objective:
             confidence = confidence - self.balance_weight * balance
         bootstrapping = torch.stack([own.mean() for own in compared.divergence.split(layers)]).sum()
         with torch.no_grad():
-            pairs = [f"{m}_to_{n}" for m, n in attention]
-            figures = {"attention_gap": compared.gap, "divergence": compared.divergence}
-            record = {"principal_entropy": principal, "entropy": entropy(logits).mean(), "balance": balance} | {
-                f"{name}/{pair}": own.nanmean()
-                for name, values in figures.items()
-                for pair, own in zip(pairs, values.where(compared.counts, torch.nan).split(layers), strict=True)
-            }
+            record = {"principal_entropy": principal, "entropy": entropy(logits).mean(), "balance": balance}
+            for name, values in (("attention_gap", compared.gap), ("divergence", compared.divergence)):
+                of_pairs = zip(attention, values.split(layers), compared.counts.split(layers), strict=True)
+                record |= {f"{name}/{m}_to_{n}": own.sum() / counts.sum() for (m, n), own, counts in of_pairs}
         if shuffled is not None:
             record["shuffledness"] = shuffled
         return Parts(confidence, bootstrapping, {name: value.detach() for name, value in record.items()})
@@ -170,15 +167,14 @@ def _compare(comparisons: Sequence[Comparison]) -> _Compared:
     A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
     silent sensor may be, and no Gaussian is near that.
     """
-    cross, target = ([own[side] for own in comparisons] for side in (0, 1))
-    (mean_p, std_p), (mean_q, std_q) = (
-        (torch.stack([s.mean for s in side]), torch.stack([s.std for s in side])) for side in (cross, target)
-    )
-    counts = _has_spread(mean_p, std_p) & _has_spread(mean_q, std_q)
-    for side in (cross, target):
-        if any(s.seen is not None for s in side):
-            counts = counts & torch.stack([counts[i] if s.seen is None else s.seen for i, s in enumerate(side)])
+    blocks = [block for comparison in comparisons for block in comparison]
+    mean, std = torch.stack([block.mean for block in blocks]), torch.stack([block.std for block in blocks])
+    counts = _has_spread(mean, std)
+    if any(block.seen is not None for block in blocks):
+        counts = counts & torch.stack([counts[i] if s.seen is None else s.seen for i, s in enumerate(blocks)])
+    counts = counts.unflatten(0, (-1, 2)).all(1)
     total = counts.sum(1)
+    (mean_p, mean_q), (std_p, std_q) = (x.unflatten(0, (-1, 2)).unbind(1) for x in (mean, std))
 
     def average(figure: Tensor) -> Tensor:
         return figure.where(counts, 0).sum(1) / total.clamp(min=1)
@@ -191,4 +187,5 @@ def _compare(comparisons: Sequence[Comparison]) -> _Compared:
 
 def _has_spread(mean: Tensor, std: Tensor) -> Tensor:
     """Whether the scores of a sample differ by more than rounding."""
-    return ~(std <= 64 * torch.finfo(std.dtype).eps * mean.detach().abs())  # NaN does not pass unnoticed
+    rounding = 64 * torch.finfo(std.dtype).eps * mean.detach().abs()
+    return ~(std.detach() <= rounding)  # NaN does not pass unnoticed

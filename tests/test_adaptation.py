@@ -60,9 +60,10 @@ def fingerprint(model):
 
 @both_runs
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("replay", [True, False])
-def test_golden(name, dtype, bound, replay):
+@pytest.mark.parametrize(("replay", "fused"), [(True, False), (False, False), (True, True)])
+def test_golden(name, dtype, bound, replay, fused):
     golden = Golden(name, dtype)
+    optimizer = partial(torch.optim.Adam, lr=golden.config["lr"], fused=fused)
     model = golden.model()
     before = []
 
@@ -73,7 +74,7 @@ def test_golden(name, dtype, bound, replay):
     def check(ours, expected):
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=bound)
 
-    with torch.no_grad(), golden.abpem(logits=logits, replay=replay).attach(model) as adaptation:
+    with torch.no_grad(), golden.abpem(logits=logits, replay=replay, optimizer=optimizer).attach(model) as adaptation:
         for step, (inputs, _) in enumerate(golden):
             before.clear()
             check(model(*inputs), golden.expected(f"after_{step}"))

@@ -1,4 +1,4 @@
-"""The programs whose cost is compared predict the same, and taking turns runs each the batches it is dealt."""
+"""The programs whose cost is compared predict the same; turns are dealt rightly; exchanges on paper are as by hand."""
 
 import time
 
@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.lockstep import in_lockstep
 from benchmarks.programs import FusionAlone, by_hand, engine, published_way
+from benchmarks.scaling import exchange_seconds
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.digits import DigitsModel
 
@@ -62,3 +63,11 @@ def test_turns_are_timed_per_batch_in_processes_of_their_own():
 def test_a_program_that_fails_ends_the_run():
     with pytest.raises(EOFError):
         in_lockstep({"good": (count_turns, (0.0,)), "bad": (fail, ())}, rounds=1)
+
+
+def test_exchanges_on_paper_by_hand():
+    """Two GPUs, 1 GB/s, 1 ms: a header; a row of 248 bytes from the other; half of 7,087,104 bytes, twice."""
+    assert exchange_seconds(2, 1, 1, 1e9, 1e-3) == pytest.approx((1e-3) + (1e-3 + 248e-9) + (2e-3 + 7087104e-9))
+    assert exchange_seconds(1, 32, 4, 1e9, 1e-3) == 0
+    by_memory = [exchange_seconds(512, 32, memory, 1e9, 0) for memory in (1, 2, 3)]
+    assert by_memory[2] - by_memory[1] == pytest.approx(by_memory[1] - by_memory[0])

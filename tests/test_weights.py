@@ -99,3 +99,13 @@ def test_all_finite():
     assert all_finite(torch.ones(2), None, torch.zeros(1))
     assert not all_finite(torch.ones(2), torch.tensor([1.0, float("nan")]))
     assert not all_finite(torch.tensor(float("inf")))
+    assert all_finite(torch.empty(0), torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_one_value_that_is_not_finite_is_found(dtype, value):
+    x = torch.full((40, 37), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(x, -x, torch.zeros(3))
+    x[20, 3] = float(value)
+    assert not all_finite(torch.zeros(3), x)
