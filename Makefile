@@ -33,11 +33,11 @@ RESULTS := choose iid large protocols protocols-large batch-size severity ablati
 results: .venv/test.done
 	for name in $(RESULTS); do $(BIN)/abpem bench digits-avc --config benchmarks/$$name.yaml --out runs/$$name || exit 1; done
 
-# Every number of docs/performance and docs/distributed, into runs/: three quarters of an hour on a machine that does nothing else.
+# What adapting costs, for docs/performance and docs/distributed, into runs/: three quarters of an hour on a machine that does nothing else.
 bench: .venv/test.done
 	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.step_cost --model digits --batch-size 8 --rounds 40 --batches 20
-	$(BIN)/python -m benchmarks.token_sweep
+	$(BIN)/python -m benchmarks.token_sweep --rounds 3
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.scaling --paper
 

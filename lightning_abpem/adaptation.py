@@ -175,10 +175,7 @@ class Adaptation:
     def abandon(self) -> None:
         """Tell the other processes that this one fails, so that they stop too."""
         if self._observer.ranks is not None:
-            try:
-                self._observer.ranks.abandon()
-            except RuntimeError as error:  # the error that brought it here says more
-                log.warning("The other processes could not be told that this one fails: %s", error)
+            self._observer.ranks.abandon()
 
     def close(self) -> None:
         """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
@@ -191,6 +188,10 @@ class Adaptation:
         """Back to the source model: its weights, a fresh optimizer, an empty memory, nothing of earlier batches."""
         with torch.inference_mode(False):
             self._stepper.reset()
+
+    def reset_next(self) -> None:
+        """The same before the next batch, if there is one: with several processes, a batch of any."""
+        self._stepper.reset_next()
 
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
         """What the stream needs to go on elsewhere, on the host: adapted values, optimizer, memory, random numbers.
@@ -224,6 +225,8 @@ class Adaptation:
         if self._observer.inside:
             return
         self.calls += 1
+        if self._observer.ranks is not None and self._observer.ranks.over:
+            return  # a call after the streams, in which the others have no part: it predicts
         self._replay.start_batch()
         with torch.inference_mode(False), torch.enable_grad():
             self._stepper.adapt(args, kwargs)

@@ -51,7 +51,7 @@ class TestTimeAdaptation(Callback):
         modalities: for methods that watch it; `ABPEM` documents them.
         memory_batches: batches that the loss sees, the current one included; 1 is no memory.
         memory_at: the module whose input tokens are remembered.
-        steps: updates per call; 0 observes only: all figures are recorded and no weight moves.
+        steps: updates per call; 0 observes only: figures are recorded and no weight moves.
         optimizer: from parameters to a torch optimizer. Default: Adam, lr 1e-4.
         target: the module whose call adapts. Default: the LightningModule itself; set it if the step calls a submodule
             directly.
@@ -150,6 +150,7 @@ class TestTimeAdaptation(Callback):
                 adaptation.load_state_dict(state)
             try:
                 yield adaptation
+                adaptation.drain(is_last=True)
             finally:
                 self._state = adaptation.state_dict()
             if adaptation.calls == 0:
@@ -208,6 +209,8 @@ class TestTimeAdaptation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()  # a run that crashed before it could
+        if stage == "fit":  # its checkpoints are of other weights than those that were adapted before
+            self._state = {}
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 _check_trainer(trainer)
@@ -243,11 +246,7 @@ class TestTimeAdaptation(Callback):
                 pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False, sync_dist=all_follow)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        try:
-            if self._run is not None:
-                self._run.end_skipped()
-        finally:
-            self._end()
+        self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:

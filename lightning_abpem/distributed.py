@@ -8,6 +8,7 @@ of the gradients.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from lightning_abpem.objective import Comparison, Pair
 
 __all__ = ["GlobalBatch", "Ranks", "process", "several_processes"]
 
+log = logging.getLogger(__name__)
 _SKIPPED, _GONE, _OUT, _BATCH, _FAILED = range(5)
 _COLUMNS = 6  # of a comparison: mean, deviation and whether it is seen, of the cross and of the self block
 
@@ -69,6 +71,7 @@ class Ranks:
         size: the number of processes.
         resting: whether no process had a batch the last time.
         over: whether none will have one any more, or one has failed.
+        updates: how many steps this process has taken, which is the same in all; set by who takes them.
         some_skipped: whether one will exchange nothing but these batches; see `leave`.
     """
 
@@ -76,8 +79,9 @@ class Ranks:
         self._device = device
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._form: _Form | None = None
-        self._absent: list[bool] | None = None
         self._without = _OUT  # what this process is while it has no batch
+        self._in_step = False
+        self.updates = 0
         self.resting = self.over = self.some_skipped = False
 
     def global_batch(
@@ -94,17 +98,19 @@ class Ranks:
             attention: of the same samples; see `Objective`.
 
         Returns:
-            None if no process has a batch.
+            None if no process has a batch. One without samples if all that there are have none.
 
         Raises:
-            RuntimeError: if another process failed.
+            RuntimeError: if another process failed, or has taken other steps.
         """
-        attention = attention or {}
+        attention, status = attention or {}, self._without if logits is None else _BATCH
+        if samples == 0:  # of an empty batch nothing is known, not even how many figures it has
+            logits = None
         if logits is not None and self._form is None:
             layers = {pair: len(own) for pair, own in attention.items()}
             self._form = _Form(logits.shape[1], layers, logits.dtype == torch.float64)
         stored = 0 if logits is None else logits.shape[0] - samples
-        header = self._exchange(self._without if logits is None else _BATCH, samples, stored, self._form is not None)
+        header = self._exchange(status, samples, stored, self._form is not None, self.updates)
         statuses = [row[0] for row in header]
         if _FAILED in statuses:
             self.over = True
@@ -112,10 +118,19 @@ class Ranks:
                 f"Process {statuses.index(_FAILED)} stopped with an error, which it has reported; the steps of this "
                 f'one, {self.rank}, need its batches. With sync="local" each process adapts on its own stream.'
             )
+        if len({row[4] for row in header}) > 1:
+            self.over = True
+            raise RuntimeError(
+                f"The processes have taken different numbers of steps, {[row[4] for row in header]}, so their weights "
+                "are not the same: were the states that they go on from saved at different times?"
+            )
         self.resting, self.over = _BATCH not in statuses, max(statuses) <= _GONE
         self.some_skipped = _SKIPPED in statuses
         if self.resting:
             return None
+        if not any(row[1] for row in header):
+            return GlobalBatch(torch.empty(0, 0, device=self._device), 0, {})
+        self._in_step = True
         if not all(row[3] for row in header):
             self._share_form()
         assert self._form is not None
@@ -124,6 +139,10 @@ class Ranks:
         current = [part[row[2] :] for part, row in zip(parts, header, strict=True)]
         rows = torch.cat([*remembered, *current])
         return GlobalBatch(rows[:, : self._form.classes], sum(row[1] for row in header), self._unpacked(rows))
+
+    def end_step(self) -> None:
+        """All exchanges of a step are made; the next is that of the next batch."""
+        self._in_step = False
 
     def leave(self, skipped: bool = False) -> None:
         """From now on this process has no batches.
@@ -148,39 +167,49 @@ class Ranks:
                 "so that every forward needs all processes. Give each as many batches, as Lightning's own sampler does."
             )
 
-    def sum(
-        self, gradients: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor], is_local: bool = True
-    ) -> list[list[Tensor | None]]:
+    def sum(self, gradients: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """The gradients of several losses, summed over processes: one flat exchange for all of them.
 
         Args:
-            gradients: by loss, one for each parameter; empty lists where this process has no samples.
+            gradients: by loss, one for each parameter, None where the loss does not reach it; empty lists where this
+                process has no samples.
             params: the parameters.
-            is_local: whether this process has samples, and so knows which parameters the loss does not reach.
+
+        Returns:
+            the same, None where the loss of no process reaches the parameter.
         """
-        if is_local:
-            self._absent = [gradient is None for gradient in gradients[0]]
         local = [g for own in gradients for g in (own or [None] * len(params))]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
         every = list(params) * len(gradients)
         zeros = partial(torch.zeros, dtype=dtype, device=self._device)
         flat = torch.cat(
             [zeros(p.numel()) if g is None else g.to(dtype).flatten() for g, p in zip(local, every, strict=True)]
+            + [torch.tensor([g is not None for g in local], device=self._device).to(dtype)]
         )
         dist.all_reduce(flat)
-        summed = [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in every]), every, strict=True)]
-        absent = self._absent or [False] * len(params)
-        by_loss = [summed[i : i + len(params)] for i in range(0, len(summed), len(params))]
-        return [[None if gone else g for g, gone in zip(own, absent, strict=True)] for own in by_loss]
+        *parts, reached = flat.split([*(p.numel() for p in every), len(every)])
+        summed = [
+            part.view(p.shape) if there else None for part, p, there in zip(parts, every, reached.tolist(), strict=True)
+        ]
+        return [summed[i : i + len(params)] for i in range(0, len(summed), len(params))]
 
     def abandon(self) -> None:
-        """Tell the others, where they expect a batch, that there will be none: an error here must not hang them."""
+        """Tell the others, where they expect a batch, that there will be none: an error here must not hang them.
+
+        In the middle of a step they expect something else; they stop when they lose the connection to this one.
+        """
         if not self.over:
             self.over = True
-            self._exchange(_FAILED, 0, 0, True)
+            try:
+                if not self._in_step:
+                    self._exchange(_FAILED)
+            except RuntimeError as error:  # the error that brought it here says more
+                log.warning("The other processes could not be told that this one fails: %s", error)
 
-    def _exchange(self, *numbers: int) -> list[list[int]]:
-        own = torch.tensor([int(number) for number in numbers], device=self._device)
+    def _exchange(
+        self, status: int, samples: int = 0, stored: int = 0, has_form: bool = True, updates: int = 0
+    ) -> list[list[int]]:
+        own = torch.tensor([status, samples, stored, int(has_form), updates], device=self._device)
         everybody = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(everybody, own)
         return torch.stack(everybody).tolist()

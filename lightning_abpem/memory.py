@@ -60,7 +60,7 @@ class TokenMemory:
 
     def __init__(self, block: nn.Module, name: str, batches: int) -> None:
         self.block, self.name = block, name
-        self._stored: deque[_Batch] = deque(maxlen=batches - 1)
+        self._stored: deque[_Batch | None] = deque(maxlen=batches - 1)
         self._past: list[_Batch] = []  # those of the stored batches that fit the current one
         self._current: _Batch | None = None
         self._predicted: Tensor | None = None
@@ -84,9 +84,14 @@ class TokenMemory:
         finally:
             handle.remove()
 
-    def push(self, tokens: Mapping[str, Tokens]) -> None:
-        """Store the current batch's tokens and whose they are; the oldest batch goes if the memory is full."""
-        if self._current is not None:
+    def push(self, tokens: Mapping[str, Tokens] | None) -> None:
+        """Store the current batch's tokens and whose they are; the oldest batch goes if the memory is full.
+
+        None takes the place of a batch of other processes alone.
+        """
+        if tokens is None:
+            self._stored.append(None)
+        elif self._current is not None:
             self._current.masks = {name: own.keep for name, own in tokens.items() if own.keep is not None}
             self._stored.append(self._current)
 
@@ -95,16 +100,17 @@ class TokenMemory:
         self._predicted = None
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The stored batches, oldest first."""
-        return [
-            {"places": sorted(batch.places), "tensors": batch.tensors, "masks": batch.masks} for batch in self._stored
-        ]
+        """The stored batches, oldest first; without places, that of others alone."""
+        nothing = _Batch(frozenset(), {})
+        stored = [batch or nothing for batch in self._stored]
+        return [{"places": sorted(batch.places), "tensors": batch.tensors, "masks": batch.masks} for batch in stored]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Store these batches instead, the newest of them if there is not room for all."""
         self.clear()
         for batch in state:
-            self._stored.append(_Batch(frozenset(batch["places"]), dict(batch["tensors"]), dict(batch["masks"])))
+            own = _Batch(frozenset(batch["places"]), dict(batch["tensors"]), dict(batch["masks"]))
+            self._stored.append(own if own.places else None)
 
     def clear(self) -> None:
         """Forget all tokens."""
@@ -169,8 +175,9 @@ class TokenMemory:
         # A copy, for a block may edit its input in place.
         tensors = {i: leaves[i].detach().clone() for i in sizes if sizes[i] == size}
         self._current = _Batch(frozenset(sizes), tensors)
-        self._past = [batch for batch in self._stored if batch.fits(self._current)]
-        if len(self._past) < len(self._stored) and not self._warned:
+        stored = [batch for batch in self._stored if batch is not None]
+        self._past = [batch for batch in stored if batch.fits(self._current)]
+        if len(self._past) < len(stored) and not self._warned:
             self._warned = True
             log.warning(
                 "Stored batches entered '%s' with other numbers of tokens, or with a mask where this one has none: "

@@ -70,7 +70,7 @@ class Step:
         own: list[list[Tensor | None]] = [[] for _ in losses]
         if self.is_local or any(loss.requires_grad for loss in losses):
             own = self._own_gradients(losses, params)
-        return own if self.ranks is None else self.ranks.sum(own, params, self.is_local)
+        return own if self.ranks is None else self.ranks.sum(own, params)
 
     def in_all(self, term: Tensor) -> Tensor:
         """A term of the loss that depends on `params` alone, so that the sum over processes has it once."""

@@ -110,6 +110,11 @@ class Observer:
                 f"{method.name} compares the outputs of modules, which are not exchanged between processes: set "
                 'sync="local", with which each process adapts on its own stream.'
             )
+        if self._is_sharded and self._fusion is not None and self._settings.spans is None:
+            raise ValueError(
+                "Expected `modalities` to give the tokens, for the model is cut into shards, so that every forward "
+                f'needs all processes, also the one that "auto" reads them off, but got {self._settings.modalities!r}.'
+            )
         self.ranks = Ranks(next((p.device for p in self._model.parameters()), torch.device("cpu")))
 
     def tokens_of(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
@@ -134,7 +139,7 @@ class Observer:
             return seen
         own = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
         together = self.ranks.global_batch(*own)
-        return together and Seen(*together, {}, is_local=seen is not None and len(seen.logits) > 0)
+        return together and Seen(*together, {}, is_local=seen is not None and seen.samples > 0)
 
     def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Seen:
         """One forward over memory and batch."""

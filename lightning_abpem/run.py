@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_abpem.adaptation import Adaptation
+from lightning_abpem.distributed import Ranks
 from lightning_abpem.loss_scale import LossScale
 from lightning_abpem.metrics import RecordMean, merge_means
 from lightning_abpem.modules import substituted
@@ -58,7 +59,7 @@ class Run:
         self._means: dict[int, RecordMean] = {}
         self._pending: list[dict[str, Tensor]] = []
         self._processes = trainer.world_size
-        self._dataloader, self._is_left, self._is_over = 0, False, False
+        self._dataloader, self._is_left, self._is_over, self._is_awaited = 0, False, False, False
         self._training = {m: m.training for m in module.modules()}
         self._loop: Any = getattr(trainer, f"{stage}_loop")
         self._changes = ExitStack()
@@ -68,11 +69,8 @@ class Run:
         # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
         if hasattr(self._loop, "inference_mode"):
             self._change(self._loop, "inference_mode", False)
-        # At the end of a dataloader, for which there is no hook, Lightning reduces metrics: no process may be behind.
-        if self._processes > 1 and hasattr(self._loop, "_store_dataloader_outputs"):
-            self._change(
-                self._loop, "_store_dataloader_outputs", self._leave_first(self._loop._store_dataloader_outputs)
-            )
+        if self._processes > 1:
+            self._stay_with_others()
 
     def start_batch(self, dataloader: int) -> None:
         """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
@@ -107,21 +105,19 @@ class Run:
             self._open()
         assert self.adaptation is not None
         self._go_on_to(len(self._loop.max_batches) - 1)
-        all_follow = self.adaptation.drain(is_last=True, skipped=skipped)
+        with self.trainer.precision_plugin.forward_context():
+            all_follow = self.adaptation.drain(is_last=True, skipped=skipped)
         if self._settings.sync == "local":
-            self._means = merge_means(self._means)
+            self._means, some_skipped = merge_means(self._means, self.module.device, skipped)
+            all_follow = not some_skipped
         return all_follow
-
-    def end_skipped(self) -> None:
-        """At the end of the run: if Lightning skipped the loop, the others may still have batches."""
-        if not self._is_over and self._processes > 1:
-            self.module.eval()  # as the loop would have
-            self.end_stream(skipped=True)
 
     def abandon(self) -> None:
         """This process fails: the others must not wait for it."""
         if self.adaptation is not None:
             self.adaptation.abandon()
+        elif self._is_awaited and self._settings.sync == "global":  # it has not come to its first batch
+            Ranks(self.module.device).abandon()
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -163,12 +159,31 @@ class Run:
     def _change(self, owner: Any, attribute: str, value: Any) -> None:
         self._changes.enter_context(substituted(owner, attribute, value))
 
-    def _leave_first(self, store: Callable[[], None]) -> Callable[[], None]:
-        def left() -> None:
-            self._leave()
+    def _stay_with_others(self) -> None:
+        """Be there for the others' steps where Lightning has no hook."""
+        run, reset = self._loop.run, self._loop.reset
+        store = getattr(self._loop, "_store_dataloader_outputs", None)
+
+        def run_or_follow() -> Any:
+            result = run()
+            if not self._is_over and self._loop.max_batches:  # no batch here, so that Lightning skipped the loop
+                self.module.eval()  # as the loop would have
+                self.end_stream(skipped=True)
+            return result
+
+        def reset_last() -> None:
+            self._is_awaited = True  # all dataloaders are there: the next thing to exchange is a batch
+            reset()
+
+        def store_last() -> None:
+            self._leave()  # Lightning reduces metrics now: no process may be behind
+            assert store is not None
             store()
 
-        return left
+        self._change(self._loop, "run", run_or_follow)
+        self._change(self._loop, "reset", reset_last)
+        if store is not None:
+            self._change(self._loop, "_store_dataloader_outputs", store_last)
 
     def _leave(self) -> None:
         """See the other processes through the rest of this dataloader."""
@@ -176,7 +191,8 @@ class Run:
             self._open()
         assert self.adaptation is not None
         if not self._is_left:
-            self.adaptation.drain()
+            with self.trainer.precision_plugin.forward_context():
+                self.adaptation.drain()
             self._is_left = True
 
     def _go_on_to(self, dataloader: int) -> None:
@@ -185,7 +201,7 @@ class Run:
         while self._dataloader < dataloader:
             self._leave()
             if self._settings.reset == "dataloader":
-                self.adaptation.reset()
+                self.adaptation.reset_next()
             self._dataloader += 1
             self._is_left = False
 
@@ -198,7 +214,7 @@ class Run:
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
         if self._dataloader not in self._means:
-            self._means[self._dataloader] = _new_mean(record)
+            self._means[self._dataloader] = _new_mean(record["loss"].device)
         self._means[self._dataloader].update(record, samples)
         if self.trainer.loggers and self.trainer.log_every_n_steps > 0:
             self._pending.append(record)
@@ -209,19 +225,18 @@ class Run:
         """Hand each pending step to the loggers: one copy from the device for all of them."""
         if not self._pending:
             return
-        names = list(self._pending[0])
-        table = torch.stack([torch.stack([record[n].float() for n in names]) for record in self._pending])
-        for row in table.tolist():
-            figures = {f"{self._prefix}/{name}_step": value for name, value in zip(names, row, strict=True)}
+        values = torch.stack([value.float() for record in self._pending for value in record.values()]).tolist()
+        rest = iter(values)
+        for record in self._pending:
+            figures = {f"{self._prefix}/{name}_step": next(rest) for name in record}
             for logger in self.trainer.loggers:
                 logger.log_metrics(figures, step=self.logged)
             self.logged += 1
         self._pending.clear()
 
 
-def _new_mean(record: dict[str, Tensor]) -> RecordMean:
-    mean = RecordMean(list(record))
-    device = record["loss"].device
+def _new_mean(device: torch.device) -> RecordMean:
+    mean = RecordMean()
     if device.type == "mps":  # which has no float64
         mean.set_dtype(torch.float32)
     return mean.to(device)

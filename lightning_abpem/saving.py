@@ -9,6 +9,8 @@ from __future__ import annotations
 import glob
 import os
 import pickle
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ __all__ = [
 ]
 
 FORMAT = 1
+_KEYS: dict[str, tuple[str, ...]] = {  # by part; of all of it
+    "": ("process", "weights", "scale", "state", "measured", "memory", "random"),
+    "weights": ("params", "source", "optimizer", "optimizer_class", "counts"),
+    "scale": ("value", "streak"),
+    "random": ("cpu",),
+}
+_NOT_READABLE = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def plain(value: Any) -> Any:
@@ -84,16 +93,21 @@ def check_form(state: Any, method: str) -> None:
     Raises:
         ValueError: if it is no such thing, of another version's form or of another method.
     """
-    if not isinstance(state, Mapping) or "weights" not in state or "method" not in state:
+    if not isinstance(state, Mapping) or not {"format", "weights", "method"} <= state.keys():
         keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"Expected the state of an adaptation, as `state_dict` makes it, but got {keys}.")
-    if state.get("format") != FORMAT:
+    if state["format"] != FORMAT:
         raise ValueError(
-            f"Expected an adaptation's state of form {FORMAT}, but got {state.get('format')!r}: another version of "
+            f"Expected an adaptation's state of form {FORMAT}, but got {state['format']!r}: another version of "
             "lightning_abpem wrote it."
         )
     if state["method"] != method:
         raise ValueError(f"Expected a state of {method}, but got one of {state['method']}.")
+    for part, wanted in _KEYS.items():
+        own = state[part] if part else state
+        missing = [key for key in wanted if not isinstance(own, Mapping) or key not in own]
+        if missing:
+            raise ValueError(f"Expected a whole state, but `{part or 'state'}` has no {', '.join(missing)}.")
 
 
 def check_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -168,8 +182,12 @@ def check_saved(path: str | Path, method: str) -> None:
 
 def _read(path: Path, method: str) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()  # by its checksums, at which torch.load does not look
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, *_NOT_READABLE) as error:
         raise ValueError(f"Expected '{path}' to hold the state of an adaptation, but it cannot be read.") from error
+    if broken is not None:
+        raise ValueError(f"Expected '{path}' to hold the state of an adaptation, but it is damaged at '{broken}'.")
     check_form(state, method)
     return state

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_abpem.distributed import Ranks, process
 from lightning_abpem.logits import read_logits
@@ -27,13 +28,17 @@ log = logging.getLogger(__name__)
 
 
 class _Computed(NamedTuple):
-    """A step that can be taken: gradients, None for no step, its figures, its samples; what is remembered if it is."""
+    """A step that can be taken: gradients, None for no step, its figures, its samples; what is remembered if it is.
+
+    `tokens` are None if this process has no batch; `is_last` says whether no other step for the same batch follows.
+    """
 
     gradients: Gradients | None
     record: Record
     samples: int
     tokens: dict[str, Tokens] | None
     state: dict[str, Any]
+    is_last: bool = True
 
 
 class Stepper:
@@ -72,7 +77,7 @@ class Stepper:
         self._state: dict[str, Any] = {}
         self._source: Mapping[str, Any] | None = None  # what the method measured on the source model
         self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
-        self._is_first = True
+        self._is_first, self._resets_next = True, False
         self._pending: _Computed | None = None  # a step that is due after the prediction
         self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
 
@@ -89,7 +94,8 @@ class Stepper:
         batch, None, the step is that of the other processes.
         """
         self._pending = None  # what a call that was broken off left
-        if self._reset_is_due():
+        self._resets_next = self._resets_next or self._reset_is_due()
+        if self._resets_next and args is not None:
             self.reset()
         tokens = {} if args is None else self._observer.tokens_of(args, kwargs)
         if self._source is None:
@@ -105,7 +111,7 @@ class Stepper:
             if self._settings.predicts == "before" and args is not None:
                 self._pending = computed
             else:
-                self._apply(computed, last=i + 1 >= self._settings.steps)
+                self._apply(computed._replace(is_last=i + 1 >= self._settings.steps))
 
     def end_call(self, output: Any) -> None:
         """The target's call ended with this output, None if it failed: take the step that is due after it."""
@@ -126,14 +132,18 @@ class Stepper:
         if self._memory is not None:
             if not taken:  # of a step that failed nothing is remembered
                 self._memory.skip()
-            elif last.tokens is not None:
+            elif last.is_last:
                 self._memory.push(last.tokens)
+
+    def reset_next(self) -> None:
+        """Back to the source model before the next batch, if there is one, of any process."""
+        self._resets_next = True
 
     def reset(self) -> None:
         """Back to the source model."""
         self.settle()
         self.weights.reset()
-        self._state = {}
+        self._state, self._draft, self._resets_next = {}, {}, False
         if self._memory is not None:
             self._memory.clear()
 
@@ -154,9 +164,10 @@ class Stepper:
         """See `Adaptation.load_state_dict`."""
         self.settle()
         check_form(state, self._method.name)
+        kept, source, scale = (placed(state[part], self._device) for part in ("state", "measured", "scale"))
         self.weights.load_state_dict(state["weights"])
-        self._state, self._source = (placed(state[part], self._device) for part in ("state", "measured"))
-        self._scale.load_state_dict(state["scale"])
+        self._state, self._source = kept, source
+        self._scale.load_state_dict(scale)
         set_random_state(state["random"], self._device)
         if self._memory is not None:
             is_own = list(state["process"]) == list(process())
@@ -169,9 +180,18 @@ class Stepper:
     def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
         """The method's gradients for one batch; None if it is empty."""
         self._draft = dict(self._state)
+        ranks = self._observer.ranks
+        if ranks is not None:
+            ranks.updates = self.weights.updates
         step = self._observe(args, kwargs, tokens)
-        if step is None or step.samples == 0:
+        if step is None:
             return None
+        computed = self._of_step(step, args, kwargs, tokens) if step.samples else None
+        if ranks is not None:
+            ranks.end_step()
+        return computed
+
+    def _of_step(self, step: Step, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed:
         kept = None if args is None else tokens
         if self._settings.steps == 0:
             return _Computed(None, self._method.loss(step)[1], step.samples, kept, self._draft)
@@ -192,11 +212,16 @@ class Stepper:
         """One forward over memory and batch, as the method sees it; None if no process has a batch."""
         self._replay.start_pass()
         seen = self._observer.observe_all(args, kwargs, tokens)
-        return None if seen is None else self._step_of(seen, self._observer.ranks)
+        if seen is None:
+            return None
+        if self._resets_next:  # due before the batch of other processes
+            self.reset()
+        return self._step_of(seen, self._observer.ranks)
 
     def _observe_source(self, args: Any) -> Step:
         """A forward of this process alone, for what is measured on the source."""
         self._replay.start_pass()
+        args = tree_map_only(torch.Tensor, lambda x: x.to(self._device), args)
         return self._step_of(self._observer.observe(args, {}, {}))
 
     def _step_of(self, seen: Seen, ranks: Ranks | None = None) -> Step:
@@ -206,7 +231,7 @@ class Stepper:
             *(self._scale.of(seen.logits.device), ranks, seen.is_local),
         )
 
-    def _apply(self, computed: _Computed, last: bool = True) -> None:
+    def _apply(self, computed: _Computed) -> None:
         """Step, or not if the loss or a gradient is not finite; then record."""
         record = computed.record
         if computed.gradients is None:
@@ -214,7 +239,7 @@ class Stepper:
         else:
             updated = self.weights.step(computed.gradients, record["loss"])
             self._scale.update(updated)
-            self._unsettled = computed if last else computed._replace(tokens=None)
+            self._unsettled = computed
         self.record = record | {"updated": updated.to(record["loss"])}
         self._on_step(self.record, computed.samples)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lightning_abpem import ABPEM
+from lightning_abpem.distributed import Ranks
+from lightning_abpem.method import Step
 from lightning_abpem.methods import EATA, READ, SAR, Tent
 from tests.ranks import WORLD, in_two_processes
 from tests.toy import AUDIO, MODALITIES, PAPER, VIDEO, batches, make_toy
@@ -154,3 +156,149 @@ def test_with_sync_local_each_adapts_on_its_own_stream():
         expected = adapt("abpem", stream([2 + rank] * 3))
         assert all(torch.equal(a, b) for a, b in zip(result[0], expected[0], strict=True))
         assert all(torch.equal(result[2][name], value) for name, value in expected[2].items())
+
+
+# -------------------------------------------------------------------------------------------------------- corner cases
+
+EMPTY = [(0, 0), (2, 0), (0, 3), (2, 2), (0, 0), (3, 1)]
+
+
+def with_empty_batches(rank):
+    whole = [tuple(x.double() for x in batches(1, sum(sizes), seed=10 + i)[0]) for i, sizes in enumerate(EMPTY)]
+    own = [split(batch, sizes)[rank] for batch, sizes in zip(whole, EMPTY, strict=True)]
+    return adapt("abpem published", own, memory_batches=1)
+
+
+def resetting(rank):
+    """Six updates, of which the last two are of the first process alone."""
+    return adapt("abpem, reset", stream([2] * (6 - 2 * rank)))
+
+
+def resting(rank):
+    """The second process has no batch in rounds two to four; weights stand still, so that only the memory counts."""
+    own, records = stream([2] * 7, seed=20 + 50 * rank), []
+    abpem = ABPEM("fusion.*.attn", MODALITIES, memory_batches=3, optimizer=partial(torch.optim.SGD, lr=0), **PAPER)
+    model = make_toy().double()
+    with torch.no_grad(), abpem.attach(model) as adaptation:
+        adaptation.on_step = lambda record, samples: records.append(record)
+        for batch in own[:4] if rank == 0 else own[:1]:
+            model(*batch)
+        adaptation.drain()
+        for batch in own[4:]:
+            model(*batch)
+    return own, records
+
+
+def reached(rank):
+    """By loss, which parameters the loss of a process reaches: the first here, the second there, the third nowhere."""
+    here, there = torch.full((2,), 1.0 + rank), None
+    losses = [[here, there, None], [here, there, None]] if rank == 0 else [[None, None, None], [None, here, None]]
+    return Ranks(torch.device("cpu")).sum(losses, [torch.zeros(2)] * 3)
+
+
+def saved_apart(rank):
+    """A state that is taken when `attach` ends is of all steps; states of different steps are refused."""
+    own = stream([2] * (5 - 3 * rank))
+    first, second = METHODS["abpem"](optimizer=ADAM), METHODS["abpem"](optimizer=ADAM)
+    model = make_toy().double()
+    with torch.no_grad(), first.attach(model) as adaptation:
+        for batch in own[:2]:
+            model(*batch)
+        early = adaptation.state_dict()
+        for batch in own[2:]:
+            model(*batch)
+        adaptation.drain(is_last=True)
+        model(*own[0])  # of one alone, after all: predicts
+    updates = first.state_dict()["weights"]["counts"][0]
+    second.load_state_dict(early if rank == 0 else first.state_dict())
+    try:
+        with torch.no_grad(), second.attach(make_toy().double()) as adaptation:
+            adaptation.drain(is_last=True)
+    except RuntimeError as error:
+        return updates, str(error)
+
+
+def corner_cases(rank):
+    return {f.__name__: f(rank) for f in (with_empty_batches, resetting, resting, reached, saved_apart)}
+
+
+@pytest.fixture(scope="module")
+def corners():
+    results = in_two_processes(corner_cases)
+    assert not any(isinstance(result, Exception) for result in results), results
+    return lambda function: [result[function.__name__] for result in results]
+
+
+def test_empty_batches(corners):
+    whole = [tuple(x.double() for x in batches(1, sum(sizes), seed=10 + i)[0]) for i, sizes in enumerate(EMPTY)]
+    logits, _, weights, counts = adapt("abpem published", whole, memory_batches=1)
+    for rank, (own_logits, _, own_weights, own_counts) in enumerate(corners(with_empty_batches)):
+        assert own_counts == counts == (4, 0)
+        for own, expected, sizes in zip(own_logits, logits, EMPTY, strict=True):
+            torch.testing.assert_close(own, split((expected,), sizes)[rank][0], rtol=0, atol=1e-9)
+        for parameter, value in weights.items():
+            torch.testing.assert_close(own_weights[parameter], value, rtol=0, atol=1e-9)
+
+
+def test_a_reset_waits_for_the_next_batch(corners):
+    """After six updates with reset=3 the weights are still those of the sixth, as in one process."""
+    ours, theirs = stream([2] * 6), stream([2] * 4)
+    whole = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(ours, theirs, strict=False)] + ours[4:]
+    _, _, weights, _ = adapt("abpem, reset", whole)
+    source = dict(make_toy().double().named_parameters())
+    assert not torch.equal(weights["fusion.0.attn.qkv.weight"], source["fusion.0.attn.qkv.weight"])
+    for _, _, own_weights, counts in corners(resetting):
+        assert counts == (6, 0)
+        for parameter, value in weights.items():
+            torch.testing.assert_close(own_weights[parameter], value, rtol=0, atol=1e-9)
+
+
+def test_a_memory_ages_with_the_batches_of_others(corners):
+    (ours, first), (theirs, second) = corners(resting)
+    both = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(ours, theirs, strict=True)]
+    whole = [*both[:1], *ours[1:4], *both[4:]]
+    records = []
+    abpem = ABPEM("fusion.*.attn", MODALITIES, memory_batches=3, optimizer=partial(torch.optim.SGD, lr=0), **PAPER)
+    model = make_toy().double()
+    with torch.no_grad(), abpem.attach(model) as adaptation:
+        adaptation.on_step = lambda record, samples: records.append(record)
+        for batch in whole:
+            model(*batch)
+    assert len(first) == len(second) == len(records) == 7
+    for i in (0, 4, 5, 6):  # in between the second process's memory is away with it
+        for figure, value in records[i].items():
+            torch.testing.assert_close(first[i][figure], value, rtol=0, atol=1e-9)
+            torch.testing.assert_close(second[i][figure], value, rtol=0, atol=1e-9)
+
+
+def test_a_parameter_moves_if_any_process_reaches_it(corners):
+    for (first, second, third), (again, other, never) in corners(reached):
+        assert first.tolist() == again.tolist() == [1, 1]
+        assert second is third is never is None
+        assert other.tolist() == [2, 2]
+
+
+def test_states_of_different_steps(corners):
+    for updates, message in corners(saved_apart):
+        assert updates == 5
+        assert "different numbers of steps, [2, 5]" in message
+
+
+def failing_inside(rank):
+    """The second process fails between the exchanges of its second step."""
+    gradients_of, steps = Step.gradients_of, []
+
+    def breaks(step, *losses):
+        steps.append(step)
+        if rank == 1 and len(steps) == 2:
+            raise MemoryError("out of memory")
+        return gradients_of(step, *losses)
+
+    Step.gradients_of = breaks
+    return adapt("abpem", stream([2] * 4))
+
+
+def test_a_process_that_fails_in_the_middle_of_a_step():
+    other, failed = in_two_processes(failing_inside)
+    assert "out of memory" in str(failed)
+    assert isinstance(other, RuntimeError)

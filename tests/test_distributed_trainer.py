@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_abpem.distributed import GlobalBatch
+from lightning_abpem.distributed import GlobalBatch, Ranks
 from lightning_abpem.observing import Observer
 from tests.ranks import WORLD, free_port
 from tests.reference import same_state
@@ -225,28 +225,56 @@ def test_a_process_whose_loop_is_skipped(streams, tmp_path):
     assert skipped["outputs"] == []
 
 
+def test_each_on_its_own_stream(streams, tmp_path):
+    """With sync="local" a process adapts as if it were alone; the averages at the end are over the samples of all."""
+    out, output, code = streams
+    assert code == 0, output
+    assert "was called before the ``update`` method" not in output
+    for name, sizes in (("local", UNEVEN), ("local, skipped", ALL_EMPTY)):
+        everybody, total = left_by(out, name), 0
+        for rank, (seen, own) in enumerate(zip(everybody, sizes, strict=True)):
+            if not sum(map(len, own)):
+                assert seen["outputs"] == []
+                continue
+            loaders = [stream(each, i, rank) for i, each in enumerate(own)]
+            twin, _ = in_one_process("test", loaders, tmp_path)
+            for (_, logits), (_, expected) in zip(seen["outputs"], twin["outputs"], strict=True):
+                assert torch.equal(logits, expected)
+            assert same_state(seen["adapted"], twin["adapted"])
+            total += sum(own[0]) * twin["averages"][0]["entropy"]
+        for seen in everybody if name == "local" else everybody[:1]:  # of a skipped loop there are none
+            close_float32(seen["averages"][0]["entropy"], total / sum(sum(own[0]) for own in sizes))
+            assert same_state(seen["restored"], weights_of(Model()))
+
+
 def test_a_process_that_fails_ends_the_program(tmp_path):
-    output, code = finish(start(command("tests.trainer_program", "failing", tmp_path)))
-    assert code != 0
-    other, failed = left_by(tmp_path, "failing")
-    assert "Process 1 stopped with an error" in other["error"], output
-    assert "a sample that cannot be read" in failed["error"]
-    for seen in (other, failed):
-        assert same_state(seen["restored"], weights_of(Model()))
+    """At its third batch, and before its first."""
+    folders = {scenario: tmp_path / scenario for scenario in ("failing", "unreadable")}
+    for folder in folders.values():
+        folder.mkdir()
+    running = {name: start(command("tests.trainer_program", name, folder)) for name, folder in folders.items()}
+    for scenario, (output, code) in {name: finish(process) for name, process in running.items()}.items():
+        assert code != 0
+        other, failed = left_by(folders[scenario], "failing")
+        assert "Process 1 stopped with an error" in other["error"], output
+        assert "a sample that cannot be read" in failed["error"]
+        for seen in (other, failed):
+            assert same_state(seen["restored"], weights_of(Model()))
 
 
-class Unreachable:
+class Unreachable(Ranks):
     """The other processes, as they look to one that fails after they are gone."""
 
-    over = True
+    def __init__(self):
+        self.over, self.some_skipped, self.updates, self._in_step = False, False, 0, False
 
     def global_batch(self, logits, samples, attention):
         return GlobalBatch(logits, samples, attention)
 
-    def sum(self, gradients, params, is_local):
+    def sum(self, gradients, params):
         return gradients
 
-    def abandon(self):
+    def _exchange(self, *numbers):
         raise RuntimeError("Connection closed by peer")
 
 

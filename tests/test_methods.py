@@ -1,5 +1,6 @@
 """The methods ABPEM is compared with: each against its equations written out by hand, and all on the same engine."""
 
+import csv
 import json
 import math
 from functools import partial
@@ -12,6 +13,7 @@ from torch import nn
 
 from lightning_abpem import ABPEM, TestTimeAdaptation
 from lightning_abpem.functional import confidence_loss
+from lightning_abpem.method import Method, record_of
 from lightning_abpem.methods import EATA, MMTTA, READ, SAR, Source, Tent
 from lightning_abpem.methods.norms import batch_statistics, norm_params
 from lightning_abpem.methods.read import ReliableFusion
@@ -324,6 +326,40 @@ def test_in_a_trainer(name, inference_mode, tmp_path):
     plain, alone = torch.stack(model.seen), make_toy()
     ours, _ = adapted(METHODS[name](optimizer=SGD), alone, [args[:2] for args in loader()])
     torch.testing.assert_close(plain, ours, rtol=0, atol=1e-6)
+
+
+class Sometimes(Method):
+    """Records a figure in the second and the third step alone."""
+
+    name = "Sometimes"
+
+    def collect(self, model, fusion):
+        return {"head.1.bias": model.head[1].bias}
+
+    def loss(self, step):
+        count = step.state["count"] = step.state.get("count", 0) + 1
+        more = {"count": torch.tensor(float(count))} if count in (2, 3) else {}
+        return step.logits.square().mean(), record_of(step.logits.square().mean(), step.logits, **more)
+
+
+@pytest.mark.parametrize("log_every_n_steps", [1, 50])
+def test_a_figure_that_not_every_step_has(log_every_n_steps, tmp_path):
+    """As SuMi's `sharing`, which a batch of which no sample is kept does not have."""
+    silent = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    logger, method = CSVLogger(tmp_path), TestTimeAdaptation(Sometimes())
+    trainer = Trainer(
+        callbacks=[method], logger=logger, log_every_n_steps=log_every_n_steps, accelerator="cpu", **silent
+    )
+    [results] = trainer.test(make_toy(), loader(), verbose=False)
+    assert method.updates >= 4
+    assert results["sometimes/count"] == 2.5
+    logged = [row.get("sometimes/count_step") for row in csv_rows(tmp_path) if row.get("sometimes/entropy_step")]
+    assert logged == ["", "2.0", "3.0", *[""] * (method.updates - 3)]
+
+
+def csv_rows(folder):
+    with open(folder / "lightning_logs/version_0/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -159,7 +159,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "display": set(),
     "report": set(),
     "inspection": {"display", "logits", "modules", "objective", "projections", "seen", "tracing"},
-    "run": {"adaptation", "loss_scale", "metrics", "modules", "settings"},
+    "run": {"adaptation", "distributed", "loss_scale", "metrics", "modules", "settings"},
     "callback": {"adaptation", "fusion", "method", "run", "saving", "settings", "spans", "strategies"},
     "methods.abpem": {"callback", "functional", "fusion", "method", "objective", "spans", "stream"},
     "methods.unimodal": {"method"},
@@ -248,6 +248,14 @@ def imports(path):
 
 def test_every_module_has_its_rule():
     assert set(modules()) == set(THIRD_PARTY) == set(OWN)
+
+
+def test_the_design_page_names_every_module():
+    rows = [line for line in (ROOT.parent / "docs/design.md").read_text().splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+    folders = {"cli", "data", "methods", "models"}
+    parts = [name.split(".") for name in OWN if not name.endswith("__")]
+    assert named == {first if first in folders else ".".join([first, *rest]) for first, *rest in parts}
 
 
 @pytest.mark.parametrize("name", THIRD_PARTY)

@@ -162,12 +162,24 @@ def test_a_damaged_file(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"Expected '.*state\.pt' to hold the state of an adaptation, but it can"):
             first.load(path)
+    values = content.index(first.state_dict()["weights"]["params"]["fusion.0.attn.qkv.weight"].numpy().tobytes())
+    path.write_bytes(content[: values + 5] + bytes([content[values + 5] ^ 1]) + content[values + 6 :])
+    with pytest.raises(ValueError, match="but it is damaged at '.*/data/"):
+        first.load(path)
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match=r"as `state_dict` makes it, but got \['state_dict'\]"):
         first.load(path)
     with pytest.raises(ValueError, match="but got list"):
         first.load_state_dict([1])
     assert not list(tmp_path.glob(".*"))
+
+
+class Trained(type(make_toy())):
+    def training_step(self, batch, batch_idx):
+        return self(*batch[:2]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Wide(nn.Module):
@@ -235,6 +247,31 @@ def test_a_state_that_does_not_fit_changes_nothing_of_an_open_adaptation():
             adaptation.load_state_dict(state)
         rest = [model(*batch) for batch in batches(4)[2:]]
     assert all(torch.equal(a, b) for a, b in zip(whole, start + rest, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"), [("scale", "`state` has no scale"), ("weights", "`weights` has no params, source, optimizer")]
+)
+def test_a_state_with_something_missing(part, message):
+    first = made("abpem")
+    predict(first, make_toy(), batches(1))
+    state = first.state_dict()
+    broken = {key: value for key, value in state.items() if key != part} if part == "scale" else {**state, part: {}}
+    with pytest.raises(ValueError, match=message):
+        first.load_state_dict(broken)
+
+
+def test_a_fit_begins_anew(tmp_path):
+    """Checkpoints that `fit` writes hold nothing of an earlier run, whose source they are not."""
+    first, model = made("abpem"), Trained()
+    trainer(first).test(model, loader(2), verbose=False)
+    assert first.state_dict()
+    runner = trainer(first, max_epochs=1)
+    runner.fit(model, loader(2))
+    assert first.state_dict() == {}
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    trainer(first).test(Trained(), loader(2), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    assert first.updates == 2
 
 
 def test_of_another_version():

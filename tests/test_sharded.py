@@ -91,7 +91,7 @@ def test_sharded_models_take_the_steps_of_whole_ones():
 def refused(rank):
     """The messages of what cannot work with shards."""
     messages = []
-    for callback in (SAR(), EATA(), METHODS["abpem"](sync="local")):
+    for callback in (SAR(), EATA(), METHODS["abpem"](sync="local"), ABPEM("fusion.*.attn")):
         try:
             adapt(callback, cut(make_toy().double(), ["fusion.0.norm", "fusion.0.attn"]), stream(1))
         except ValueError as error:
@@ -100,17 +100,31 @@ def refused(rank):
         adapt(METHODS["abpem"](), cut(make_toy().double(), CUTS["blocks"]), stream(3 - rank))
     except RuntimeError as error:
         messages.append(str(error))
+    model, (first, second) = cut(make_toy().double(), CUTS["blocks"]), stream(2)
+    try:
+        with torch.no_grad(), METHODS["abpem"]().attach(model):
+            model(*first)
+            if rank == 1:
+                raise ValueError("a sample that cannot be read")
+            model(*second)
+    except (RuntimeError, ValueError) as error:
+        messages.append(str(error))
     return messages
 
 
 def test_what_shards_do_not_allow():
-    for messages in in_two_processes(refused):
+    results = in_two_processes(refused)
+    assert not any(isinstance(result, Exception) for result in results), results
+    for messages in results:
         assert [message.split(":")[0][:40] for message in messages[:2]] == [
             "SAR looks at the values of what adapts, ",
             "EATA looks at the values of what adapts,",
         ]
         assert 'Expected sync="global", for the model is cut into shards' in messages[2]
-        assert "Process [1] had no batch, or failed, while others had one" in messages[3]
+        assert 'also the one that "auto" reads them off' in messages[3]
+        assert "Process [1] had no batch, or failed, while others had one" in messages[4]
+    assert "Process [1] had no batch, or failed, while others had one" in results[0][5]
+    assert results[1][5] == "a sample that cannot be read"
 
 
 class Sharding(Toy):

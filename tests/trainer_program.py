@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_abpem import ABPEM
@@ -132,6 +132,21 @@ class Stream(IterableDataset[Batch]):
         return iter(stream(self.sizes[dist.get_rank()], self.loader, dist.get_rank()))
 
 
+class Unreadable(Dataset[Batch]):
+    """Samples of which the second process can read none."""
+
+    def __init__(self, count: int) -> None:
+        self.samples = samples(count)
+
+    def __len__(self) -> int:
+        return len(self.samples[0])
+
+    def __getitem__(self, index: int) -> Batch:
+        if dist.get_rank() == 1:
+            raise ValueError("a sample that cannot be read")
+        return tuple(x[index] for x in self.samples)
+
+
 class SizedStream(Stream):
     def __len__(self) -> int:
         return len(self.sizes[dist.get_rank()])
@@ -204,6 +219,8 @@ class Program:
         self.stream("all empty", Stream, ALL_EMPTY, logs=False)
         self.stream("reset", Stream, MIDDLE_EMPTY, logs=False, method={"reset": "dataloader"})
         self.stream("skipped", SizedStream, ALL_EMPTY, logs=False)
+        self.stream("local", Stream, UNEVEN, method={"sync": "local"})
+        self.stream("local, skipped", SizedStream, ALL_EMPTY, logs=False, method={"sync": "local"})
 
     def stream(self, run: str, kind: type[Stream], sizes: Any, logs: bool = True, **options: Any) -> None:
         loaders = [DataLoader(kind([own[i] for own in sizes], i), batch_size=None) for i in range(len(sizes[0]))]
@@ -214,10 +231,16 @@ class Program:
 
     def failing(self) -> None:
         """The second process fails at its third of five batches."""
-        model = Model(fails_on=1)
+        self.fail(Model(fails_on=1), DataLoader(TensorDataset(*samples(20)), batch_size=2))
+
+    def unreadable(self) -> None:
+        """The second process fails at its first sample, before its first batch."""
+        self.fail(Model(), DataLoader(Unreadable(20), batch_size=2))
+
+    def fail(self, model: Model, loader: DataLoader[Any]) -> None:
         runner = self.trainer("failing")
         try:
-            runner.test(model, DataLoader(TensorDataset(*samples(20)), batch_size=2), verbose=False)
+            runner.test(model, loader, verbose=False)
         except BaseException as error:
             seen = {"error": str(error), "restored": weights_of(model)}
             torch.save(seen, self.out / f"failing-{runner.global_rank}.pt")
@@ -229,7 +252,7 @@ class Program:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scenario", choices=["sampled", "predicted", "streams", "failing"])
+    parser.add_argument("scenario", choices=["sampled", "predicted", "streams", "failing", "unreadable"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--strategy", choices=["ddp", "ddp_spawn"], default="ddp")
     parser.add_argument("--devices", type=int, default=2)

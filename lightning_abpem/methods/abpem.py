@@ -125,9 +125,10 @@ class ABPEM(TestTimeAdaptation):
             predicted so far, so that labels need not be shuffled; or "read" (READ's variant).
         entropy_weight: weight of the principal entropy, >= 0.
         memory_batches: batches that the loss sees, the current one included; 1 is no memory.
-        memory_at: the module whose input tokens are remembered. Default: the parent of the first fusion attention.
+        memory_at: the module whose input tokens are remembered. Default: the layer around the fusion attention,
+            or what calls them, around several.
         options: those that all methods share: `steps`, `optimizer`, `target`, `logits`, `reset`, `restore`, `stages`,
-            `replay`, `predicts`; `TestTimeAdaptation` documents them.
+            `replay`, `predicts`, `sync`; `TestTimeAdaptation` documents them.
 
     Attributes:
         updates: steps taken in the last run.
