@@ -1,5 +1,6 @@
 """The published benchmarks on a small copy of their layout: settings, corruptions made here and before, results."""
 
+import hashlib
 import shutil
 from functools import partial
 
@@ -61,7 +62,9 @@ def test_samples_are_corrupted_as_they_are_read(arguments):
     assert not torch.equal(clean[1], foggy[1])
     assert torch.equal(both[1], foggy[1])
     assert not torch.equal(both[0], clean[0])
-    assert bench.provenance() == {"noise": "procedural", "frost": "procedural", "skipped": 0}
+    checkpoint = hashlib.sha256(arguments["checkpoint"].read_bytes()).hexdigest()
+    expected = {"noise": "procedural", "frost": "procedural", "skipped": 0, "checkpoint": checkpoint}
+    assert bench.provenance() == expected
 
 
 def test_data_corrupted_beforehand(arguments, tmp_path):
@@ -75,7 +78,7 @@ def test_data_corrupted_beforehand(arguments, tmp_path):
         assert (made[1] - read[1]).abs().mean() < 0.05  # a JPEG lies between
         assert (made[0] - read[0]).abs().mean() < 0.05  # and 16 bits
     assert torch.equal(before.sample(1, ())[0], here.sample(1, ())[0])
-    assert before.provenance() == {"corrupted": str(lists)}
+    assert before.provenance()["corrupted"] == str(lists)
     with pytest.raises((ValueError, FileNotFoundError), match="severity_4.json"):
         before.sample(0, (Corruption("image", "fog", 4),))
 
@@ -97,6 +100,10 @@ def test_published_rows_stand_beside_ours(arguments, tmp_path):
     row = next(line for line in tables.splitlines() if line.startswith("| ABPEM, BriMPR's paper (published)"))
     assert row.split("|")[-2].strip() == "64.1"  # images come first
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 21
+    state = torch.load(arguments["checkpoint"])
+    torch.save({name: value + 1 for name, value in state.items()}, arguments["checkpoint"])
+    with pytest.raises(ValueError, match="`provenance` is .*'checkpoint'"):  # another model by the same name
+        run_benchmark(Kinetics50C, arguments, out=tmp_path / "out", methods="source", seeds=1, workers=1)
 
 
 def test_no_checkpoint(arguments, tmp_path):

@@ -69,7 +69,10 @@ class Benchmark(ABC):
         return {}
 
     def provenance(self) -> Mapping[str, Any]:
-        """What else a reader of the results has to know, such as where noises come from: nothing."""
+        """What else a reader of the results has to know, such as where noises come from: nothing.
+
+        A run in one folder goes on only where it is the same.
+        """
         return {}
 
     def published(self) -> Mapping[tuple[str, str], Mapping[str, float]]:

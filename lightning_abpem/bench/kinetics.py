@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,10 +109,11 @@ class _Published(Benchmark):
         return {name: value for name, value in recipe.items() if name != "batch_size"}
 
     def provenance(self) -> Mapping[str, Any]:
+        source = {"checkpoint": _sha256(self._checkpoint)}
         if self._corrupted_lists is not None:
-            return {"corrupted": str(self._corrupted_lists)}
+            return {"corrupted": str(self._corrupted_lists), **source}
         made = {name: "procedural" if folder is None else str(folder) for name, folder in self._made_here.items()}
-        return {"noise": made["recordings"], "frost": made["frost"], "skipped": self._pairs.skipped}
+        return {"noise": made["recordings"], "frost": made["frost"], "skipped": self._pairs.skipped, **source}
 
     @abstractmethod
     def published(self) -> Published: ...
@@ -172,6 +174,14 @@ class VGGSoundC(_Published):
                 **_by_brimpr(25.0, 4.6, 32.7, 17.1, 32.4, 29.5, 33.2, 36.5),
             },
         }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _by_read(**accuracies: float) -> dict[str, float]:

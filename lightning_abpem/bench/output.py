@@ -32,17 +32,19 @@ def check_settings(
     """Hold a run against what the folder's finished cells were computed with, and write down what is new.
 
     Raises:
-        ValueError: the benchmark, its arguments, the package's version or a method's options are others.
+        ValueError: the benchmark, its arguments, where its data and models come from, the package's version or a
+            method's options are others.
     """
     before: Json = _read_settings(folder) or {}
     methods = {label: _settings_of(variant, benchmark) for label, variant in variants.items()}
     now: Json = {
         "benchmark": benchmark.name,
         "arguments": _plain(arguments),
+        "provenance": _plain(benchmark.provenance()),
         "version": lightning_abpem.__version__,
     }
     if before:
-        earlier = {**{name: before[name] for name in now}, **before["methods"]}
+        earlier = {**{name: before[name] for name in now if name in before}, **before["methods"]}
         current = {**now, **methods}
         for name in earlier.keys() & current.keys():
             if earlier[name] != current[name]:
