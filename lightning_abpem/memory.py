@@ -131,7 +131,7 @@ class TokenMemory:
 
     def expect(self, prediction: Tensor) -> None:
         """The logits that the model gave for the current batch, which `verify` finds again once it is stored."""
-        if not self._verified:
+        if not self._verified and len(prediction):
             self._predicted = prediction.detach()
 
     def verify(self, logits: Tensor) -> int:

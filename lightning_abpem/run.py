@@ -200,8 +200,11 @@ class Run:
         assert self.adaptation is not None
         while self._dataloader < dataloader:
             self._leave()
-            if self._settings.reset == "dataloader":
-                self.adaptation.reset_next()
+            if self._settings.reset == "dataloader" and self._dataloader in self._means:  # which had batches
+                if self._processes == 1:
+                    self.adaptation.reset()
+                else:
+                    self.adaptation.reset_next()
             self._dataloader += 1
             self._is_left = False
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from lightning_abpem.distributed import process
 
@@ -37,7 +38,7 @@ __all__ = [
 
 FORMAT = 1
 _KEYS: dict[str, tuple[str, ...]] = {  # by part; of all of it
-    "": ("process", "weights", "scale", "state", "measured", "memory", "random"),
+    "": ("process", "weights", "scale", "state", "measured", "resets_next", "memory", "random"),
     "weights": ("params", "source", "optimizer", "optimizer_class", "counts"),
     "scale": ("value", "streak"),
     "random": ("cpu",),
@@ -142,10 +143,13 @@ def write_state(state: Mapping[str, Any], path: str | Path) -> Path:
     """Write a state, all of it or nothing; with several processes, each its own."""
     path = own_path(path, *state["process"])
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    checksums = get_crc32_options()
     try:
+        set_crc32_options(True)
         torch.save(dict(state), partial)
         partial.replace(path)
     finally:
+        set_crc32_options(checksums)
         partial.unlink(missing_ok=True)
     return path
 
@@ -184,7 +188,7 @@ def _read(path: Path, method: str) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()  # by its checksums, at which torch.load does not look
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {} if broken else torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, *_NOT_READABLE) as error:
         raise ValueError(f"Expected '{path}' to hold the state of an adaptation, but it cannot be read.") from error
     if broken is not None:

@@ -155,6 +155,7 @@ class Stepper:
             "scale": self._scale.state_dict(),
             "state": self._state,
             "measured": self._source,
+            "resets_next": self._resets_next,
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
             "random": random_state(self._device),
         }
@@ -166,7 +167,7 @@ class Stepper:
         check_form(state, self._method.name)
         kept, source, scale = (placed(state[part], self._device) for part in ("state", "measured", "scale"))
         self.weights.load_state_dict(state["weights"])
-        self._state, self._source = kept, source
+        self._state, self._source, self._resets_next = kept, source, state["resets_next"]
         self._scale.load_state_dict(scale)
         set_random_state(state["random"], self._device)
         if self._memory is not None:

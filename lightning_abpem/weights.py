@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.late import LateBools
-from lightning_abpem.saving import check_weights, source_sums
+from lightning_abpem.saving import check_weights, plain, source_sums
 from lightning_abpem.settings import OptimizerFactory, Settings
 from lightning_abpem.sharded import assign, is_sharded, whole
 
@@ -124,7 +124,7 @@ class AdaptedWeights:
         masters, optimizer = self._fresh()
         try:
             if masters:
-                optimizer.load_state_dict(state["optimizer"])
+                optimizer.load_state_dict(plain(state["optimizer"]))  # a copy: it would step with the state's tensors
         except (ValueError, KeyError, RuntimeError) as error:
             raise ValueError(f"The state's optimizer does not fit this one: {error}") from error
         self._masters, self._optimizer = masters, optimizer
@@ -207,4 +207,6 @@ def all_finite(*tensors: Tensor | None) -> Tensor:
     By the least and the largest value, through which NaN passes: nothing of a tensor's size is written.
     """
     there = [x for x in tensors if x is not None and x.numel()]
+    if not there:
+        return torch.tensor(True)
     return torch.stack([extreme for x in there for extreme in (x.amin(), x.amax())]).isfinite().all()

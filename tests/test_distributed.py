@@ -160,13 +160,16 @@ def test_with_sync_local_each_adapts_on_its_own_stream():
 
 # -------------------------------------------------------------------------------------------------------- corner cases
 
+FIRST_EMPTY = [(0, 3), (3, 2), (2, 2), (1, 3)]
+FIRST_EMPTY_STREAM = list(zip(stream([sum(sizes) for sizes in FIRST_EMPTY]), FIRST_EMPTY, strict=True))
 EMPTY = [(0, 0), (2, 0), (0, 3), (2, 2), (0, 0), (3, 1)]
 
 
 def with_empty_batches(rank):
     whole = [tuple(x.double() for x in batches(1, sum(sizes), seed=10 + i)[0]) for i, sizes in enumerate(EMPTY)]
     own = [split(batch, sizes)[rank] for batch, sizes in zip(whole, EMPTY, strict=True)]
-    return adapt("abpem published", own, memory_batches=1)
+    remembering = adapt("abpem published", [split(batch, sizes)[rank] for batch, sizes in FIRST_EMPTY_STREAM])
+    return adapt("abpem published", own, memory_batches=1), remembering
 
 
 def resetting(rank):
@@ -232,10 +235,18 @@ def corners():
 def test_empty_batches(corners):
     whole = [tuple(x.double() for x in batches(1, sum(sizes), seed=10 + i)[0]) for i, sizes in enumerate(EMPTY)]
     logits, _, weights, counts = adapt("abpem published", whole, memory_batches=1)
-    for rank, (own_logits, _, own_weights, own_counts) in enumerate(corners(with_empty_batches)):
+    for rank, ((own_logits, _, own_weights, own_counts), _) in enumerate(corners(with_empty_batches)):
         assert own_counts == counts == (4, 0)
         for own, expected, sizes in zip(own_logits, logits, EMPTY, strict=True):
             torch.testing.assert_close(own, split((expected,), sizes)[rank][0], rtol=0, atol=1e-9)
+        for parameter, value in weights.items():
+            torch.testing.assert_close(own_weights[parameter], value, rtol=0, atol=1e-9)
+
+
+def test_a_memory_that_begins_with_an_empty_batch(corners):
+    _, _, weights, counts = adapt("abpem published", [batch for batch, _ in FIRST_EMPTY_STREAM])
+    for _, (_, _, own_weights, own_counts) in corners(with_empty_batches):
+        assert own_counts == counts == (4, 0)
         for parameter, value in weights.items():
             torch.testing.assert_close(own_weights[parameter], value, rtol=0, atol=1e-9)
 

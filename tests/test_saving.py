@@ -1,11 +1,14 @@
 """A stream that is cut and goes on elsewhere predicts, to the last bit, what it would have uncut."""
 
+import io
+import zipfile
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_abpem import ABPEM
 from lightning_abpem.methods import EATA, MMTTA, READ, SAR, Tent
@@ -145,6 +148,17 @@ def test_a_state_is_used_once():
     assert torch.equal(predict(first, make_toy(), batches(2))[0], source[0])
 
 
+def test_a_loaded_state_stays_as_it_is():
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    state, rest = first.state_dict(), []
+    for _ in range(2):
+        second = made("abpem")
+        second.load_state_dict(state)
+        rest.append(torch.stack(predict(second, make_toy(), batches(3, seed=5))))
+    assert torch.equal(*rest)
+
+
 def test_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="nothing has been adapted yet"):
         made("abpem").save(tmp_path / "state.pt")
@@ -166,6 +180,12 @@ def test_a_damaged_file(tmp_path):
     path.write_bytes(content[: values + 5] + bytes([content[values + 5] ^ 1]) + content[values + 6 :])
     with pytest.raises(ValueError, match="but it is damaged at '.*/data/"):
         first.load(path)
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        [pickled] = [info for info in file.infolist() if info.filename.endswith("/data.pkl")]
+    for i in range(pickled.header_offset + 100, pickled.header_offset + pickled.file_size, 29):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :])
+        with pytest.raises(ValueError, match="Expected"):
+            first.load(path)
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match=r"as `state_dict` makes it, but got \['state_dict'\]"):
         first.load(path)
@@ -247,6 +267,54 @@ def test_a_state_that_does_not_fit_changes_nothing_of_an_open_adaptation():
             adaptation.load_state_dict(state)
         rest = [model(*batch) for batch in batches(4)[2:]]
     assert all(torch.equal(a, b) for a, b in zip(whole, start + rest, strict=True))
+
+
+def test_checksums_are_written_whatever_the_setting(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        first = made("abpem")
+        predict(first, make_toy(), batches(1))
+        first.load(first.save(tmp_path / "state.pt"))
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+class TakeAtDataloader(Callback):
+    """Takes the state before the first batch of the second dataloader."""
+
+    def __init__(self, callback):
+        self.callback, self.state, self.logits = callback, None, []
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if (dataloader_idx, batch_idx) == (1, 0):
+            self.state = self.callback.state_dict()
+            self.weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+def test_a_stream_is_cut_between_dataloaders():
+    """With reset="dataloader" the source is back when the hooks of its first batch run, and in a state taken there."""
+    first = ABPEM("fusion.*.attn", MODALITIES, optimizer=ADAM, reset="dataloader")
+    taken, model = TakeAtDataloader(first), make_toy()
+    trainer(first, taken).test(model, [loader(2), loader(3, seed=5)], verbose=False)
+    assert same_state(taken.weights, dict(make_toy().named_parameters()))
+    second, again = ABPEM("fusion.*.attn", MODALITIES, optimizer=ADAM, reset="dataloader"), make_toy()
+    second.load_state_dict(taken.state)
+    trainer(second).test(again, loader(3, seed=5), verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.seen[2:], again.seen, strict=True))
+
+
+def test_a_loaded_state_is_not_reset_by_a_dataloader_without_batches():
+    options = {"optimizer": ADAM, "reset": "dataloader"}
+    first = ABPEM("fusion.*.attn", MODALITIES, **options)
+    trainer(first).test(make_toy(), loader(2), verbose=False)
+    seen = []
+    for loaders in ([loader(2, seed=5)], [DataLoader([], batch_size=4), loader(2, seed=5)]):
+        second, model = ABPEM("fusion.*.attn", MODALITIES, **options), make_toy()
+        second.load_state_dict(first.state_dict())
+        trainer(second).test(model, loaders, verbose=False)
+        seen.append(torch.cat(model.seen))
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_all_finite():
     assert not all_finite(torch.ones(2), torch.tensor([1.0, float("nan")]))
     assert not all_finite(torch.tensor(float("inf")))
     assert all_finite(torch.empty(0), torch.zeros(1))
+    assert all_finite(torch.empty(0), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
