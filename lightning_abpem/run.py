@@ -74,8 +74,7 @@ class Run:
 
     def start_batch(self, dataloader: int) -> None:
         """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
-        if self.adaptation is None:
-            self._open()
+        self._opened()
         self._go_on_to(dataloader)
 
     def end_batch(self) -> None:
@@ -101,12 +100,8 @@ class Run:
         self._is_over = True
         if self._processes == 1:
             return True
-        if self.adaptation is None:
-            self._open()
-        assert self.adaptation is not None
         self._go_on_to(len(self._loop.max_batches) - 1)
-        with self.trainer.precision_plugin.forward_context():
-            all_follow = self.adaptation.drain(is_last=True, skipped=skipped)
+        all_follow = self._drain(is_last=True, skipped=skipped)
         if self._settings.sync == "local":
             self._means, some_skipped = merge_means(self._means, self.module.device, skipped)
             all_follow = not some_skipped
@@ -162,7 +157,7 @@ class Run:
     def _stay_with_others(self) -> None:
         """Be there for the others' steps where Lightning has no hook."""
         run, reset = self._loop.run, self._loop.reset
-        store = getattr(self._loop, "_store_dataloader_outputs", None)
+        store: Any = getattr(self._loop, "_store_dataloader_outputs", None)
 
         def run_or_follow() -> Any:
             result = run()
@@ -177,43 +172,41 @@ class Run:
 
         def store_last() -> None:
             self._leave()  # Lightning reduces metrics now: no process may be behind
-            assert store is not None
             store()
 
         self._change(self._loop, "run", run_or_follow)
         self._change(self._loop, "reset", reset_last)
-        if store is not None:
+        if store is not None:  # predict has no metrics
             self._change(self._loop, "_store_dataloader_outputs", store_last)
 
     def _leave(self) -> None:
         """See the other processes through the rest of this dataloader."""
-        if self.adaptation is None:
-            self._open()
-        assert self.adaptation is not None
         if not self._is_left:
-            with self.trainer.precision_plugin.forward_context():
-                self.adaptation.drain()
+            self._drain()
             self._is_left = True
 
     def _go_on_to(self, dataloader: int) -> None:
         """Leave those before it one by one, each when all processes do: also those that had no batch for this one."""
-        assert self.adaptation is not None
         while self._dataloader < dataloader:
             self._leave()
             if self._settings.reset == "dataloader" and self._dataloader in self._means:  # which had batches
-                if self._processes == 1:
-                    self.adaptation.reset()
-                else:
-                    self.adaptation.reset_next()
+                adaptation = self._opened()
+                adaptation.reset() if self._processes == 1 else adaptation.reset_next()
             self._dataloader += 1
             self._is_left = False
 
-    def _open(self) -> None:
-        scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))
-        self.adaptation = Adaptation(self.module, self._settings, self._on_step, rank_zero_info, scale).__enter__()
-        state = self._take_state()
-        if state is not None:
-            self.adaptation.load_state_dict(state)
+    def _drain(self, is_last: bool = False, skipped: bool = False) -> bool:
+        with self.trainer.precision_plugin.forward_context():  # as around a step
+            return self._opened().drain(is_last, skipped)
+
+    def _opened(self) -> Adaptation:
+        if self.adaptation is None:
+            scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))
+            self.adaptation = Adaptation(self.module, self._settings, self._on_step, rank_zero_info, scale).__enter__()
+            state = self._take_state()
+            if state is not None:
+                self.adaptation.load_state_dict(state)
+        return self.adaptation
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
         if self._dataloader not in self._means:

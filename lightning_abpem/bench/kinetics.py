@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -109,11 +110,20 @@ class _Published(Benchmark):
         return {name: value for name, value in recipe.items() if name != "batch_size"}
 
     def provenance(self) -> Mapping[str, Any]:
-        source = {"checkpoint": _sha256(self._checkpoint)}
+        source = {"checkpoint": self._checksum}
         if self._corrupted_lists is not None:
             return {"corrupted": str(self._corrupted_lists), **source}
         made = {name: "procedural" if folder is None else str(folder) for name, folder in self._made_here.items()}
         return {"noise": made["recordings"], "frost": made["frost"], "skipped": self._pairs.skipped, **source}
+
+    @cached_property
+    def _checksum(self) -> str:
+        """Of the checkpoint, SHA-256; a run asks for it more than once, and the file is large."""
+        digest = hashlib.sha256()
+        with open(self._checkpoint, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        return digest.hexdigest()
 
     @abstractmethod
     def published(self) -> Published: ...
@@ -174,14 +184,6 @@ class VGGSoundC(_Published):
                 **_by_brimpr(25.0, 4.6, 32.7, 17.1, 32.4, 29.5, 33.2, 36.5),
             },
         }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _by_read(**accuracies: float) -> dict[str, float]:
