@@ -7,7 +7,6 @@ modalities has an attention of its own, the cross blocks here, the self blocks t
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -275,11 +274,10 @@ def _at(calls: Iterable[AttentionCall], places: Sequence[_Place]) -> list[Attent
     return [call for call in calls if (call.name, None) in places or (call.name, call.turn) in places]
 
 
-def _check_turns(calls: Iterable[AttentionCall], places: Iterable[_Place]) -> None:
-    count = Counter(call.name for call in calls)
+def _check_turns(calls: Sequence[AttentionCall], places: Iterable[_Place]) -> None:
     for name, turn in places:
-        if turn is not None and turn >= count[name]:
-            raise ValueError(f"Expected a call [{turn}] of '{name}' in a forward, but it made {count[name]} calls.")
+        if turn is not None and turn >= (count := sum(call.name == name for call in calls)):
+            raise ValueError(f"Expected a call [{turn}] of '{name}' in a forward, but it made {count} calls.")
 
 
 def _misfit(call: AttentionCall, tokens: Mapping[str, Tokens]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,15 +27,22 @@ class OwnInputs:
     @contextmanager
     def of(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
         """The engine's own version of the arguments, for one pass."""
-        args, kwargs = tree_map(normal_tensor, (args, kwargs))
+        args, kwargs = _mapped(normal_tensor, args, kwargs)
         if self._edited is False:
             yield args, kwargs
             return
-        args, kwargs = tree_map(_copy, (args, kwargs))
+        args, kwargs = _mapped(_copy, args, kwargs)
         before = [(x, x._version) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         yield args, kwargs
         if self._edited is None:
             self._edited = any(x._version != version for x, version in before)
+
+
+def _mapped(function: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A function of every leaf of the arguments; mostly they are tensors, without containers."""
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        return tuple(map(function, args)), {}
+    return tree_map(function, (args, kwargs))
 
 
 def _copy(x: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
@@ -111,17 +112,16 @@ class Objective:
         balance = self._balance(logits, stream, shuffled)
         compared = _compare([comparison for layers in attention.values() for comparison in layers])
         layers = [len(own) for own in attention.values()]
-        confidence = torch.zeros_like(principal)
-        if self.entropy_weight:  # a part that does not count cannot spoil the loss either
-            confidence = confidence + self.entropy_weight * principal
+        # A part that does not count cannot spoil the loss either.
+        confidence = self.entropy_weight * principal if self.entropy_weight else torch.zeros_like(principal)
         if self.balance_weight:
-            confidence = confidence - self.balance_weight * balance
-        bootstrapping = torch.stack([own.mean() for own in compared.divergence.split(layers)]).sum()
+            confidence = confidence.sub(balance, alpha=float(self.balance_weight))
+        bootstrapping = reduce(torch.add, [own.mean() for own in compared.divergence.split(layers)])
         with torch.no_grad():
             record = {"principal_entropy": principal, "entropy": entropy(logits).mean(), "balance": balance}
-            for name, values in (("attention_gap", compared.gap), ("divergence", compared.divergence)):
-                of_pairs = zip(attention, values.split(layers), compared.counts.split(layers), strict=True)
-                record |= {f"{name}/{m}_to_{n}": own.sum() / counts.sum() for (m, n), own, counts in of_pairs}
+            sums = torch.stack([own.sum(1) for own in torch.stack(compared).split(layers, 1)], 1)
+            names = [f"{name}/{m}_to_{n}" for name in ("divergence", "attention_gap") for m, n in attention]
+            record |= zip(names, (sums[:2] / sums[2]).flatten().unbind(), strict=True)
         if shuffled is not None:
             record["shuffledness"] = shuffled
         return Parts(confidence, bootstrapping, {name: value.detach() for name, value in record.items()})
@@ -153,7 +153,7 @@ class Objective:
 class _Compared(NamedTuple):
     """Of each comparison, means over the samples that count, 0 if none does: (comparisons,) each.
 
-    `counts` says whether any does.
+    `counts` is 1 where any does.
     """
 
     divergence: Tensor
@@ -167,25 +167,24 @@ def _compare(comparisons: Sequence[Comparison]) -> _Compared:
     A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
     silent sensor may be, and no Gaussian is near that.
     """
-    blocks = [block for comparison in comparisons for block in comparison]
-    mean, std = torch.stack([block.mean for block in blocks]), torch.stack([block.std for block in blocks])
-    counts = _has_spread(mean, std)
-    if any(block.seen is not None for block in blocks):
-        counts = counts & torch.stack([counts[i] if s.seen is None else s.seen for i, s in enumerate(blocks)])
-    counts = counts.unflatten(0, (-1, 2)).all(1)
-    total = counts.sum(1)
-    (mean_p, mean_q), (std_p, std_q) = (x.unflatten(0, (-1, 2)).unbind(1) for x in (mean, std))
+    cross, own = zip(*comparisons, strict=True)
+    mean_p, std_p = torch.stack([block.mean for block in cross]), torch.stack([block.std for block in cross])
+    mean_q, std_q = torch.stack([block.mean for block in own]), torch.stack([block.std for block in own])
+    with torch.no_grad():
+        out = _is_flat(mean_p, std_p) | _is_flat(mean_q, std_q)
+        for blocks in (cross, own):
+            if any(block.seen is not None for block in blocks):
+                out |= torch.stack([out[i] if s.seen is None else ~s.seen for i, s in enumerate(blocks)])
+        total = (~out).sum(1)
 
     def average(figure: Tensor) -> Tensor:
-        return figure.where(counts, 0).sum(1) / total.clamp(min=1)
+        return figure.masked_fill(out, 0).sum(1) / total.clamp(min=1)
 
-    divergence = average(gaussian_kl(mean_p, std_p.where(counts, 1), mean_q, std_q.where(counts, 1)))
+    divergence = average(gaussian_kl(mean_p, std_p.masked_fill(out, 1), mean_q, std_q.masked_fill(out, 1)))
     with torch.no_grad():
-        gap = average(mean_q - mean_p)
-    return _Compared(divergence, gap, total > 0)
+        return _Compared(divergence, average(mean_q - mean_p), total.clamp(max=1).to(divergence))
 
 
-def _has_spread(mean: Tensor, std: Tensor) -> Tensor:
-    """Whether the scores of a sample differ by more than rounding."""
-    rounding = 64 * torch.finfo(std.dtype).eps * mean.detach().abs()
-    return ~(std.detach() <= rounding)  # NaN does not pass unnoticed
+def _is_flat(mean: Tensor, std: Tensor) -> Tensor:
+    """Whether the scores of a sample differ by no more than rounding; NaN, which is not to pass unnoticed, is not."""
+    return std <= 64 * torch.finfo(std.dtype).eps * mean.abs()

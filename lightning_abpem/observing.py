@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +156,7 @@ class Observer:
         if samples and self._fusion is not None:
             tokens = tokens if self._memory is None else self._memory.with_past(tokens)
             tokens = self._check_calls(calls, tokens, logits, args, kwargs)
-            with torch.autocast(logits.device.type, enabled=False):
+            with _in_full_precision(logits.device):
                 attention = self._fusion.compare(calls, tokens)
         if samples:
             self._check_logits(logits)
@@ -202,3 +202,9 @@ class Observer:
         """The attention calls that a forward makes."""
         with self._inputs.of(args, kwargs) as (args, kwargs):
             return trace_attention(self._model, lambda: self._run_target(args, kwargs))
+
+
+def _in_full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Out of autocast, if it is on."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -768,7 +768,8 @@ WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "no
 @pytest.mark.parametrize("options", [{}, PAPER, {"memory_batches": 3}, {"modalities": MASKS}])
 def test_no_step_waits_for_the_device(monkeypatch, options):
     """As on a GPU, where comparisons are not looked at in the batch itself; the first batches are audited."""
-    monkeypatch.setattr("lightning_abpem.replay._answers_late", lambda x: isinstance(x, torch.Tensor))
+    for user in ("replay", "weights"):
+        monkeypatch.setattr(f"lightning_abpem.{user}.answers_at_once", lambda x: False)
     model = make_toy()
     abpem = ABPEM("fusion.*.attn", **({"modalities": MODALITIES} | options))
     with torch.no_grad(), abpem.attach(model) as adaptation:
