@@ -304,7 +304,8 @@ def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], "Expected a benchmark, digits-avc, kinetics50-c, vggsound-c or an import path"),
-        (["toys"], "Expected an import path such as my_package.MyModel, but got 'toys'"),
+        (["toys"], "Expected a benchmark first, digits-avc, .* such as my_package.MyBenchmark, .* but got 'toys'"),
+        (["--workers", "1", "B"], "Expected a benchmark first, .* and the options after it, but got '1'"),
         (["tests.toybench.Nothing"], "tests.toybench has no Nothing"),
         (["tests.toy.Toy"], "Expected tests.toy.Toy to be a Benchmark"),
         (["B", "--methods", "tent,sources"], "Expected `methods` to be among source, .* but got sources"),

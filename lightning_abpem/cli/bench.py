@@ -51,6 +51,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         return
     if options.data is None:
         raise ValueError(f"Expected a benchmark, {', '.join(_KNOWN)} or an import path; or --compare A B.")
+    if options.data not in _KNOWN and "." not in options.data:
+        raise ValueError(
+            f"Expected a benchmark first, {', '.join(_KNOWN)} or an import path such as my_package.MyBenchmark, and "
+            f"the options after it, but got {options.data!r}."
+        )
     benchmark = import_object(_KNOWN.get(options.data, options.data))
     if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
         raise ValueError(f"Expected {options.data} to be a Benchmark, but it is {benchmark!r}.")
