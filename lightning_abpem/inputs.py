@@ -39,7 +39,7 @@ class OwnInputs:
 
 
 def _mapped(function: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """A function of every leaf of the arguments; mostly they are tensors, without containers."""
+    """The arguments with `function` applied to every leaf; mostly they are tensors, without containers."""
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return tuple(map(function, args)), {}
     return tree_map(function, (args, kwargs))

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LateBools", "answers_at_once"]
-
-
-def answers_at_once(x: Tensor) -> bool:
-    """Whether to look at a tensor's values does not mean to wait for its device."""
-    return x.device.type == "cpu"
+__all__ = ["LateBools"]
 
 
 class LateBools:

@@ -115,12 +115,13 @@ class Objective:
         # A part that does not count cannot spoil the loss either.
         confidence = self.entropy_weight * principal if self.entropy_weight else torch.zeros_like(principal)
         if self.balance_weight:
-            confidence = confidence.sub(balance, alpha=float(self.balance_weight))
+            confidence = confidence - self.balance_weight * balance
         bootstrapping = reduce(torch.add, [own.mean() for own in compared.divergence.split(layers)])
         with torch.no_grad():
             record = {"principal_entropy": principal, "entropy": entropy(logits).mean(), "balance": balance}
+            # Gap, divergence and counts, each over a pair's layers: (3, pairs).
             sums = torch.stack([own.sum(1) for own in torch.stack(compared).split(layers, 1)], 1)
-            names = [f"{name}/{m}_to_{n}" for name in ("divergence", "attention_gap") for m, n in attention]
+            names = [f"{name}/{m}_to_{n}" for name in ("attention_gap", "divergence") for m, n in attention]
             record |= zip(names, (sums[:2] / sums[2]).flatten().unbind(), strict=True)
         if shuffled is not None:
             record["shuffledness"] = shuffled
@@ -153,11 +154,11 @@ class Objective:
 class _Compared(NamedTuple):
     """Of each comparison, means over the samples that count, 0 if none does: (comparisons,) each.
 
-    `counts` is 1 where any does.
+    `counts` is 1 where any does, else 0.
     """
 
-    divergence: Tensor
     gap: Tensor
+    divergence: Tensor
     counts: Tensor
 
 
@@ -182,7 +183,7 @@ def _compare(comparisons: Sequence[Comparison]) -> _Compared:
 
     divergence = average(gaussian_kl(mean_p, std_p.masked_fill(out, 1), mean_q, std_q.masked_fill(out, 1)))
     with torch.no_grad():
-        return _Compared(divergence, average(mean_q - mean_p), total.clamp(max=1).to(divergence))
+        return _Compared(average(mean_q - mean_p), divergence, total.clamp(max=1).to(divergence))
 
 
 def _is_flat(mean: Tensor, std: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_abpem.late import LateBools, answers_at_once
+from lightning_abpem.late import LateBools
 from lightning_abpem.saving import check_weights, plain, source_sums
 from lightning_abpem.settings import OptimizerFactory, Settings
 from lightning_abpem.sharded import assign, is_sharded, whole
@@ -80,9 +80,8 @@ class AdaptedWeights:
         for master in self._masters:
             master.grad = None
         taken = finite & all_finite(*self._masters)
-        if not (answers_at_once(taken) and taken):
-            for master, old in zip(self._masters, before, strict=True):
-                master.copy_(master.where(taken, old))
+        for master, old in zip(self._masters, before, strict=True):
+            master.copy_(master.where(taken, old))
         self._set(self._masters)
         self._fate = LateBools(finite, taken)
         return taken
@@ -210,5 +209,5 @@ def all_finite(*tensors: Tensor | None) -> Tensor:
     there = [x for x in tensors if x is not None and x.numel()]
     if not there:
         return torch.tensor(True)
-    extremes = torch.stack([extreme for x in there for extreme in x.aminmax()])
-    return (extremes * 0).sum() == 0  # NaN if any of them is not finite
+    extremes = torch.stack([extreme for x in there for extreme in (x.amin(), x.amax())])
+    return (extremes * 0).sum() == 0  # NaN, if one of them is not finite

@@ -51,7 +51,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         return
     if options.data is None:
         raise ValueError(f"Expected a benchmark, {', '.join(_KNOWN)} or an import path; or --compare A B.")
-    if options.data not in _KNOWN and "." not in options.data:
+    is_path = all(part.isidentifier() for part in options.data.split(".")) and "." in options.data
+    if options.data not in _KNOWN and (not is_path or not _KNOWN.keys().isdisjoint(rest)):
         raise ValueError(
             f"Expected a benchmark first, {', '.join(_KNOWN)} or an import path such as my_package.MyBenchmark, and "
             f"the options after it, but got {options.data!r}."

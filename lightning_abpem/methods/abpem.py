@@ -60,7 +60,7 @@ class Bootstrapping(Method):
         parts, weight = self._parts(step), self.objective.attention_weight
         loss = parts.confidence
         if weight != "auto" and weight:
-            loss = loss.add(parts.bootstrapping, alpha=float(weight))
+            loss = loss + weight * parts.bootstrapping
         return loss, {"loss": loss.detach(), **parts.record}
 
     def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
