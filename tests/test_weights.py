@@ -69,6 +69,17 @@ def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were(kind, fused):
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_autograd_knows_of_a_step(fused):
+    """A fused kernel does not tell it: a backward through a forward before the step would be silently wrong."""
+    params = ones()
+    weights = AdaptedWeights(named(params), partial(torch.optim.Adam, lr=0.1, fused=fused))
+    output = params[0].square().sum()
+    weights.step([torch.ones(3), None], LOSS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
 def test_steps_are_counted_once_they_are_settled():
     params = ones()
     weights = AdaptedWeights(named(params), partial(torch.optim.SGD, lr=0.1, momentum=0.9))
