@@ -28,8 +28,8 @@ lint: .venv/test.done
 docs: .venv/docs.done
 	$(BIN)/mkdocs build --strict --quiet
 
-# Every run of docs/results, into runs/: more than an hour on two cores, and resumable.
-RESULTS := choose iid large protocols protocols-large batch-size severity ablation ablation-large
+# Every run of docs/results, into runs/: about three hours on two cores, and resumable.
+RESULTS := choose iid large protocols protocols-large batch-size severity ablation ablation-large defaults
 results: .venv/test.done
 	for name in $(RESULTS); do $(BIN)/abpem bench digits-avc --config benchmarks/$$name.yaml --out runs/$$name || exit 1; done
 

@@ -11,9 +11,9 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import pairwise
 from math import log2
 from pathlib import Path
+from statistics import linear_regression
 
 import torch
 from matplotlib.figure import Figure
@@ -72,21 +72,26 @@ def main() -> None:
 
 
 def as_table(measured: dict[int, dict[str, Measured]]) -> str:
-    """Markdown: medians in ms and added peak memory in MB by number of tokens; how each grows per doubling."""
+    """Markdown: medians in ms and added peak memory in MB by number of tokens; how memory grows."""
     lines = ["| tokens | plain, ms | ABPEM, ms | published way, ms | ABPEM, added MB | published way, added MB |"]
     lines.append("|---" * 6 + "|")
     for tokens, at in measured.items():
         times = [f"{1e3 * at[program].median:.0f}" for program in PROGRAMS]
         added = [f"{added_memory(at, program):.0f}" for program in PROGRAMS[1:]]
         lines.append("| " + " | ".join([str(tokens), *times, *added]) + " |")
-    exponents = [
-        log2(added_memory(b, program) / max(added_memory(a, program), 1))
-        for program in PROGRAMS[1:]
-        for a, b in list(pairwise(measured.values()))[-1:]
-    ]
-    lines.append("")
-    lines.append(f"Added memory grows as N to the power of {exponents[0]:.2f} and {exponents[1]:.2f} at the last step.")
+    long = {tokens: at for tokens, at in measured.items() if tokens > 2 * WIDTH}  # where no map is made
+    if len(long) > 1:
+        ours, published = (growth({n: added_memory(at, program) for n, at in long.items()}) for program in PROGRAMS[1:])
+        lines.append("")
+        lines.append(
+            f"From {min(long)} tokens on added memory grows as N to the power of {ours:.2f} and {published:.2f}."
+        )
     return "\n".join(lines)
+
+
+def growth(sizes: dict[int, float]) -> float:
+    """The exponent of a power law fitted to sizes by number of tokens: least squares in logarithms."""
+    return linear_regression([log2(n) for n in sizes], [log2(max(size, 1)) for size in sizes.values()]).slope
 
 
 def added_memory(at: dict[str, Measured], program: str) -> float:
