@@ -92,6 +92,7 @@ def test_the_module_that_the_step_calls(folder, capsys):
         ("mine.Missing --data mine.Data", "mine has no Missing"),
         ("elsewhere.Model --data mine.Data", "No module named 'elsewhere'"),
         ("Model --data mine.Data", "an import path such as my_package.MyModel, but got 'Model'"),
+        ("./mine.Model --data mine.Data", "an import path such as my_package.MyModel, but got './mine.Model'"),
         ("mine.Data --data mine.Data", "mine.Data to be a LightningModule"),
         ("mine.Model --data mine.Data --model.dept 2", "unrecognized arguments: --model.dept"),
         ("mine.Model --data mine.Data --model.depth two", "two"),

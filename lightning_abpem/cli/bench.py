@@ -51,13 +51,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         return
     if options.data is None:
         raise ValueError(f"Expected a benchmark, {', '.join(_KNOWN)} or an import path; or --compare A B.")
-    is_path = all(part.isidentifier() for part in options.data.split(".")) and "." in options.data
-    if options.data not in _KNOWN and (not is_path or not _KNOWN.keys().isdisjoint(rest)):
-        raise ValueError(
-            f"Expected a benchmark first, {', '.join(_KNOWN)} or an import path such as my_package.MyBenchmark, and "
-            f"the options after it, but got {options.data!r}."
-        )
-    benchmark = import_object(_KNOWN.get(options.data, options.data))
+    benchmark = _found(options.data)
     if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
         raise ValueError(f"Expected {options.data} to be a Benchmark, but it is {benchmark!r}.")
     parser = _parser(benchmark)
@@ -67,6 +61,18 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     given = _parse(parser, [_underscored(word) for word in rest])
     own = {name: given.pop(name) for name in inspect.signature(benchmark).parameters if name in given}
     run_benchmark(benchmark, own, **given)
+
+
+def _found(name: str) -> Any:
+    if name in _KNOWN:
+        return import_object(_KNOWN[name])
+    try:
+        return import_object(name)
+    except (ImportError, ValueError) as error:  # often it is the value of an option that came before the name
+        raise ValueError(
+            f"Expected a benchmark first, {', '.join(_KNOWN)} or an import path such as my_package.MyBenchmark, and "
+            f"the options after it, but got {name!r}: {error}"
+        ) from error
 
 
 def _parser(benchmark: type[Benchmark]) -> jsonargparse.ArgumentParser:

@@ -16,7 +16,7 @@ def import_object(path: str) -> Any:
         ImportError: no such module.
     """
     module, _, name = path.rpartition(".")
-    if not module:
+    if not module or path.startswith("."):
         raise ValueError(f"Expected an import path such as my_package.MyModel, but got {path!r}.")
     found = importlib.import_module(module)
     if not hasattr(found, name):
