@@ -40,7 +40,8 @@ def softmax_dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return -1 if dim is None else int(dim)
 
 
-SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)
+SOFTMAX = frozenset((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax))
+_STACKING = frozenset((torch.cat, torch.concat, torch.concatenate))
 
 
 @dataclass
@@ -71,7 +72,7 @@ class _Watch(TorchFunctionMode):
         elif func in SOFTMAX:
             self.softmaxed.append(_Softmax(args[0] if args else kwargs["input"], softmax_dim(args, kwargs)))
         output = func(*args, **kwargs)
-        if func in (torch.cat, torch.concat, torch.concatenate):
+        if func in _STACKING:
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             self.stacked |= {output.shape[0]} if dim == 0 and output.dim() == 3 else set()
         return output

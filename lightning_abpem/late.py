@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LateBools"]
+__all__ = ["LateBools", "answers_late"]
 
 
 class LateBools:
@@ -29,3 +29,8 @@ class LateBools:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._flags.tolist()
+
+
+def answers_late(x: Tensor) -> bool:
+    """Whether to look at a value means to wait for its device."""
+    return x.device.type != "cpu"

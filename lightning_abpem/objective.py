@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
@@ -116,13 +115,13 @@ class Objective:
         confidence = self.entropy_weight * principal if self.entropy_weight else torch.zeros_like(principal)
         if self.balance_weight:
             confidence = confidence - self.balance_weight * balance
-        bootstrapping = reduce(torch.add, [own.mean() for own in compared.divergence.split(layers)])
+        bootstrapping = _over_layers(compared.divergence, layers).sum()
         with torch.no_grad():
             record = {"principal_entropy": principal, "entropy": entropy(logits).mean(), "balance": balance}
-            # Gap, divergence and counts, each over a pair's layers: (3, pairs).
-            sums = torch.stack([own.sum(1) for own in torch.stack(compared).split(layers, 1)], 1)
-            names = [f"{name}/{m}_to_{n}" for name in ("attention_gap", "divergence") for m, n in attention]
-            record |= zip(names, (sums[:2] / sums[2]).flatten().unbind(), strict=True)
+            *figures, counts = _over_layers(torch.stack(compared), layers)  # (pairs,) each
+            for name, figure in zip(("attention_gap", "divergence"), figures, strict=True):
+                values = (figure / counts).unbind()
+                record |= {f"{name}/{m}_to_{n}": value for (m, n), value in zip(attention, values, strict=True)}
         if shuffled is not None:
             record["shuffledness"] = shuffled
         return Parts(confidence, bootstrapping, {name: value.detach() for name, value in record.items()})
@@ -177,13 +176,21 @@ def _compare(comparisons: Sequence[Comparison]) -> _Compared:
             if any(block.seen is not None for block in blocks):
                 out |= torch.stack([out[i] if s.seen is None else ~s.seen for i, s in enumerate(blocks)])
         total = (~out).sum(1)
+        divisor = total.clamp(min=1)
 
     def average(figure: Tensor) -> Tensor:
-        return figure.masked_fill(out, 0).sum(1) / total.clamp(min=1)
+        return figure.masked_fill(out, 0).sum(1) / divisor
 
     divergence = average(gaussian_kl(mean_p, std_p.masked_fill(out, 1), mean_q, std_q.masked_fill(out, 1)))
     with torch.no_grad():
         return _Compared(average(mean_q - mean_p), divergence, total.clamp(max=1).to(divergence))
+
+
+def _over_layers(figure: Tensor, layers: Sequence[int]) -> Tensor:
+    """The mean over each pair's layers, whose numbers are `layers`: (..., comparisons) to (..., pairs)."""
+    if len(set(layers)) == 1:
+        return figure.unflatten(-1, (-1, layers[0])).mean(-1)
+    return torch.stack([own.mean(-1) for own in figure.split(layers, -1)], -1)
 
 
 def _is_flat(mean: Tensor, std: Tensor) -> Tensor:

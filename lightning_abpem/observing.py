@@ -167,8 +167,10 @@ class Observer:
         self.inside = True
         try:
             with ExitStack() as stack:
-                stack.enter_context(without_nested_tensors(self._encoders))
-                stack.enter_context(eagerly(self._compiled))
+                if self._encoders:
+                    stack.enter_context(without_nested_tensors(self._encoders))
+                if self._compiled:
+                    stack.enter_context(eagerly(self._compiled))
                 if self._memory is not None:
                     stack.enter_context(self._memory.extend())
                 run = self._target if self._calls_hooks else self._target.forward

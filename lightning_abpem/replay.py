@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.compiled import compiled_entry, inside_compiled
-from lightning_abpem.late import LateBools
+from lightning_abpem.late import LateBools, answers_late
 from lightning_abpem.modules import substituted
 
 __all__ = ["FrozenReplay"]
@@ -47,7 +47,8 @@ class FrozenReplay:
     first pass. A later pass gets the recorded output if the same call comes with the same arguments (the same
     unchanged tensors, or equal ones); in any doubt the module simply runs. The first batches are audited: what would
     have been replayed is computed again and compared bit by bit, and a model that fails, because it draws random
-    numbers in eval mode for instance, is not replayed any more, with a warning.
+    numbers in eval mode for instance, is not replayed any more, with a warning. Afterwards the modules that ran in them
+    and whose outputs no later pass could use are let alone: nothing is recorded of them.
 
     Args:
         model: the module whose submodules are replayed, itself excepted.
@@ -79,6 +80,9 @@ class FrozenReplay:
         self._doubts: list[Tensor] = []
         self._late: LateBools | None = None
         self._turn: dict[int, int] = {}
+        self._recorders: dict[int, ExitStack] = {}
+        self._called: set[int] = set()
+        self._replayed: set[int] = set()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -88,7 +92,8 @@ class FrozenReplay:
             for module in self._modules:
                 entry = compiled_entry(module) or "forward"
                 recorder = partial(self._call, id(module), getattr(module, entry))
-                stack.enter_context(substituted(module, entry, recorder))
+                own = self._recorders[id(module)] = stack.enter_context(ExitStack())
+                own.enter_context(substituted(module, entry, recorder))
             yield
 
     def start_pass(self) -> None:
@@ -111,6 +116,9 @@ class FrozenReplay:
         """Forget the batch."""
         if self._recorded:
             self._unaudited -= 1
+            if self._unaudited == 0 and self._replayed:
+                for module in self._called - self._replayed:
+                    self._recorders[module].close()
         if self._doubts:
             self._late = LateBools(*self._doubts)
         self._mode = None
@@ -118,7 +126,10 @@ class FrozenReplay:
         self._doubts.clear()
 
     def _call(self, module: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._mode is None or self._inside:
+        if self._mode is None:
+            return forward(*args, **kwargs)
+        self._called.add(module)
+        if self._inside:
             return forward(*args, **kwargs)
         turn = (module, self._turn.get(module, 0))
         self._turn[module] = turn[1] + 1
@@ -129,6 +140,7 @@ class FrozenReplay:
             recorded = self._recorded.get(turn)
             if recorded is None or not self._matches(recorded, *_flat(args, kwargs)):
                 return forward(*args, **kwargs)
+            self._replayed.add(module)
             if self._unaudited > 0:
                 self._audit(recorded, forward)
             alone = recorded.output_spec == _LEAF
@@ -181,7 +193,7 @@ class FrozenReplay:
 
         There it is the same if the batches that were audited are anything to go by; `start_batch` gets the answer.
         """
-        if x is y or self._unaudited > 0 or not _answers_late(x):
+        if x is y or self._unaudited > 0 or not isinstance(x, Tensor) or not answers_late(x):
             return x is y or _identical(x, y)
         if not _alike(x, y):
             return False
@@ -228,8 +240,3 @@ def _alike(x: Any, y: Any) -> bool:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.is_nested or y.is_nested or x.requires_grad:
         return False
     return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
-
-
-def _answers_late(x: Any) -> bool:
-    """Whether to look at a value means to wait for its device."""
-    return isinstance(x, Tensor) and x.device.type != "cpu"

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from lightning_abpem.late import LateBools
+from lightning_abpem.late import LateBools, answers_late
 from lightning_abpem.saving import check_weights, plain, source_sums
 from lightning_abpem.settings import OptimizerFactory, Settings
 from lightning_abpem.sharded import assign, is_sharded, whole
@@ -80,8 +81,7 @@ class AdaptedWeights:
         for master in self._masters:
             master.grad = None
         taken = finite & all_finite(*self._masters)
-        for master, old in zip(self._masters, before, strict=True):
-            master.copy_(master.where(taken, old))
+        self._take_back_unless(taken, before)
         self._set(self._masters)
         self._fate = LateBools(finite, taken)
         return taken
@@ -137,13 +137,23 @@ class AdaptedWeights:
     @torch.enable_grad()
     def _step_if(self, finite: Tensor) -> None:
         optimizer = self._optimizer
-        if not getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's name for what takes `found_inf`
+        # "_step_supports_amp_scaling" is torch's name for what takes `found_inf`.
+        if not (answers_late(finite) and getattr(optimizer, "_step_supports_amp_scaling", False)):
             if finite:
                 optimizer.step()
             return
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
+
+    def _take_back_unless(self, taken: Tensor, before: Sequence[Tensor]) -> None:
+        for master, old in zip(self._masters, before, strict=True):
+            if answers_late(taken):
+                master.copy_(master.where(taken, old))
+            elif taken:
+                increment_version(master)  # which fused kernels do not
+            else:
+                master.copy_(old)
 
     def _start(self) -> None:
         self._masters, self._optimizer = self._fresh()
@@ -204,10 +214,11 @@ def describe_run(
 def all_finite(*tensors: Tensor | None) -> Tensor:
     """Whether no tensor holds NaN or infinity, a bool scalar; None counts as finite.
 
-    By the least and the largest value, through which NaN passes: nothing of a tensor's size is written.
+    By the least and the largest value, through which NaN passes: nothing of a tensor's size is written, if it lies in
+    memory without gaps (`aminmax` is several times slower where it does not).
     """
     there = [x for x in tensors if x is not None and x.numel()]
     if not there:
         return torch.tensor(True)
-    extremes = torch.stack([extreme for x in there for extreme in (x.amin(), x.amax())])
+    extremes = torch.stack([extreme for x in there for extreme in x.contiguous().aminmax()])
     return (extremes * 0).sum() == 0  # NaN, if one of them is not finite

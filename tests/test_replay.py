@@ -42,6 +42,43 @@ def test_the_first_batches_are_audited():
     assert model.audio.runs == 5 + 2
 
 
+class OneOrTwo(nn.Module):
+    """Two encoders, of which the second is not always called, and a head behind what adapts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Encoder(), Encoder()
+        self.adapted, self.head = nn.Linear(12, 12), nn.Linear(12, 2).requires_grad_(False)
+        self.first.requires_grad_(False), self.second.requires_grad_(False)
+
+    def forward(self, x, y=None):
+        tokens = self.first(x) if y is None else self.first(x) + self.second(y)
+        return self.head(self.adapted(tokens))
+
+
+def test_what_was_of_no_use_in_the_audit_is_let_alone():
+    torch.manual_seed(0)
+    model = OneOrTwo()
+    replay = attach(model, model.adapted, audited_batches=2)
+
+    def recorded(module):
+        return "forward" in module.__dict__
+
+    with replay.attached():
+        for _ in range(2):
+            assert recorded(model.first)
+            assert recorded(model.head)
+            passes(model, replay, torch.randn(2, 6, 3))
+        assert recorded(model.first)
+        assert not recorded(model.head)
+        assert not recorded(model.first.embed)
+        x, y = torch.randn(2, 2, 6, 3)
+        first, second = passes(model, replay, x, y)
+        assert torch.equal(first, second)
+        assert model.second.runs == 1  # not called before, so nothing is known of it
+    assert not any(recorded(module) for module in model.modules())
+
+
 def test_forwards_are_put_back():
     model = make_toy()
     model.audio.forward = own = lambda x: model.audio.norm(model.audio.embed(x))
@@ -179,7 +216,7 @@ class Glued(nn.Module):
 
 @pytest.mark.parametrize("moves", [True, False])
 def test_on_a_slow_device_a_comparison_is_read_one_batch_later(monkeypatch, moves):
-    monkeypatch.setattr("lightning_abpem.replay._answers_late", lambda x: isinstance(x, torch.Tensor))
+    monkeypatch.setattr("lightning_abpem.replay.answers_late", lambda x: isinstance(x, torch.Tensor))
     model = Glued()
     replay = attach(model, model.head, audited_batches=1)
     x = torch.randn(2, 5, 3)

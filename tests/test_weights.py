@@ -12,6 +12,12 @@ SGD = partial(torch.optim.SGD, lr=1e-4)
 LOSS = torch.zeros(())
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["host", "device"])
+def _answers_late(request, monkeypatch):
+    """Steps that the host decides on, and those on a device that nobody waits for."""
+    monkeypatch.setattr("lightning_abpem.weights.answers_late", lambda x: request.param)
+
+
 def ones(dtype=torch.float32):
     return [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.full((2,), 2.0, dtype=dtype))]
 
