@@ -364,12 +364,23 @@ def test_comparing_methods_that_are_not_there(tmp_path):
         compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
-def test_an_interrupted_command_says_how_to_go_on(tmp_path):
-    """A real process, which gets a signal when its first cell is there."""
-    words = [sys.executable, "-m", "tests.interrupted", str(tmp_path)]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=os.environ)
+def interrupted(out, workers):
+    words = [sys.executable, "-m", "tests.interrupted", str(out), str(workers)]
+    root = Path(__file__).parents[1]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=root, env=os.environ, start_new_session=True)
     assert ended.returncode == 130, ended.stderr
     assert "the same command goes on from here" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_interrupt_of_workers_that_start_is_as_quiet_as_later_ones(tmp_path):
+    """They get Ctrl-C too, while they import, when no handler of ours is there yet."""
+    interrupted(tmp_path, workers=2)
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path):
+    """A real process, which gets a signal when its first cell is there."""
+    interrupted(tmp_path, workers=1)
     kept = files(tmp_path / "cells")
     assert kept
     run(tmp_path, methods="source,abpem", seeds=5)

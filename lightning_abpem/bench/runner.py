@@ -7,10 +7,9 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.cells import Cell, run_cell
 from lightning_abpem.bench.protocols import find_protocol
 from lightning_abpem.bench.variants import Variant
-from lightning_abpem.processes import start_worker
+from lightning_abpem.processes import Workers
 
 __all__ = ["MakeBenchmark", "finished", "list_cells", "load_cells", "run_cells"]
 
@@ -107,7 +106,7 @@ def run_cells(
                 _compute(cell, variants[cell.method], folder)
                 on_done()
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (make, device, 1))
+    pool = Workers(workers, _start, make, device, 1)
     try:
         jobs = [pool.submit(_compute, cell, variants[cell.method], folder) for cell in wanted]
         for job in as_completed(jobs):
@@ -139,7 +138,6 @@ def _start(make: MakeBenchmark, device: str, threads: int | None) -> None:
     global _BENCHMARK, _DEVICE
     if threads is not None:  # in a process of the pool, which is told to stop by the one that started it
         torch.set_num_threads(threads)
-        start_worker()
         logging.getLogger(_TALKING).setLevel(logging.WARNING)
     _BENCHMARK, _DEVICE = make(), device
     _source.cache_clear()

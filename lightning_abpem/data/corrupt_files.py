@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from lightning_abpem.data.published_layout import (
     write,
     write_json,
 )
-from lightning_abpem.processes import start_worker
+from lightning_abpem.processes import Workers
 
 __all__ = ["corrupt_data_set"]
 
@@ -232,7 +231,7 @@ def _in_turn(files: Sequence[File], corrupt: _Corrupt) -> Generator[None, None, 
 
 def _in_processes(files: Sequence[File], job: _Job, workers: int) -> Generator[None, None, None]:
     """Yields as files are finished, in any order; few wait at a time, so that little is left to do at the end."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (job,))
+    pool = Workers(workers, _start_worker, job)
     running: set[Future[None]] = set()
     try:
         for file in files:
@@ -254,7 +253,6 @@ _worker: _Corrupt  # of this process, if it is a worker
 
 def _start_worker(job: _Job) -> None:
     global _worker
-    start_worker()
     _worker = _Corrupt(job)
 
 
