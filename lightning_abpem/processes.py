@@ -11,7 +11,7 @@ from multiprocessing import get_context, parent_process
 from threading import Thread, current_thread, main_thread
 from typing import Any
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "start_worker"]
 
 
 class Workers(ProcessPoolExecutor):
@@ -53,9 +53,14 @@ def _ctrl_c_held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _start(start: Callable[..., None], *args: Any) -> None:
+def start_worker() -> None:
+    """In a process that starts: ignore Ctrl-C, which is the parent's to handle; end when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _start(start: Callable[..., None], *args: Any) -> None:
+    start_worker()
     start(*args)
 
 
