@@ -1,11 +1,14 @@
 """The published benchmarks on a small copy of their layout: settings, corruptions made here and before, results."""
 
 import hashlib
+import re
 import shutil
 from functools import partial
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from lightning_abpem.bench import kinetics
 from lightning_abpem.bench.cells import Cell, run_cell
@@ -94,7 +97,10 @@ def test_the_authors_settings(arguments):
 
 
 def test_published_rows_stand_beside_ours(arguments, tmp_path):
-    run_benchmark(Kinetics50C, arguments, out=tmp_path / "out", methods="source", seeds=1, workers=1)
+    console = Console(file=StringIO(), width=100)
+    run_benchmark(Kinetics50C, arguments, out=tmp_path / "out", methods="source", seeds=1, workers=1, console=console)
+    shown = console.file.getvalue()
+    assert re.search(r"ABPEM, BriMPR's paper \(published\) +64\.1 +7\d\.\d *\n", shown)
     tables = (tmp_path / "out" / "tables.md").read_text()
     assert "| READ, READ's paper (published) |" in tables
     row = next(line for line in tables.splitlines() if line.startswith("| ABPEM, BriMPR's paper (published)"))

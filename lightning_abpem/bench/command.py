@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_abpem.bench.benchmark import Benchmark
-from lightning_abpem.bench.output import check_comparable, check_settings, read_lines, write_results
+from lightning_abpem.bench.output import check_comparable, check_settings, published_beside, read_lines, write_results
 from lightning_abpem.bench.results import Averaging, compare
 from lightning_abpem.bench.runner import finished, list_cells, load_cells, run_cells
 from lightning_abpem.bench.tables import comparison_markdown, terminal
@@ -94,7 +94,7 @@ def run_benchmark(
         run_cells(make, cells, chosen, folder, processes, device, lambda: progress.advance(bar))
     run = {"benchmark": data.name, "arguments": arguments, **asked, "averaging": averaging, "device": device}
     for summary in write_results(out, load_cells(folder, cells), data, averaging, run):
-        console.print(terminal(summary))
+        console.print(terminal(summary, published_beside(summary, data)))
     console.print(f"Cells: {out / 'results.csv'}. Tables: {out / 'tables.md'}, {out / 'tables.tex'}.", markup=False)
 
 

@@ -21,7 +21,7 @@ from lightning_abpem.bench.tables import latex, markdown, title
 from lightning_abpem.bench.variants import Variant
 from lightning_abpem.data.published_layout import write_json
 
-__all__ = ["check_comparable", "check_settings", "read_lines", "write_results"]
+__all__ = ["check_comparable", "check_settings", "published_beside", "read_lines", "write_results"]
 
 Json = dict[str, Any]
 
@@ -94,11 +94,17 @@ def write_results(
     (folder / "results.json").write_text(
         json.dumps({**record, "options": _options(cells), "averages": averages}, indent=2) + "\n"
     )
-    tables = [markdown(s, _published(benchmark, s)) for s in summaries]
+    tables = [markdown(s, published_beside(s, benchmark)) for s in summaries]
     (folder / "tables.md").write_text("\n".join(tables))
     (folder / "tables.tex").write_text("\n".join(map(latex, summaries)))
     _write_figures(folder / "figures", cells, summaries)
     return summaries
+
+
+def published_beside(summary: Summary, benchmark: Benchmark) -> Mapping[str, Mapping[str, float]]:
+    """The published averages that belong beside a table, by modality, then by method: they are of severity 5."""
+    known = benchmark.published() if summary.severity == 5 else {}
+    return {sensor: rows for (protocol, sensor), rows in known.items() if protocol == summary.protocol}
 
 
 def read_lines(folder: Path) -> list[Json]:
@@ -150,12 +156,6 @@ def _write_figures(folder: Path, cells: Sequence[Mapping[str, Any]], summaries: 
     gap_figure(cells, folder / "attention-gap.png")
     running_figure(cells, folder / "running-accuracy.png")
     reliability_figure(cells, folder / "reliability.png")
-
-
-def _published(benchmark: Benchmark, summary: Summary) -> Mapping[str, Mapping[str, float]]:
-    """The published averages that belong beside a table, by modality: they are of severity 5."""
-    known = benchmark.published() if summary.severity == 5 else {}
-    return {sensor: rows for (protocol, sensor), rows in known.items() if protocol == summary.protocol}
 
 
 def _averages(summary: Summary) -> Json:

@@ -68,8 +68,8 @@ def latex(summary: Summary) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def terminal(summary: Summary) -> Table:
-    """The averages, for a terminal."""
+def terminal(summary: Summary, published: Mapping[str, Mapping[str, float]] | None = None) -> Table:
+    """The averages, for a terminal; those published below ours, see `markdown`."""
     table = Table(title=title(summary), title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
     table.add_column("method")
     groups = list(summary.groups) if len(summary.groups) > 1 else []
@@ -79,6 +79,12 @@ def terminal(summary: Summary) -> Table:
     for method, score in summary.average.items():
         cells = [f"{summary.by_group[method][group].mean:.1f}" for group in groups]
         table.add_row(method, *cells, f"{_show(score)} %", style="bold green" if score.mean == best else None)
+    rows = {method: None for group in groups for method in (published or {}).get(group, {})}
+    if rows:
+        table.add_section()
+    for method in rows:
+        values = [(published or {}).get(group, {}).get(method) for group in groups]
+        table.add_row(f"{method} (published)", *("" if x is None else f"{x:.1f}" for x in values), "", style="dim")
     return table
 
 
