@@ -47,8 +47,9 @@ class FrozenReplay:
     first pass. A later pass gets the recorded output if the same call comes with the same arguments (the same
     unchanged tensors, or equal ones); in any doubt the module simply runs. The first batches are audited: what would
     have been replayed is computed again and compared bit by bit, and a model that fails, because it draws random
-    numbers in eval mode for instance, is not replayed any more, with a warning. Afterwards the modules that ran in them
-    and whose outputs no later pass could use are let alone: nothing is recorded of them.
+    numbers in eval mode for instance, is not replayed any more, with a warning. So is the first replay of a call that
+    comes later. After the audit the modules that ran in it and whose outputs no later pass could use are let alone:
+    nothing is recorded of them.
 
     Args:
         model: the module whose submodules are replayed, itself excepted.
@@ -56,7 +57,7 @@ class FrozenReplay:
         watched: modules whose hooks may change how torch computes them, or need other processes; what holds one runs
             in every pass.
         varying: modules that get other inputs in every pass; they and what is in them run in every pass.
-        audited_batches: number of batches that are audited.
+        audited_batches: number of batches in which what is replayed is audited; 0 for no audit at all.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class FrozenReplay:
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         hidden |= {inner for m in varying for inner in m.modules()}
         self._modules = [m for m in model.modules() if m not in hidden and _is_frozen(m, moving)]
-        self._unaudited = audited_batches
+        self._unaudited, self._is_audited = audited_batches, audited_batches > 0
         self._mode: str | None = None
         self._inside = False
         self._recorded: dict[tuple[int, int], _Recorded] = {}
@@ -82,7 +83,8 @@ class FrozenReplay:
         self._turn: dict[int, int] = {}
         self._recorders: dict[int, ExitStack] = {}
         self._called: set[int] = set()
-        self._replayed: set[int] = set()
+        self._replayed: set[tuple[int, int]] = set()
+        self._audits = False  # whether anything of this batch was audited
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -114,16 +116,21 @@ class FrozenReplay:
 
     def end_batch(self) -> None:
         """Forget the batch."""
-        if self._recorded:
+        if self._audits:
             self._unaudited -= 1
-            if self._unaudited == 0 and self._replayed:
-                for module in self._called - self._replayed:
-                    self._recorders[module].close()
+            if self._unaudited == 0:
+                self._let_alone(self._called - {module for module, _ in self._replayed})
+        if not self.enabled:
+            self._let_alone(self._called)
         if self._doubts:
             self._late = LateBools(*self._doubts)
-        self._mode = None
+        self._mode, self._audits = None, False
         self._recorded.clear()
         self._doubts.clear()
+
+    def _let_alone(self, modules: Collection[int]) -> None:
+        for module in modules:
+            self._recorders[module].close()
 
     def _call(self, module: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._mode is None:
@@ -138,10 +145,11 @@ class FrozenReplay:
             if self._mode == "record":
                 return self._record(turn, forward, args, kwargs)
             recorded = self._recorded.get(turn)
-            if recorded is None or not self._matches(recorded, *_flat(args, kwargs)):
+            is_known = turn in self._replayed
+            if recorded is None or not self._matches(recorded, *_flat(args, kwargs), is_known):
                 return forward(*args, **kwargs)
-            self._replayed.add(module)
-            if self._unaudited > 0:
+            self._replayed.add(turn)
+            if self._unaudited > 0 or (self._is_audited and not is_known):
                 self._audit(recorded, forward)
             alone = recorded.output_spec == _LEAF
             return recorded.outputs[0] if alone else tree_unflatten(recorded.outputs, recorded.output_spec)
@@ -166,6 +174,7 @@ class FrozenReplay:
 
     def _audit(self, recorded: _Recorded, forward: Callable[..., Any]) -> None:
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""
+        self._audits = True
         spec = recorded.input_spec
         args, kwargs = (recorded.inputs, {}) if spec == _LEAF else tree_unflatten(recorded.inputs, spec)
         outputs, spec = tree_flatten(forward(*args, **kwargs))
@@ -180,20 +189,21 @@ class FrozenReplay:
         self.enabled, self._mode = False, None
         warnings.warn(f"{why} its outputs are not replayed, each prediction runs the whole model again.", stacklevel=2)
 
-    def _matches(self, recorded: _Recorded, inputs: list[Any], spec: TreeSpec) -> bool:
+    def _matches(self, recorded: _Recorded, inputs: list[Any], spec: TreeSpec, is_known: bool) -> bool:
         if spec != recorded.input_spec or _precision(recorded.outputs) != recorded.precision:
             return False
         before = recorded.input_versions, recorded.output_versions
         if (_versions(recorded.inputs), _versions(recorded.outputs)) != before:
             return False  # something edited them in place
-        return all(map(self._is_same, inputs, recorded.inputs))
+        is_probable = is_known and self._unaudited <= 0
+        return all(self._is_same(x, y, is_probable) for x, y in zip(inputs, recorded.inputs, strict=True))
 
-    def _is_same(self, x: Any, y: Any) -> bool:
-        """Whether an input is that of the recorded pass; on a device whose answer takes time, once audited, probably.
+    def _is_same(self, x: Any, y: Any, is_probable: bool) -> bool:
+        """Whether an input is that of the recorded pass; on a device whose answer takes time, if it is probable.
 
-        There it is the same if the batches that were audited are anything to go by; `start_batch` gets the answer.
+        That is if the same call was replayed before, after the audit; `start_batch` gets the answer.
         """
-        if x is y or self._unaudited > 0 or not isinstance(x, Tensor) or not answers_late(x):
+        if x is y or not is_probable or not isinstance(x, Tensor) or not answers_late(x):
             return x is y or _identical(x, y)
         if not _alike(x, y):
             return False

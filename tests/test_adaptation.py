@@ -66,11 +66,11 @@ def as_on_a_gpu(monkeypatch):
 
 @both_runs
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-@pytest.mark.parametrize(("replay", "fused"), [(True, False), (False, False), (True, True)])
-def test_golden(name, dtype, bound, replay, fused, monkeypatch):
+@pytest.mark.parametrize(("replay", "fused", "late"), [(1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 1)])
+def test_golden(name, dtype, bound, replay, fused, late, monkeypatch):
     golden = Golden(name, dtype)
-    optimizer = partial(torch.optim.Adam, lr=golden.config["lr"], fused=fused)
-    if fused:
+    optimizer = partial(torch.optim.Adam, lr=golden.config["lr"], fused=bool(fused))
+    if late:
         as_on_a_gpu(monkeypatch)
     model = golden.model()
     before = []
@@ -82,7 +82,10 @@ def test_golden(name, dtype, bound, replay, fused, monkeypatch):
     def check(ours, expected):
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=bound)
 
-    with torch.no_grad(), golden.abpem(logits=logits, replay=replay, optimizer=optimizer).attach(model) as adaptation:
+    with (
+        torch.no_grad(),
+        golden.abpem(logits=logits, replay=bool(replay), optimizer=optimizer).attach(model) as adaptation,
+    ):
         for step, (inputs, _) in enumerate(golden):
             before.clear()
             check(model(*inputs), golden.expected(f"after_{step}"))

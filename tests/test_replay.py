@@ -75,7 +75,9 @@ def test_what_was_of_no_use_in_the_audit_is_let_alone():
         x, y = torch.randn(2, 2, 6, 3)
         first, second = passes(model, replay, x, y)
         assert torch.equal(first, second)
-        assert model.second.runs == 1  # not called before, so nothing is known of it
+        assert model.second.runs == 2  # not called before, so nothing was known of it: its first replay is audited
+        passes(model, replay, x, y)
+        assert model.second.runs == 3
     assert not any(recorded(module) for module in model.modules())
 
 
@@ -237,3 +239,31 @@ def test_on_a_slow_device_a_comparison_is_read_one_batch_later(monkeypatch, move
         else:
             replay.start_batch()
         assert replay.enabled is not moves
+
+
+def test_on_a_slow_device_only_calls_that_were_replayed_before_are_trusted(monkeypatch):
+    """Of two calls of a module the second moves in every batch, which is no reason to distrust the first."""
+    monkeypatch.setattr("lightning_abpem.replay.answers_late", lambda x: True)
+
+    class Twice(Glued):
+        def forward(self, x):
+            return self.head((self.encoder(x + 0) + self.encoder(x + self.shift)).mean(1))
+
+    model = Twice()
+    replay = attach(model, model.head, audited_batches=2)
+    with replay.attached(), torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(2, 5, 3)
+            replay.start_batch()
+            replay.start_pass()
+            model(x)
+            model.shift += 1.0
+            runs = model.encoder.runs
+            replay.start_pass()
+            second = model(x)
+            replay.end_batch()
+            once = model.encoder.runs - runs
+            assert torch.equal(second, model(x))
+        replay.start_batch()
+    assert replay.enabled
+    assert once == 1  # of two

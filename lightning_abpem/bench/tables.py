@@ -79,12 +79,12 @@ def terminal(summary: Summary, published: Mapping[str, Mapping[str, float]] | No
     for method, score in summary.average.items():
         cells = [f"{summary.by_group[method][group].mean:.1f}" for group in groups]
         table.add_row(method, *cells, f"{_show(score)} %", style="bold green" if score.mean == best else None)
-    rows = {method: None for group in groups for method in (published or {}).get(group, {})}
-    if rows:
+    beside = [(published or {}).get(group, {}) for group in summary.groups]
+    if any(beside):
         table.add_section()
-    for method in rows:
-        values = [(published or {}).get(group, {}).get(method) for group in groups]
-        table.add_row(f"{method} (published)", *("" if x is None else f"{x:.1f}" for x in values), "", style="dim")
+    for method in dict.fromkeys(name for own in beside for name in own):
+        values = [f"{own[method]:.1f}" if method in own else "" for own in beside]
+        table.add_row(f"{method} (published)", *values, *[""] * (len(groups) > 0), style="dim")
     return table
 
 
