@@ -147,12 +147,12 @@ class AdaptedWeights:
         del optimizer.grad_scale, optimizer.found_inf
 
     def _take_back_unless(self, taken: Tensor, before: Sequence[Tensor]) -> None:
-        is_taken = None if answers_late(taken) else bool(taken)
+        is_known_taken = not answers_late(taken) and bool(taken)
         for master, old in zip(self._masters, before, strict=True):
-            if is_taken:
+            if is_known_taken:
                 increment_version(master)  # which fused kernels do not
             else:
-                master.copy_(old if is_taken is False else master.where(taken, old))
+                master.copy_(master.where(taken, old))
 
     def _start(self) -> None:
         self._masters, self._optimizer = self._fresh()

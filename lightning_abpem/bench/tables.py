@@ -84,7 +84,7 @@ def terminal(summary: Summary, published: Mapping[str, Mapping[str, float]] | No
         table.add_section()
     for method in dict.fromkeys(name for own in beside for name in own):
         values = [f"{own[method]:.1f}" if method in own else "" for own in beside]
-        table.add_row(f"{method} (published)", *values, *[""] * (len(groups) > 0), style="dim")
+        table.add_row(f"{method} (published)", *values, style="dim")
     return table
 
 
