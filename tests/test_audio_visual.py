@@ -465,8 +465,9 @@ def test_skipping_nothing_says_nothing(folder):
 def test_skipping_everything_is_an_error(copy):
     shutil.rmtree(copy / "wavs")
     message = f"Expected {copy / 'list.json'} to have an entry that can be read, but it has none. Expected {copy}"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         pairs_of(copy, broken="skip")
+    assert "there is no such file" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------------- data module

@@ -11,10 +11,10 @@ from PIL import Image
 
 import lightning_abpem
 from lightning_abpem.cli import main
-from lightning_abpem.data.audio_corruptions import corrupt_audio
+from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, corrupt_audio
 from lightning_abpem.data.corrupt_files import corrupt_data_set
 from lightning_abpem.data.corruptions import Corruption, sample_rng
-from lightning_abpem.data.image_corruptions import corrupt_image
+from lightning_abpem.data.image_corruptions import IMAGE_KINDS, corrupt_image
 
 IDS = ("-aB_000030", "b", "ünï c")
 RATE = 16000
@@ -452,6 +452,36 @@ def test_the_command(data, tmp_path, capsys):
     first = corrupt_data_set(data, tmp_path / "again", "image", "fog", 5, size=32)
     picture = "video/fog/severity_5/frame_5/" + json.loads(first.read_text())["data"][0]["video_id"] + ".jpg"
     assert (tmp_path / "out" / picture).read_bytes() == (tmp_path / "again" / picture).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (["--kind", "wind,fog"], {("audio", "wind"), ("video", "fog")}),
+        (["--kind", "gaussian_noise", "--modality", "audio"], {("audio", "gaussian_noise")}),
+        (["--kind", "all", "--modality", "audio"], {("audio", kind) for kind in AUDIO_KINDS}),
+        (["--kind", "all"], {("audio", kind) for kind in AUDIO_KINDS} | {("video", kind) for kind in IMAGE_KINDS}),
+    ],
+)
+def test_the_command_knows_whose_a_kind_is(data, tmp_path, words, made):
+    out = tmp_path / "out"
+    main(["corrupt", str(data), str(out), "--severity", "1", "--workers", "1", "--size", "32", *words])
+    assert {path.parts[-3:-1] for path in out.glob("json/*/*/severity_1.json")} == made
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("gaussian_noise", "Expected `--modality` to be audio or image, for gaussian_noise is a kind of each."),
+        ("wind,haze", "Expected `kind` to be one of audio: gaussian_noise, "),
+    ],
+)
+def test_the_command_asks_whose_a_kind_is(data, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        main(["corrupt", str(data), str(tmp_path / "out"), "--kind", words, "--severity", "1"])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

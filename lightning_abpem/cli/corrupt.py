@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lightning_abpem.data.audio_corruptions import AUDIO_KINDS
 from lightning_abpem.data.corrupt_files import corrupt_data_set
-from lightning_abpem.data.corruptions import Corruption, Sensor
-from lightning_abpem.data.image_corruptions import HELD_OUT_IMAGE_KINDS, IMAGE_KINDS
+from lightning_abpem.data.corruptions import KINDS, Corruption, Sensor
+from lightning_abpem.data.image_corruptions import IMAGE_KINDS
 
 __all__ = ["add_arguments", "run"]
 
-_KINDS = {"image": (*IMAGE_KINDS, *HELD_OUT_IMAGE_KINDS), "audio": AUDIO_KINDS}
-_EPILOG = f"""image: {", ".join(_KINDS["image"])}
-audio: {", ".join(_KINDS["audio"])}
+_PUBLISHED: dict[Sensor, tuple[str, ...]] = {"audio": AUDIO_KINDS, "image": IMAGE_KINDS}
+_EPILOG = f"""image: {", ".join(KINDS["image"])}
+audio: {", ".join(KINDS["audio"])}
 
 examples:
-  abpem corrupt clean/severity_0.json corrupted --modality image --kind fog --severity 5
+  abpem corrupt clean/severity_0.json corrupted --kind fog --severity 5
   abpem corrupt clean/severity_0.json corrupted --modality audio --kind all --severity 1,3,5 --recordings noises
 An interrupted run goes on where it was when the command is given again.
 """
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("input", type=Path, help='the data\'s JSON list: {"data": [{"video_id", "wav", ...}]}')
     parser.add_argument("output", type=Path, help="folder of the corrupted copy")
-    parser.add_argument("--modality", choices=get_args(Sensor), required=True)
+    parser.add_argument("--modality", choices=list(KINDS), help="which one, for a kind of both, or all kinds of one")
     parser.add_argument("--kind", required=True, help="one or several with commas, or all (held-out ones excepted)")
     parser.add_argument("--severity", required=True, help="1 to 5, or several with commas")
     parser.add_argument("--root", type=Path, help="what relative paths in the list are relative to; its own folder")
@@ -51,9 +50,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     """Corrupt by every kind and severity."""
     if rest:
         raise ValueError(f"Expected no arguments but those of --help, but got {' '.join(rest)}.")
-    standard = IMAGE_KINDS if options.modality == "image" else AUDIO_KINDS
-    kinds = standard if options.kind == "all" else options.kind.split(",")
-    faults = [Corruption(options.modality, kind, _integer(s)) for kind in kinds for s in options.severity.split(",")]
+    kinds = _kinds(options.kind, list(KINDS) if options.modality is None else [options.modality])
+    severities = [_integer(word) for word in options.severity.split(",")]
+    faults = [Corruption(modality, kind, severity) for modality, kind in kinds for severity in severities]
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -61,6 +60,23 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
             bar = progress.add_task(f"{fault}, severity {fault.severity}", total=None)
             made = _corrupt(fault, options, partial(_advance, progress, bar))
             progress.console.print(str(made), markup=False)
+
+
+def _kinds(words: str, modalities: Sequence[Sensor]) -> list[tuple[Sensor, str]]:
+    """The kinds that are asked for, each with the one of these modalities that it is of."""
+    if words == "all":
+        return [(modality, kind) for modality in modalities for kind in _PUBLISHED[modality]]
+    return [(_modality_of(kind, modalities), kind) for kind in words.split(",")]
+
+
+def _modality_of(kind: str, modalities: Sequence[Sensor]) -> Sensor:
+    own = [modality for modality in modalities if kind in KINDS[modality]] or modalities
+    if len(own) == 1:
+        return own[0]
+    if kind in KINDS[own[0]]:
+        raise ValueError(f"Expected `--modality` to be {' or '.join(own)}, for {kind} is a kind of each.")
+    known = "; of ".join(f"{modality}: {', '.join(KINDS[modality])}" for modality in own)
+    raise ValueError(f"Expected `kind` to be one of {known}; but got {kind!r}.")
 
 
 def _corrupt(fault: Corruption, options: argparse.Namespace, advance: Callable[[int, int], None]) -> Path:

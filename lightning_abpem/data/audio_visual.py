@@ -273,7 +273,8 @@ def _read_wave(entry: _Entry) -> tuple[Array, int]:
     try:
         wave, rate = soundfile.read(entry.wav, always_2d=True)
     except (OSError, soundfile.SoundFileError) as error:
-        raise ValueError(f"{expected}, but: {error}") from error
+        why = error if entry.wav.exists() else "there is no such file."  # which libsndfile calls a system error
+        raise ValueError(f"{expected}, but: {why}") from error
     if 1000 * len(wave) < 25 * rate or not np.isfinite(wave).all():
         raise ValueError(f"{expected}, but got {len(wave)} samples at {rate} Hz, too few or not all finite.")
     return wave.mean(1), rate

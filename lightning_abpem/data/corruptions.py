@@ -14,11 +14,12 @@ import numpy as np
 from lightning_abpem.data.audio_corruptions import AUDIO_KINDS
 from lightning_abpem.data.image_corruptions import HELD_OUT_IMAGE_KINDS, IMAGE_KINDS
 
-__all__ = ["Corruption", "Sensor", "sample_rng"]
+__all__ = ["KINDS", "Corruption", "Sensor", "sample_rng"]
 
 Sensor = Literal["audio", "image"]
 
-_KINDS = {"audio": AUDIO_KINDS, "image": (*IMAGE_KINDS, *HELD_OUT_IMAGE_KINDS)}
+KINDS: dict[Sensor, tuple[str, ...]] = {"audio": AUDIO_KINDS, "image": (*IMAGE_KINDS, *HELD_OUT_IMAGE_KINDS)}
+"""The kinds of each sensor."""
 
 
 @dataclass(frozen=True, order=True)
@@ -39,10 +40,10 @@ class Corruption:
     severity: int
 
     def __post_init__(self) -> None:
-        if self.modality not in _KINDS:
+        if self.modality not in KINDS:
             raise ValueError(f'Expected `modality` to be "audio" or "image", but got {self.modality!r}.')
-        if self.kind not in _KINDS[self.modality]:
-            known = ", ".join(_KINDS[self.modality])
+        if self.kind not in KINDS[self.modality]:
+            known = ", ".join(KINDS[self.modality])
             raise ValueError(f"Expected `kind` of {self.modality} to be one of {known}, but got {self.kind!r}.")
         if isinstance(self.severity, bool) or self.severity not in range(1, 6):
             raise ValueError(f"Expected `severity` to be an integer in [1, 5], but got {self.severity!r}.")
