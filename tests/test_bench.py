@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from lightning_abpem.bench.cells import Cell, run_cell, stream_of
 from lightning_abpem.bench.command import compare_runs, run_benchmark
@@ -221,9 +223,11 @@ def test_what_a_run_leaves(tmp_path):
     assert record["versions"]["torch"] == torch.__version__
     assert record["run"]["seeds"] == [111, 222]
     assert record["provenance"] == {"noise": "made up"}
-    by_options = {row["options"].get("k"): row["conditions"] for row in record["options"]["abpem"]}
-    assert by_options == {"2": ["image: fog", "image: gaussian noise", "clean"], "3": ["audio: wind"]}
-    assert record["options"]["source"] == [{"options": {}}]
+    by_k = {own["objective"]["k"]: own["conditions"] for own in record["hyper_parameters"]["abpem"]}
+    assert by_k == {2: ["image: fog", "image: gaussian noise", "clean"], 3: ["audio: wind"]}
+    (own,) = {json.dumps(own["optimizer"]) for own in record["hyper_parameters"]["abpem"]}
+    assert json.loads(own).items() >= {"class": "Adam", "lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8}.items()
+    assert [own["memory_batches"] for own in record["hyper_parameters"]["source"]] == [1]
     of_iid = next(a for a in record["averages"] if (a["severity"], a["batch_size"]) == (5, 8))
     own = [
         float(line["accuracy"])
@@ -251,8 +255,8 @@ def test_a_run_can_grow(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"arguments": {"samples": 20}}, "`arguments` is .*'samples': 24.*and now .*'samples': 20"),
-        ({"variants": {"abpem": {"method": "abpem", "options": {"k": 4}}}}, "`abpem` is .*and now .*'k': 4"),
+        ({"arguments": {"samples": 20}}, "`arguments.samples` is 24, and now 20"),
+        ({"variants": {"abpem": {"method": "abpem", "options": {"k": 4}}}}, "`methods.abpem` is .*and now .*'k': 4"),
     ],
 )
 def test_other_settings_do_not_mix(tmp_path, change, words):
@@ -261,6 +265,94 @@ def test_other_settings_do_not_mix(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         run(tmp_path, **change)
     assert files(tmp_path / "cells") == before
+
+
+class Retrained(ToyBench):
+    """Its source models have the names of `ToyBench`'s, and other weights."""
+
+    def source(self, name):
+        model = super().source(name)
+        torch.nn.init.normal_(model.head[1].bias, generator=torch.Generator().manual_seed(3))
+        return model
+
+
+def test_other_source_models_of_the_same_name_do_not_mix(tmp_path):
+    run(tmp_path / "a", sources="one")
+    with pytest.raises(ValueError, match=r"in .*a `sources\.one` is \w{64}, and now \w{64}\. Choose another `out`"):
+        run_benchmark(Retrained, {}, out=tmp_path / "a", methods="read", sources="one", seeds=1, workers=1)
+    run_benchmark(Retrained, {}, out=tmp_path / "b", methods="source", sources="one", seeds=2, workers=1)
+    with pytest.raises(ValueError, match=r"Expected two runs on the same data, but `sources\.one` is "):
+        compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    run_benchmark(Retrained, {}, out=tmp_path / "a", methods="source", sources="two", seeds=2, workers=1)
+
+
+def test_a_run_that_never_got_a_cell_does_not_lock_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="sample 0 is broken"):
+        run(tmp_path, arguments={"fail_at": 0})
+    run(tmp_path)
+    with pytest.raises(ValueError, match="Expected `k` to be an integer"):
+        run(tmp_path, methods="x", variants={"x": {"method": "abpem", "options": {"k": 300}}})
+    run(tmp_path, methods="x", variants={"x": {"method": "abpem", "options": {"k": 3}}})
+
+
+class Loading(ToyBench):
+    """With processes that load samples."""
+
+    immaterial = ("num_workers",)
+
+    def __init__(self, num_workers: int = 0, fail_at: int = -1, where: Path = Path()) -> None:
+        super().__init__(fail_at=fail_at)
+        self.num_workers = num_workers
+
+
+def test_what_changes_no_number_may_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"out": tmp_path / "out", "methods": "source", "sources": "one", "seeds": 1, "workers": 1}
+    run_benchmark(Loading, {"where": tmp_path}, **options)
+    run_benchmark(Loading, {"where": Path(), "num_workers": 1}, **options)
+    with pytest.raises(ValueError, match=r"`arguments\.where` is "):
+        run_benchmark(Loading, {"where": tmp_path / "elsewhere"}, **options)
+
+
+def test_an_error_of_a_loading_process_has_no_traceback_in_its_words():
+    bench = Loading(num_workers=1, fail_at=3)
+    with pytest.raises(ValueError, match=r"^sample 3 is broken$"):
+        run_cell(bench, CELL, Variant("source"), bench.source("one"))
+
+
+def test_a_variants_memory_goes_before_the_benchmarks():
+    bench = ToyBench()
+    for options, held in (({}, 2), ({"memory_batches": 1}, 1), ({"memory_samples": 24}, 3)):
+        assert Variant("abpem", options).build(bench, ["image"], 24, 8).settings.memory_batches == held
+
+
+class Recorded(ToyBench):
+    """It has a recording of nothing."""
+
+    def load(self, corruptions):
+        raise FileNotFoundError(f"no recording of {', '.join(str(c) for c in corruptions if c.modality == 'audio')}")
+
+
+def test_what_is_missing_is_told_before_anything_is_computed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recording of audio: wind$"):
+        run_benchmark(Recorded, {}, out=tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+class Made(ToyBench):
+    """Its noise is procedural, and a sample is left out."""
+
+    def provenance(self):
+        return {"noise": "procedural", "frost": "/pictures", "skipped": 1}
+
+
+def test_tables_say_what_is_procedural_left_out_or_unweighted(tmp_path):
+    console = Console(file=StringIO(), width=200)
+    options = {"methods": "source", "seeds": 1, "workers": 1, "averaging": "batches", "console": console}
+    run_benchmark(Made, {}, out=tmp_path, **options)
+    note = "Procedural: noise. Samples left out, for they are missing or broken: 1. Means over batches"
+    for shown in (console.file.getvalue(), *((tmp_path / f"tables.{kind}").read_text() for kind in ("md", "tex"))):
+        assert note in shown
 
 
 def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):
@@ -312,7 +404,20 @@ def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):
         (["tests.toybench.Nothing"], "tests.toybench has no Nothing"),
         (["tests.toy.Toy"], "Expected tests.toy.Toy to be a Benchmark"),
         (["B", "--methods", "tent,sources"], "Expected `methods` to be among source, .* but got sources"),
-        (["B", "--methods", "tent,tent"], "Expected every method once, but got tent, tent"),
+        (["B", "--methods", "tent,tent"], "Expected `methods` to have one at least, and each once, but got tent, tent"),
+        (["B", "--methods", "[]"], "Expected `methods` to have one at least, and each once, but got none"),
+        (["B", "--protocol", "[]"], "Expected `protocol` to have one at least, and each once, but got none"),
+        (["B", "--seeds", "1,1"], "Expected `seeds` to have one at least, and each once, but got 1, 1"),
+        (["B", "--workers", "0"], "Expected `workers` to be an integer >= 1, but got 0"),
+        (
+            ["B", "--methods", "x", "--variants", '{"x": {"method": "abpem", "options": {"memory_samples": "32"}}}'],
+            "Expected `memory_samples` to be an integer >= 1, but got '32'",
+        ),
+        (
+            ["B", "--variants", '{"x": {"method": "abpem", "options": {"memory_samples": 8, "memory_batches": 1}}}'],
+            "Expected `memory_samples` or `memory_batches`, which say the same, but got both",
+        ),
+        (["digits-avc", "--pairs", "0"], "Expected `pairs` to be an integer >= 1, but got 0"),
         (["B", "--protocol", "idd"], "Expected `protocol` to be one of clean, iid"),
         (["B", "--severity", "6"], r"Expected `severity` in \[1, 5\], but got 6"),
         (["B", "--severity", "high"], "Expected `severity` to be an integer or several with commas, but got 'high'"),
@@ -351,15 +456,19 @@ def test_errors_of_the_command(tmp_path, capsys, arguments, words):
 def test_comparing_runs_on_other_data(tmp_path):
     run(tmp_path / "a", methods="source")
     run(tmp_path / "b", methods="source", arguments={"samples": 20})
-    with pytest.raises(ValueError, match="Expected two runs on the same data, but `arguments` is .*24.*20"):
+    with pytest.raises(
+        ValueError, match="Expected two runs on the same data, but `arguments.samples` is 24 in .* and 20"
+    ):
         compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 def test_comparing_methods_that_are_not_there(tmp_path):
     run(tmp_path / "a", methods="source")
     run(tmp_path / "b", methods="read")
-    with pytest.raises(ValueError, match="Expected a method of source, but got .*a:tent"):
+    with pytest.raises(ValueError, match="Expected a method of source, but got tent of .*a:tent"):
         compare_runs(f"{tmp_path / 'a'}:tent", f"{tmp_path / 'b'}:read")
+    with pytest.raises(ValueError, match="Expected a method of read, but got source of .*b"):
+        compare_runs(f"{tmp_path / 'a'}:source", str(tmp_path / "b"))
     with pytest.raises(ValueError, match="Expected runs with a method in common"):
         compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
 

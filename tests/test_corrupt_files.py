@@ -425,6 +425,22 @@ def test_a_missing_recording_is_found_before_anything_is_written(data, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_finds_all_missing_recordings_before_it_makes_anything(data, tmp_path, capsys):
+    soundfile.write(tmp_path / "wind.wav", np.full(9, 0.1), RATE)
+    words = ["--modality", "audio", "--kind", "wind, rain,gaussian_noise,crowd", "--severity", "1"]
+    with pytest.raises(SystemExit):
+        main(["corrupt", str(data), str(tmp_path / "out"), *words, "--recordings", str(tmp_path)])
+    assert "to have rain.wav, crowd.wav (or .flac, .ogg), but it has only wind.wav" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_frame_that_others_have_is_missed(data, tmp_path):
+    gap = data.parent / "frames" / "frame_5" / f"{IDS[1]}.jpg"
+    gap.unlink()
+    with pytest.warns(UserWarning, match=rf"1 frames are missing .* The first: {gap} \(data\[1\] of "):
+        images(data, tmp_path / "out")
+
+
 def test_paths_relative_to_a_root(data, tmp_path):
     moved = tmp_path / "lists" / "deep" / "severity_0.json"
     moved.parent.mkdir(parents=True)

@@ -87,6 +87,7 @@ THIRD_PARTY = {
     "bench.protocols": {"numpy"},
     "bench.benchmark": {"lightning", "numpy", "torch"},
     "bench.variants": {"torch"},
+    "bench.settings": {"torch"},
     "bench.cells": {"lightning", "numpy", "torch"},
     "bench.runner": {"lightning", "torch"},
     "bench.results": {"scipy"},
@@ -200,16 +201,20 @@ OWN = {  # from the bottom up: each may import what stands before it
     "bench.protocols": {"data.corruptions"},
     "bench.benchmark": {"bench.protocols", "data.corruptions", "fusion", "spans"},
     "bench.variants": {"bench.benchmark", "callback", "data.corruptions", "method", "methods"},
-    "bench.cells": {"adaptation", "bench.benchmark", "bench.protocols", "bench.variants"},
-    "bench.runner": {"bench.benchmark", "bench.cells", "bench.protocols", "bench.variants", "processes"},
+    "bench.settings": {"__init__", "bench.benchmark", "bench.variants", "callback", "data.published_layout"},
+    "bench.cells": {"adaptation", *(f"bench.{n}" for n in ("benchmark", "protocols", "settings", "variants"))},
+    "bench.runner": {
+        "data.corruptions",
+        "processes",
+        *(f"bench.{n}" for n in ("benchmark", "cells", "protocols", "variants")),
+    },
     "bench.results": set(),
     "bench.tables": {"bench.results"},
     "bench.figures": {"bench.cells", "bench.results", "bench.tables"},
-    "bench.output": {
-        *(f"bench.{name}" for name in ("benchmark", "figures", "results", "tables", "variants")),
-        "data.published_layout",
+    "bench.output": {f"bench.{name}" for name in ("benchmark", "figures", "results", "settings", "tables")},
+    "bench.command": {
+        f"bench.{name}" for name in ("benchmark", "output", "results", "runner", "settings", "tables", "variants")
     },
-    "bench.command": {f"bench.{n}" for n in ("benchmark", "output", "results", "runner", "tables", "variants")},
     "bench.digits_source": {"data.digits", "models.digits"},
     "bench.digits": {
         *("bench.benchmark", "bench.digits_source", "bench.protocols", "models.digits"),
@@ -218,6 +223,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "bench.kinetics": {
         *("bench.benchmark", "methods.abpem", "models.cavmae"),
         *(f"data.{name}" for name in ("audio_corruptions", "audio_visual", "corruptions", "image_corruptions")),
+        "data.published_layout",
     },
     "cli.importing": set(),
     "cli.inspect": {"cli.importing", "inspection"},

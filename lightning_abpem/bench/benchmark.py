@@ -35,6 +35,7 @@ class Benchmark(ABC):
         labels: the classes of the test samples (N,).
         batch_size: samples per batch, where the run does not say.
         num_workers: processes that load samples, for every process that adapts.
+        immaterial: the constructor's arguments that change no number, so that a run may go on with others.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Benchmark(ABC):
     labels: NDArray[np.int64]
     batch_size: int = 8
     num_workers: int = 0
+    immaterial: Sequence[str] = ()
 
     def prepare(self, sources: Sequence[str]) -> None:
         """Make what all processes need for these source models, once, before they start: nothing."""
@@ -57,7 +59,11 @@ class Benchmark(ABC):
         """The source model of that name: a fresh one, on the CPU, in eval mode."""
 
     def load(self, corruptions: Sequence[Corruption]) -> None:
-        """Make ready for samples under these corruptions, before processes that load samples begin: nothing."""
+        """Make ready for samples under these corruptions: nothing.
+
+        Called with all of a run before it begins, so that what is missing is told then; and with those of each stream
+        before processes that load its samples begin.
+        """
         return
 
     @abstractmethod
@@ -69,9 +75,10 @@ class Benchmark(ABC):
         return {}
 
     def provenance(self) -> Mapping[str, Any]:
-        """What else a reader of the results has to know, such as where noises come from: nothing.
+        """What else a reader of the results has to know, such as where `noise` and `frost` come from: nothing.
 
-        A run in one folder goes on only where it is the same.
+        A run in one folder goes on only where it is the same. "procedural" is said below the tables, and how many
+        samples are `skipped`.
         """
         return {}
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_abpem.adaptation import Adaptation
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.protocols import Item, find_protocol
+from lightning_abpem.bench.settings import hyper_parameters
 from lightning_abpem.bench.variants import Variant
 
 __all__ = ["BINS", "Cell", "run_cell", "stream_of"]
@@ -58,7 +59,7 @@ def run_cell(benchmark: Benchmark, cell: Cell, variant: Variant, model: Lightnin
     """Adapt the model along the stream; everything measured there, ready for JSON. The model is as before afterwards.
 
     Returns:
-        `cell`; `options` of the method; `rows`, each row of the table with its `samples`, `accuracy` and
+        `cell`; the method's `hyper_parameters`; `rows`, each row of the table with its `samples`, `accuracy` and
         `batch_accuracy` (the unweighted mean over batches, as published scripts have it), in percent; `hits` and
         `sizes` by batch; `reliability`, per bin of confidence the samples, the sum of confidences and the hits;
         `figures`, the method's own averaged over samples; `updates`, `skipped`, and `seconds` in the model's calls.
@@ -67,10 +68,13 @@ def run_cell(benchmark: Benchmark, cell: Cell, variant: Variant, model: Lightnin
     sensors = sorted({c.modality for item in items for c in item.corruptions} | {i.missing for i in items if i.missing})
     callback = variant.build(benchmark, sensors, len(items), cell.batch_size)
     benchmark.load(list(dict.fromkeys(c for item in items for c in item.corruptions)))
-    loader = DataLoader(_Stream(benchmark, items), cell.batch_size, num_workers=benchmark.num_workers)
+    stream = _Stream(benchmark, items)
+    loader = DataLoader(stream, cell.batch_size, num_workers=benchmark.num_workers, collate_fn=_collate)
     tally, seconds, device = _Tally(), 0.0, next(model.parameters()).device
     with callback.attach(model) as adaptation, torch.no_grad():
         for start, inputs in zip(range(0, len(items), cell.batch_size), loader, strict=True):
+            if isinstance(inputs, Exception):
+                raise inputs
             batch = items[start : start + cell.batch_size]
             labels = torch.from_numpy(benchmark.labels[[item.index for item in batch]])
             begin = time.perf_counter()
@@ -79,7 +83,7 @@ def run_cell(benchmark: Benchmark, cell: Cell, variant: Variant, model: Lightnin
             tally.add(batch, logits, labels, _figures(adaptation))
     return {
         "cell": asdict(cell),
-        "options": {key: repr(value) for key, value in variant.resolved(benchmark, sensors).items()},
+        "hyper_parameters": hyper_parameters(callback),
         **tally.results(),
         "updates": adaptation.updates,
         "skipped": adaptation.skipped,
@@ -87,8 +91,12 @@ def run_cell(benchmark: Benchmark, cell: Cell, variant: Variant, model: Lightnin
     }
 
 
-class _Stream(Dataset[tuple[Tensor, ...]]):
-    """The model's inputs, sample by sample; a missing modality is zeros, what a normalised input is on average."""
+class _Stream(Dataset[tuple[Tensor, ...] | Exception]):
+    """The model's inputs, sample by sample; a missing modality is zeros, what a normalised input is on average.
+
+    For a sample that cannot be read the error itself: raised in a process that loads samples, it would come with the
+    tracebacks of that process in its words.
+    """
 
     def __init__(self, benchmark: Benchmark, items: Sequence[Item]) -> None:
         self._benchmark, self._items = benchmark, items
@@ -96,11 +104,19 @@ class _Stream(Dataset[tuple[Tensor, ...]]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, position: int) -> tuple[Tensor, ...] | Exception:
         item = self._items[position]
-        inputs = self._benchmark.sample(item.index, item.corruptions)
+        try:
+            inputs = self._benchmark.sample(item.index, item.corruptions)
+        except (OSError, ValueError) as error:
+            return error
         missing = [sensor == item.missing for sensor in self._benchmark.sensors]
         return tuple(x.new_zeros(x.shape) if lacks else x for x, lacks in zip(inputs, missing, strict=True))
+
+
+def _collate(samples: list[tuple[Tensor, ...] | Exception]) -> Any:
+    """A batch of inputs; the error if one could not be read."""
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
 
 
 def _figures(adaptation: Adaptation) -> Mapping[str, float]:

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_abpem.bench.benchmark import Benchmark
-from lightning_abpem.bench.output import check_comparable, check_settings, published_beside, read_lines, write_results
+from lightning_abpem.bench.output import note_on, published_beside, read_lines, write_results
 from lightning_abpem.bench.results import Averaging, compare
-from lightning_abpem.bench.runner import finished, list_cells, load_cells, run_cells
+from lightning_abpem.bench.runner import faults_of, finished, list_cells, load_cells, run_cells
+from lightning_abpem.bench.settings import check_comparable, check_settings, settings_of
 from lightning_abpem.bench.tables import comparison_markdown, terminal
 from lightning_abpem.bench.variants import METHODS, Variant, find_variants
 
@@ -34,7 +35,7 @@ def run_benchmark(
     arguments: Mapping[str, Any],
     *,
     out: Path,
-    methods: Words = tuple(METHODS),
+    methods: Words | None = None,
     protocol: Words = "iid",
     severity: Numbers = 5,
     seeds: Numbers = 5,
@@ -52,7 +53,8 @@ def run_benchmark(
         benchmark: the class of the benchmark.
         arguments: of its constructor.
         out: folder of the run. Finished cells in it are kept.
-        methods: labels of methods or of `variants`, in the order of the tables; several with commas.
+        methods: labels of methods or of `variants`, in the order of the tables; several with commas. By default every
+            method, and the variants.
         protocol: one or several of clean, iid, continual, mixed, gradual, both, missing, skewed-0.1, skewed-1.
         severity: one or several of 1 to 5.
         seeds: how many of 111, 222, 333, 444, 555; or, with commas or as a list, the seeds themselves.
@@ -60,7 +62,7 @@ def run_benchmark(
         batch_size: one or several; the benchmark's own by default.
         averaging: "samples" weighs batches by their size; "batches" does not, as published scripts.
         variants: by label, a `method` and its `options`: settings of one's own.
-        workers: processes; by default one per core, and one where the device is not the CPU.
+        workers: processes, >= 1; by default one per core, and one where the device is not the CPU.
         device: where the models run, such as "cuda".
         console: where progress and tables are shown.
 
@@ -68,26 +70,30 @@ def run_benchmark(
         ValueError: something asked for does not exist, or `out` holds a run of other settings.
     """
     console = console or Console()
-    chosen = find_variants(_words(methods), {label: _variant(label, spec) for label, spec in (variants or {}).items()})
+    own = {label: _variant(label, spec) for label, spec in (variants or {}).items()}
+    chosen = find_variants(list({**METHODS, **own}) if methods is None else _words("methods", methods), own)
+    if workers is not None and workers < 1:
+        raise ValueError(f"Expected `workers` to be an integer >= 1, but got {workers}.")
     bound = inspect.signature(benchmark).bind_partial(**arguments)
     bound.apply_defaults()
     arguments = bound.arguments
     make = partial(benchmark, **arguments)
     data = make()
     asked: dict[str, Any] = {
-        "protocols": _words(protocol),
+        "protocols": _words("protocol", protocol),
         "severities": _numbers("severity", severity),
         "seeds": _seeds(seeds),
-        "sources": list(data.sources) if sources is None else _words(sources),
+        "sources": list(data.sources) if sources is None else _words("sources", sources),
         "batch_sizes": _numbers("batch_size", data.batch_size if batch_size is None else batch_size),
         "methods": list(chosen),
     }
     cells = list_cells(data, **asked)
     _try_out(data, chosen, device)
+    data.load(faults_of(data, cells))
+    data.prepare(asked["sources"])
     folder = out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    check_settings(out, data, arguments, chosen)
-    data.prepare(asked["sources"])
+    check_settings(out, settings_of(data, arguments, asked["sources"], chosen))
     processes = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
     with _progress(console) as progress:
         bar = progress.add_task(data.name, total=len(cells), completed=len(finished(folder, cells)))
@@ -95,6 +101,7 @@ def run_benchmark(
     run = {"benchmark": data.name, "arguments": arguments, **asked, "averaging": averaging, "device": device}
     for summary in write_results(out, load_cells(folder, cells), data, averaging, run):
         console.print(terminal(summary, published_beside(summary, data)))
+    console.print(note_on(data, averaging), markup=False)
     console.print(f"Cells: {out / 'results.csv'}. Tables: {out / 'tables.md'}, {out / 'tables.tex'}.", markup=False)
 
 
@@ -112,9 +119,9 @@ def compare_runs(a: str, b: str) -> str:
     check_comparable(folder_a, folder_b)
     lines_a, lines_b = read_lines(folder_a), read_lines(folder_b)
     in_a, in_b = ({line["method"] for line in lines} for lines in (lines_a, lines_b))
-    for side, method, known in ((a, of_a, in_a), (b, of_b, in_b)):
+    for side, method, known in ((a, of_a or of_b, in_a), (b, of_b or of_a, in_b)):
         if method is not None and method not in known:
-            raise ValueError(f"Expected a method of {', '.join(sorted(known))}, but got {side}.")
+            raise ValueError(f"Expected a method of {', '.join(sorted(known))}, but got {method} of {side}.")
     both = sorted(in_a & in_b)
     pairs = [(of_a or of_b, of_b or of_a)] if of_a or of_b else [(method, method) for method in both]
     if not pairs:
@@ -139,7 +146,7 @@ def _side(words: str) -> tuple[Path, str | None]:
 def _variant(label: str, spec: Mapping[str, Any]) -> Variant:
     if "method" not in spec or set(spec) - {"method", "options"}:
         raise ValueError(f"Expected variant {label!r} to have a `method` and its `options`, but got {dict(spec)}.")
-    return Variant(**spec)
+    return Variant(spec["method"], spec.get("options") or {})
 
 
 def _try_out(data: Benchmark, variants: Mapping[str, Variant], device: str) -> None:
@@ -152,8 +159,8 @@ def _try_out(data: Benchmark, variants: Mapping[str, Variant], device: str) -> N
         raise ValueError(f"Expected `device` to be one that torch has here, but got {device!r}: {error}") from error
 
 
-def _words(value: Words) -> list[str]:
-    return [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
+def _words(name: str, value: Words) -> list[str]:
+    return _each_once(name, [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value))
 
 
 def _numbers(name: str, value: Numbers) -> list[int]:
@@ -163,9 +170,16 @@ def _numbers(name: str, value: Numbers) -> list[int]:
     except ValueError:
         raise ValueError(f"Expected `{name}` to be an integer or several with commas, but got {value!r}.") from None
     low, high = {"severity": (1, 5), "batch_size": (1, 1 << 20)}.get(name, (0, 1 << 32))
-    if not numbers or any(not low <= number <= high for number in numbers):
+    if any(not low <= number <= high for number in numbers):
         raise ValueError(f"Expected `{name}` in [{low}, {high}], but got {value!r}.")
-    return numbers
+    return _each_once(name, numbers)
+
+
+def _each_once(name: str, values: list[Any]) -> list[Any]:
+    if not values or len(set(values)) < len(values):
+        listed = ", ".join(map(str, values)) or "none"
+        raise ValueError(f"Expected `{name}` to have one at least, and each once, but got {listed}.")
+    return values
 
 
 def _seeds(value: Numbers) -> list[int]:

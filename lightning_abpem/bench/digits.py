@@ -42,8 +42,11 @@ class DigitsAVC(Benchmark):
 
     Args:
         split: "test" for results, "dev" for choosing hyper-parameters.
-        pairs: how many pairs a pass has.
+        pairs: how many pairs a pass has, >= 1.
         held_out_kinds: corrupt by the four held-out kinds of ImageNet-C instead of the 21.
+
+    Raises:
+        ValueError: `pairs` is less than 1.
     """
 
     name = "DigitsAV-C"
@@ -52,6 +55,8 @@ class DigitsAVC(Benchmark):
     fusion = "fusion.self_attn"
 
     def __init__(self, split: Split = "test", pairs: int = 640, held_out_kinds: bool = False) -> None:
+        if pairs < 1:
+            raise ValueError(f"Expected `pairs` to be an integer >= 1, but got {pairs}.")
         self.modalities = {"audio": 32, "image": 16}
         self.encoders = {"audio": "audio", "image": "image"}
         all_kinds: Kinds = {"image": IMAGE_KINDS, "audio": AUDIO_KINDS}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +15,7 @@ from lightning_abpem.data.audio_corruptions import AUDIO_KINDS
 from lightning_abpem.data.audio_visual import AudioVisualPairs
 from lightning_abpem.data.corruptions import Corruption, Sensor
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
+from lightning_abpem.data.published_layout import read_json
 from lightning_abpem.methods.abpem import RECIPES
 from lightning_abpem.models.cavmae import CAVMAE
 
@@ -47,6 +46,7 @@ class _Published(Benchmark):
     sensors = ("audio", "image")
     sources = ("CAV-MAE",)
     fusion = "blocks_u.*.attn"
+    immaterial = ("num_workers",)
     stem: ClassVar[str]
     recipes: ClassVar[Mapping[Sensor, str]]
 
@@ -85,9 +85,22 @@ class _Published(Benchmark):
         return CAVMAE(self._pairs.classes).load_published(self._checkpoint).eval()
 
     def load(self, corruptions: Sequence[Corruption]) -> None:
-        if self._corrupted_lists is not None:
-            for corruption in corruptions:
-                self._list_and_positions(corruption)
+        """Read the lists of data corrupted beforehand, or see that there are the recordings that are asked for.
+
+        Raises:
+            FileNotFoundError: naming all that are missing.
+        """
+        if self._corrupted_lists is None:
+            self._pairs.check_recordings(corruptions)
+            return
+        lists = [self._list_of(corruption) for corruption in corruptions]
+        if missing := [str(path) for path in lists if not path.is_file()]:
+            raise FileNotFoundError(
+                f"Expected `corrupted_lists` to have a list for each of {len(lists)} corruptions, but {len(missing)} "
+                f"are missing: {', '.join(missing)}."
+            )
+        for corruption in corruptions:
+            self._list_and_positions(corruption)
 
     def sample(self, index: int, corruptions: Sequence[Corruption]) -> tuple[Tensor, Tensor]:
         if self._corrupted_lists is None or not corruptions:
@@ -96,8 +109,6 @@ class _Published(Benchmark):
         inputs = list(self._pairs.sample(index, ()))
         for corruption in corruptions:
             pairs, positions = self._list_and_positions(corruption)
-            if name not in positions:
-                raise ValueError(f"{self._list_of(corruption)} has no sample {name!r}, which the clean list has.")
             position = self.sensors.index(corruption.modality)
             inputs[position] = pairs.sample(positions[name], ())[position]
         return inputs[0], inputs[1]
@@ -110,20 +121,11 @@ class _Published(Benchmark):
         return {name: value for name, value in recipe.items() if name != "batch_size"}
 
     def provenance(self) -> Mapping[str, Any]:
-        source = {"checkpoint": self._checksum}
+        skipped = {"skipped": self._pairs.skipped}
         if self._corrupted_lists is not None:
-            return {"corrupted": str(self._corrupted_lists), **source}
+            return {"corrupted": str(self._corrupted_lists), **_made_beforehand(self._corrupted_lists), **skipped}
         made = {name: "procedural" if folder is None else str(folder) for name, folder in self._made_here.items()}
-        return {"noise": made["recordings"], "frost": made["frost"], "skipped": self._pairs.skipped, **source}
-
-    @cached_property
-    def _checksum(self) -> str:
-        """Of the checkpoint, SHA-256; a run asks for it more than once, and the file is large."""
-        digest = hashlib.sha256()
-        with open(self._checkpoint, "rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-        return digest.hexdigest()
+        return {"noise": made["recordings"], "frost": made["frost"], **skipped}
 
     @abstractmethod
     def published(self) -> Published: ...
@@ -140,7 +142,13 @@ class _Published(Benchmark):
                 self._labels_csv,
                 **{**self._options, "root": self._corrupted_root, "broken": "raise"},
             )
-            self._corrupted[corruption] = pairs, {name: i for i, name in enumerate(pairs.video_ids)}
+            positions = {name: i for i, name in enumerate(pairs.video_ids)}
+            if missing := [name for name in self._pairs.video_ids if name not in positions]:
+                raise ValueError(
+                    f"Expected {self._list_of(corruption)} to have every sample of the clean list, but {len(missing)} "
+                    f"are missing, the first of them {missing[0]!r}."
+                )
+            self._corrupted[corruption] = pairs, positions
         return self._corrupted[corruption]
 
 
@@ -184,6 +192,13 @@ class VGGSoundC(_Published):
                 **_by_brimpr(25.0, 4.6, 32.7, 17.1, 32.4, 29.5, 33.2, 36.5),
             },
         }
+
+
+def _made_beforehand(lists: Path) -> dict[str, str]:
+    """Where noise and frost of data corrupted by ``abpem corrupt`` come from, as the records beside its lists say."""
+    records = [read_json(path) for path in sorted(Path(lists).glob("*/*/severity_*.meta.json"))]
+    said = {name: sorted({record[name] for record in records if record.get(name)}) for name in ("noise", "frost")}
+    return {name: ", ".join(origins) for name, origins in said.items() if origins}
 
 
 def _by_read(**accuracies: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a benchmark's run leaves in its folder: settings, lines, tables and figures."""
+"""What a benchmark's run leaves in its folder: lines, tables and figures."""
 
 from __future__ import annotations
 
@@ -17,57 +17,12 @@ import lightning_abpem
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.figures import accuracy_figure, gap_figure, reliability_figure, running_figure
 from lightning_abpem.bench.results import Averaging, Summary, flatten, summarise
+from lightning_abpem.bench.settings import plain
 from lightning_abpem.bench.tables import latex, markdown, title
-from lightning_abpem.bench.variants import Variant
-from lightning_abpem.data.published_layout import write_json
 
-__all__ = ["check_comparable", "check_settings", "published_beside", "read_lines", "write_results"]
+__all__ = ["note_on", "published_beside", "read_lines", "write_results"]
 
 Json = dict[str, Any]
-
-
-def check_settings(
-    folder: Path, benchmark: Benchmark, arguments: Mapping[str, Any], variants: Mapping[str, Variant]
-) -> None:
-    """Hold a run against what the folder's finished cells were computed with, and write down what is new.
-
-    Raises:
-        ValueError: the benchmark, its arguments, where its data and models come from, the package's version or a
-            method's options are others.
-    """
-    before: Json = _read_settings(folder) or {}
-    methods = {label: _settings_of(variant, benchmark) for label, variant in variants.items()}
-    now: Json = {
-        "benchmark": benchmark.name,
-        "arguments": _plain(arguments),
-        "provenance": _plain(benchmark.provenance()),
-        "version": lightning_abpem.__version__,
-    }
-    if before:
-        earlier = {**{name: before[name] for name in now if name in before}, **before["methods"]}
-        current = {**now, **methods}
-        for name in earlier.keys() & current.keys():
-            if earlier[name] != current[name]:
-                raise ValueError(
-                    f"Expected `out` to be new or of the same settings, but in {folder} `{name}` is {earlier[name]}, "
-                    f"and now {current[name]}. Choose another `out`, another label, or delete the folder."
-                )
-    known = {**before.get("methods", {}), **methods}
-    write_json(folder / "settings.json", {**now, "methods": known})
-
-
-def check_comparable(a: Path, b: Path) -> None:
-    """Hold two runs against each other: the same samples have to be in both.
-
-    Raises:
-        ValueError: they are of different benchmarks, or of one with different arguments.
-    """
-    first, second = _read_settings(a), _read_settings(b)
-    for name in ("benchmark", "arguments"):
-        if first and second and first[name] != second[name]:
-            raise ValueError(
-                f"Expected two runs on the same data, but `{name}` is {first[name]} in {a} and {second[name]} in {b}."
-            )
 
 
 def write_results(
@@ -89,14 +44,15 @@ def write_results(
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(lines)
-    record = {**_circumstances(), "run": _plain(run), "provenance": dict(benchmark.provenance())}
+    record = {**_circumstances(), "run": plain(run), "provenance": plain(benchmark.provenance())}
     averages = [_averages(summary) for summary in summaries]
     (folder / "results.json").write_text(
-        json.dumps({**record, "options": _options(cells), "averages": averages}, indent=2) + "\n"
+        json.dumps({**record, "hyper_parameters": _hyper_parameters(cells), "averages": averages}, indent=2) + "\n"
     )
-    tables = [markdown(s, published_beside(s, benchmark)) for s in summaries]
+    note = note_on(benchmark, averaging)
+    tables = [markdown(s, published_beside(s, benchmark), note) for s in summaries]
     (folder / "tables.md").write_text("\n".join(tables))
-    (folder / "tables.tex").write_text("\n".join(map(latex, summaries)))
+    (folder / "tables.tex").write_text("\n".join(latex(s, note) for s in summaries))
     _write_figures(folder / "figures", cells, summaries)
     return summaries
 
@@ -105,6 +61,18 @@ def published_beside(summary: Summary, benchmark: Benchmark) -> Mapping[str, Map
     """The published averages that belong beside a table, by modality, then by method: they are of severity 5."""
     known = benchmark.published() if summary.severity == 5 else {}
     return {sensor: rows for (protocol, sensor), rows in known.items() if protocol == summary.protocol}
+
+
+def note_on(benchmark: Benchmark, averaging: Averaging) -> str:
+    """What a reader of a table has to know of it besides its title; empty if nothing."""
+    known = benchmark.provenance()
+    made = [name for name in ("noise", "frost") if "procedural" in str(known.get(name))]
+    notes = {
+        f"Procedural: {', '.join(made)}.": made,
+        f"Samples left out, for they are missing or broken: {known.get('skipped')}.": known.get("skipped"),
+        "Means over batches, whatever their size.": averaging == "batches",
+    }
+    return " ".join(words for words, holds in notes.items() if holds)
 
 
 def read_lines(folder: Path) -> list[Json]:
@@ -121,31 +89,18 @@ def read_lines(folder: Path) -> list[Json]:
         return [{**line, **{name: kind(line[name]) for name, kind in numbers.items()}} for line in csv.DictReader(file)]
 
 
-def _read_settings(folder: Path) -> Json | None:
-    path = folder / "settings.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _settings_of(variant: Variant, benchmark: Benchmark) -> Json:
-    """A variant's method and its options on the benchmark, whichever sensors fail."""
-    failing = [[], *([sensor] for sensor in benchmark.sensors), list(benchmark.sensors)]
-    resolved = {" and ".join(sensors) or "none": _plain(variant.resolved(benchmark, sensors)) for sensors in failing}
-    return {"method": variant.method, "options": resolved}
-
-
-def _options(cells: Sequence[Mapping[str, Any]]) -> Json:
-    """By method, the options of its cells, and the conditions that each were for where there are several."""
-    found: dict[str, dict[str, list[str]]] = {}
+def _hyper_parameters(cells: Sequence[Mapping[str, Any]]) -> Json:
+    """By method, those of its cells, and where there are several, the conditions and batch sizes that each were for."""
+    found: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for cell in cells:
-        conditions = found.setdefault(cell["cell"]["method"], {}).setdefault(json.dumps(cell["options"]), [])
-        if cell["cell"]["condition"] not in conditions:
-            conditions.append(cell["cell"]["condition"])
+        own = found.setdefault(cell["cell"]["method"], {}).setdefault(json.dumps(cell["hyper_parameters"]), {})
+        for name in ("condition", "batch_size"):
+            values = own.setdefault(f"{name}s", [])
+            if cell["cell"][name] not in values:
+                values.append(cell["cell"][name])
     return {
-        method: [
-            {"options": json.loads(options), **({"conditions": names} if len(by_options) > 1 else {})}
-            for options, names in by_options.items()
-        ]
-        for method, by_options in found.items()
+        method: [{**json.loads(values), **(where if len(by_values) > 1 else {})} for values, where in by_values.items()]
+        for method, by_values in found.items()
     }
 
 
@@ -195,12 +150,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return asked.stdout.strip()
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold, by the value's words where it cannot."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -60,6 +60,12 @@ class Protocol:
         """The rows of its table at a severity."""
         return self.make_conditions(kinds, severity if self.has_severity else 5)
 
+    def faults(self, condition: Condition) -> list[Corruption]:
+        """All that may happen to a sample of its streams: at every severity where the protocol has its own."""
+        if self.has_severity:
+            return list(condition.corruptions)
+        return [Corruption(c.modality, c.kind, severity) for c in condition.corruptions for severity in range(1, 6)]
+
 
 def find_protocol(name: str) -> Protocol:
     """The protocol of that name; "skewed-DELTA" takes any concentration.

@@ -20,9 +20,10 @@ from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.cells import Cell, run_cell
 from lightning_abpem.bench.protocols import find_protocol
 from lightning_abpem.bench.variants import Variant
+from lightning_abpem.data.corruptions import Corruption
 from lightning_abpem.processes import Workers
 
-__all__ = ["MakeBenchmark", "finished", "list_cells", "load_cells", "run_cells"]
+__all__ = ["MakeBenchmark", "faults_of", "finished", "list_cells", "load_cells", "run_cells"]
 
 MakeBenchmark = Callable[[], Benchmark]
 
@@ -58,6 +59,16 @@ def list_cells(
                         for method in methods
                     ]
     return cells
+
+
+def faults_of(benchmark: Benchmark, cells: Iterable[Cell]) -> list[Corruption]:
+    """All corruptions that the streams of these cells may have, each once."""
+    faults: dict[Corruption, None] = {}
+    for name, severity in dict.fromkeys((cell.protocol, cell.severity) for cell in cells):
+        protocol = find_protocol(name)
+        for condition in protocol.conditions(benchmark.kinds, severity):
+            faults |= dict.fromkeys(protocol.faults(condition))
+    return list(faults)
 
 
 def finished(folder: Path, cells: Iterable[Cell]) -> list[Cell]:

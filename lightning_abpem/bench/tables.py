@@ -33,12 +33,13 @@ def title(summary: Summary | Comparison) -> str:
     return f"{summary.protocol}{severity}, batch size {summary.batch_size}"
 
 
-def markdown(summary: Summary, published: Mapping[str, Mapping[str, float]] | None = None) -> str:
+def markdown(summary: Summary, published: Mapping[str, Mapping[str, float]] | None = None, note: str = "") -> str:
     """A table per modality that fails, methods in lines as papers have them, the best of a column in bold.
 
     Args:
         summary: the numbers.
         published: by modality, then by method, published averages, which get lines of their own.
+        note: what is to be said below the tables.
     """
     parts = [f"### {title(summary)}"]
     for group, rows in summary.groups.items():
@@ -52,11 +53,11 @@ def markdown(summary: Summary, published: Mapping[str, Mapping[str, float]] | No
         for method, value in (published or {}).get(group, {}).items():
             lines.append(_line(f"{method} (published)", [*[""] * len(rows), f"{value:.1f}"]))
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, _averages(summary)]) + "\n"
+    return "\n\n".join([*parts, _averages(summary), *filter(None, [note])]) + "\n"
 
 
-def latex(summary: Summary) -> str:
-    """The same as LaTeX (booktabs), one tabular per modality."""
+def latex(summary: Summary, note: str = "") -> str:
+    """The same as LaTeX (booktabs), one tabular per modality; the note is a comment."""
     parts = []
     for group, rows in summary.groups.items():
         head = " & ".join([group.capitalize() or "Method", *map(_short, rows), "Avg."])
@@ -64,13 +65,16 @@ def latex(summary: Summary) -> str:
         for method, scores in summary.scores.items():
             numbers = [f"{scores[row].mean:.1f}" for row in rows] + [_show(summary.by_group[method][group])]
             lines.append(" & ".join([method, *numbers]).replace("_", r"\_").replace("±", r"$\pm$") + r" \\")
-        parts.append("\n".join([f"% {title(summary)}", *lines, "\\bottomrule", "\\end{tabular}"]))
+        parts.append(
+            "\n".join([f"% {title(summary)}{f'. {note}' if note else ''}", *lines, "\\bottomrule", "\\end{tabular}"])
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def terminal(summary: Summary, published: Mapping[str, Mapping[str, float]] | None = None) -> Table:
     """The averages, for a terminal; those published below ours, see `markdown`."""
-    table = Table(title=title(summary), title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
+    words = title(summary)
+    table = Table(title=words, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", min_width=len(words) + 1)
     table.add_column("method")
     groups = list(summary.groups) if len(summary.groups) > 1 else []
     for heading in [*(group or "other" for group in groups), "average"]:

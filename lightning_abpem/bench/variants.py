@@ -18,6 +18,9 @@ from lightning_abpem.methods import ABPEM, EATA, MMTTA, READ, SAR, Source, SuMi,
 
 __all__ = ["METHODS", "VARIANTS", "Variant", "find_variants"]
 
+_RIVALS = {"learning_rate": "optimizer", "memory_samples": "memory_batches"}
+"""Options of a variant, and those of the constructor that say the same."""
+
 METHODS: dict[str, Callable[..., TestTimeAdaptation]] = {
     "source": Source,
     "tent": Tent,
@@ -52,10 +55,15 @@ class Variant:
         known = {*own, "learning_rate", "memory_samples"}
         if unknown := sorted(set(self.options) - known):
             raise ValueError(f"Expected options of {self.method}, {', '.join(sorted(known))}, but got {unknown}.")
+        for one, other in _RIVALS.items():
+            if one in self.options and other in self.options:
+                raise ValueError(f"Expected `{one}` or `{other}`, which say the same, but got both.")
 
     def resolved(self, benchmark: Benchmark, sensors: Sequence[Sensor]) -> dict[str, Any]:
         """The options on a benchmark when those sensors fail: the benchmark's own, and over them the variant's."""
-        return {**benchmark.options(self.method, sensors), **self.options}
+        replaced = {one for pair in _RIVALS.items() for one in pair if not self.options.keys().isdisjoint(pair)}
+        own = benchmark.options(self.method, sensors)
+        return {**{name: value for name, value in own.items() if name not in replaced}, **self.options}
 
     def build(
         self, benchmark: Benchmark, sensors: Sequence[Sensor], samples: int, batch_size: int
@@ -79,7 +87,10 @@ class Variant:
             check_range("learning_rate", options["learning_rate"], above=0)
             options["optimizer"] = partial(torch.optim.Adam, lr=options.pop("learning_rate"))
         if "memory_samples" in options:
-            options["memory_batches"] = max(options.pop("memory_samples") // batch_size, 1)
+            held = options.pop("memory_samples")
+            if isinstance(held, bool) or not isinstance(held, int) or held < 1:
+                raise ValueError(f"Expected `memory_samples` to be an integer >= 1, but got {held!r}.")
+            options["memory_batches"] = max(held // batch_size, 1)
         return constructor(**{**{name: value for name, value in fitting.items() if name in wanted}, **options})
 
 
@@ -105,11 +116,9 @@ def find_variants(labels: Sequence[str], own: Mapping[str, Variant]) -> dict[str
     """The variants of those labels; a user's own go before the package's.
 
     Raises:
-        ValueError: there is none of that label, or one is named twice.
+        ValueError: there is none of that label.
     """
     known = VARIANTS | dict(own)
     if unknown := [label for label in labels if label not in known]:
         raise ValueError(f"Expected `methods` to be among {', '.join(known)}, but got {', '.join(unknown)}.")
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"Expected every method once, but got {', '.join(labels)}.")
     return {label: known[label] for label in labels}

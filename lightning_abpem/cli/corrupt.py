@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lightning_abpem.data.audio_corruptions import AUDIO_KINDS
+from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, Recordings
 from lightning_abpem.data.corrupt_files import corrupt_data_set
 from lightning_abpem.data.corruptions import KINDS, Corruption, Sensor
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
@@ -53,6 +53,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     kinds = _kinds(options.kind, list(KINDS) if options.modality is None else [options.modality])
     severities = [_integer(word) for word in options.severity.split(",")]
     faults = [Corruption(modality, kind, severity) for modality, kind in kinds for severity in severities]
+    if options.recordings is not None:  # what is missing is said before the first kind is made
+        Recordings(options.recordings).check(fault.kind for fault in faults if fault.modality == "audio")
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -66,7 +68,7 @@ def _kinds(words: str, modalities: Sequence[Sensor]) -> list[tuple[Sensor, str]]
     """The kinds that are asked for, each with the one of these modalities that it is of."""
     if words == "all":
         return [(modality, kind) for modality in modalities for kind in _PUBLISHED[modality]]
-    return [(_modality_of(kind, modalities), kind) for kind in words.split(",")]
+    return [(_modality_of(kind, modalities), kind) for kind in map(str.strip, words.split(","))]
 
 
 def _modality_of(kind: str, modalities: Sequence[Sensor]) -> Sensor:

@@ -7,6 +7,7 @@ waveform's own level, so accuracies are not comparable with published ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import gcd
 from pathlib import Path
 
@@ -30,8 +31,8 @@ _SUFFIXES = (".wav", ".flac", ".ogg")
 class Recordings:
     """Noise recordings in a folder: ``{kind}.wav``, or ``.flac``, or ``.ogg``, of any sampling rate and channels.
 
-    The noise is brought to the data's rate, and its channels are averaged; the data stay as they are. (The published
-    noises are stereo at 48 kHz, the data mono at 16 kHz.) Of several files of a kind the first suffix above is taken.
+    The noise is brought to the data's rate, and its channels are averaged. (The published noises are stereo at 48 kHz,
+    the data mono at 16 kHz.) Of several files of a kind the first suffix above is taken.
 
     Args:
         folder: where the recordings are. A kind may be missing as long as it is not asked for.
@@ -63,11 +64,7 @@ class Recordings:
             ValueError: the recording is broken, or `rate` is not a positive integer.
         """
         _check_rate(rate)
-        if kind not in self.files:
-            raise FileNotFoundError(
-                f"Expected {self.folder} to have {kind}.wav (or .flac, .ogg), but it has only "
-                f"{', '.join(file.name for file in self.files.values())}."
-            )
+        self.check([kind])
         if (kind, rate) not in self._cache:
             wave, own_rate = _read(self.files[kind])
             common = gcd(own_rate, rate)
@@ -75,6 +72,19 @@ class Recordings:
             noise.setflags(write=False)
             self._cache[kind, rate] = noise
         return self._cache[kind, rate]
+
+    def check(self, kinds: Iterable[str]) -> None:
+        """See that there is a recording of each of these kinds; Gaussian noise needs none.
+
+        Raises:
+            FileNotFoundError: naming those that are missing.
+        """
+        missing = [kind for kind in dict.fromkeys(kinds) if kind not in {"gaussian_noise", *self.files}]
+        if missing:
+            raise FileNotFoundError(
+                f"Expected {self.folder} to have {', '.join(f'{kind}.wav' for kind in missing)} (or .flac, .ogg), but "
+                f"it has only {', '.join(file.name for file in self.files.values())}."
+            )
 
     def _find(self, kind: str) -> Path | None:
         files = (self.folder / f"{kind}{suffix}" for suffix in _SUFFIXES)

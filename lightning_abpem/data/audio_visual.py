@@ -121,6 +121,15 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         video = torch.from_numpy((image - IMAGE_MEAN) / IMAGE_STD).permute(2, 0, 1)
         return torch.from_numpy(audio), video.float().contiguous()
 
+    def check_recordings(self, corruptions: Sequence[Corruption]) -> None:
+        """See that there is a recording for each of these corruptions that needs one.
+
+        Raises:
+            FileNotFoundError: naming those that are missing.
+        """
+        if self._recordings is not None:
+            self._recordings.check([c.kind for c in corruptions if c.modality == "audio"])
+
     def _resampled(self, wave: Array, rate: int) -> Array:
         if rate == RATE:
             return wave

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,17 +73,19 @@ class Layout:
         return self.out / "json" / self.branch.with_suffix(".json")
 
     def files(self, entries: list[dict[str, Any]]) -> list[File]:
-        """All files to make; an entry may have any number of frames.
+        """All files to make; an entry may have any number of frames, and a warning says if others have more.
 
         Raises:
             FileNotFoundError: entries have no file.
         """
         found: list[File] = []
+        absent: list[File] = []
         missing: list[str] = []
         for i, entry in enumerate(entries):
             candidates = self._candidates(entry, f"data[{i}] of {self.data_list}")
             there = [file for file in candidates if file.source.is_file()]
             found += there
+            absent += [file for file in candidates if file not in there]
             if not there:
                 frames = " or in another frame_0..9" if len(candidates) > 1 else ""
                 missing.append(f"{candidates[0].source}{frames} (data[{i}])")
@@ -91,6 +94,13 @@ class Layout:
             raise FileNotFoundError(
                 f"Expected all {len(entries)} entries of {self.data_list} to have their files, but "
                 f"{len(missing)} have none: {shown}."
+            )
+        made = {file.target.parent for file in found}
+        if gaps := [file for file in absent if file.target.parent in made]:
+            warnings.warn(
+                f"{len(gaps)} frames are missing that other entries of {self.data_list} have, so the copy will lack "
+                f"them too. The first: {gaps[0].source} ({gaps[0].where}).",
+                stacklevel=3,
             )
         return found
 

@@ -89,6 +89,10 @@ class SmoothedSharing(NormMethod):
         check_range("unimodal_margin", self.unimodal_margin, above=-1e-9)
         check_range("sharing_weight", self.sharing_weight, above=-1e-9)
 
+    @property
+    def balances_batch(self) -> bool:
+        return True
+
     def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
         loss, record = self._loss(step, unimodal_logits(self.inputs, again))
         return None if loss is None else step.gradients(loss), record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,9 +139,10 @@ class CAVMAE(LightningModule):
         """Load a published checkpoint: a state dict, or the path of one, with or without the "module." prefix.
 
         Raises:
-            ValueError: naming every key that is missing, unexpected or of another shape; nothing is loaded then.
+            ValueError: the file holds no state dict; or, naming every key, one with keys that are missing, unexpected
+                or of another shape; nothing is loaded then.
         """
-        state = source if isinstance(source, Mapping) else torch.load(source, map_location="cpu", weights_only=True)
+        state = source if isinstance(source, Mapping) else _read_state(source)
         state = {key.removeprefix("module."): value for key, value in state.items()}
         state = {key: value for key, value in state.items() if not _UNUSED.fullmatch(key)}
         own = self.state_dict()
@@ -158,3 +160,20 @@ class CAVMAE(LightningModule):
             raise ValueError(f"Expected a state dict of CAV-MAE as published, fine-tuned, but got keys {listed}.")
         self.load_state_dict(state)
         return self
+
+
+def _read_state(path: str | Path) -> Mapping[str, Tensor]:
+    expected = f"Expected {path} to be a state dict saved by torch, but"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{expected} it is no file of torch.save's, or holds more than tensors.") from error
+    except (OSError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{expected} it cannot be read: {str(error) or type(error).__name__}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{expected} it holds a {type(state).__name__}.")
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{expected} it holds a {type(state).__name__} of other things than tensors.")
+    return state

@@ -1,0 +1,141 @@
+"""What a run's cells are computed with: written beside them, and held against what comes later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lightning_abpem
+from lightning_abpem.bench.benchmark import Benchmark
+from lightning_abpem.bench.variants import Variant
+from lightning_abpem.callback import TestTimeAdaptation
+from lightning_abpem.data.published_layout import write_json
+
+__all__ = ["check_comparable", "check_settings", "hyper_parameters", "plain", "settings_of"]
+
+Json = dict[str, Any]
+
+_OF_ENGINE = ("steps", "memory_batches", "memory_at", "reset", "predicts")
+
+
+def settings_of(
+    benchmark: Benchmark, arguments: Mapping[str, Any], sources: Sequence[str], variants: Mapping[str, Variant]
+) -> Json:
+    """All that the cells of a run depend on, by dotted names.
+
+    Args:
+        benchmark: what it runs on.
+        arguments: of its constructor.
+        sources: the source models of the run; of each the checksum of its weights is taken.
+        variants: its methods, by their labels.
+    """
+    material = {name: value for name, value in arguments.items() if name not in benchmark.immaterial}
+    return {
+        "benchmark": benchmark.name,
+        "version": lightning_abpem.__version__,
+        **{f"arguments.{name}": plain(value) for name, value in material.items()},
+        **{f"provenance.{name}": plain(value) for name, value in benchmark.provenance().items()},
+        **{f"sources.{name}": _checksum(benchmark.source(name)) for name in sources},
+        **{f"methods.{label}": _on(benchmark, variant) for label, variant in variants.items()},
+    }
+
+
+def check_settings(folder: Path, settings: Json) -> None:
+    """Hold a run against what the folder's finished cells were computed with, and write down what is new.
+
+    Raises:
+        ValueError: something that both have is another.
+    """
+    before = _of_cells(folder)
+    for name, earlier, now in _differences(before, settings):
+        raise ValueError(
+            f"Expected `out` to be new or of the same settings, but in {folder} `{name}` is {earlier}, and now {now}. "
+            "Choose another `out`, another label, or delete the folder."
+        )
+    write_json(folder / "settings.json", {**before, **settings})
+
+
+def check_comparable(a: Path, b: Path) -> None:
+    """Hold two runs against each other: the same samples and source models have to be in both.
+
+    Raises:
+        ValueError: they are of different benchmarks, or of one with other arguments, noises or source models.
+    """
+    for name, first, second in _differences(_of_cells(a), _of_cells(b)):
+        if name != "version" and not name.startswith("methods."):
+            raise ValueError(f"Expected two runs on the same data, but `{name}` is {first} in {a} and {second} in {b}.")
+
+
+def hyper_parameters(callback: TestTimeAdaptation) -> Json:
+    """Those that a method runs with, its defaults among them."""
+    settings = callback.settings
+    optimizer = settings.optimizer([nn.Parameter(torch.zeros(1))])
+    own = settings.method
+    return {
+        **(plain(own) if is_dataclass(own) else {}),
+        **{name: plain(getattr(settings, name)) for name in _OF_ENGINE},
+        "optimizer": {"class": type(optimizer).__name__, **plain(optimizer.defaults)},
+    }
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold, by the value's words where it cannot."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value.resolve())
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    return getattr(value, "__qualname__", None) or str(value)  # of a function without its address
+
+
+def _on(benchmark: Benchmark, variant: Variant) -> Json:
+    """A variant's method, and its hyper-parameters on the benchmark whichever sensors fail."""
+    failing = [[], *([sensor] for sensor in benchmark.sensors), list(benchmark.sensors)]
+    built = {
+        " and ".join(sensors) or "none": variant.build(benchmark, sensors, len(benchmark.labels), benchmark.batch_size)
+        for sensors in failing
+    }
+    return {"method": variant.method, **{name: hyper_parameters(callback) for name, callback in built.items()}}
+
+
+def _checksum(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _of_cells(folder: Path) -> Json:
+    """The settings on record, less those that no finished cell was computed with."""
+    path = folder / "settings.json"
+    cells = [cell.stem.split(",") for cell in (folder / "cells").glob("*.json")]
+    if not cells or not path.exists():
+        return {}
+    used = {"sources": {words[4] for words in cells}, "methods": {words[-1] for words in cells}}
+    settings: Json = json.loads(path.read_text())
+    return {name: value for name, value in settings.items() if _is_of(name, used)}
+
+
+def _is_of(name: str, used: Mapping[str, Collection[str]]) -> bool:
+    part, _, label = name.partition(".")
+    return part not in used or label in used[part]
+
+
+def _differences(first: Json, second: Json) -> list[tuple[str, Any, Any]]:
+    """What both have and is not the same: its name, and either value."""
+    return [(name, first[name], second[name]) for name in first if name in second and first[name] != second[name]]
