@@ -9,9 +9,11 @@ replayed -> `_after_call`.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -84,6 +86,7 @@ class Adaptation:
         check_entry(model, self.target)
         check_eval(model)
         self.calls = 0
+        self._outer: FrameType | None = None  # the call of the target that is under way
         self._scale = LossScale() if scale is None else scale
         self._observer = Observer(model, self.target, settings, self.fusion, self.watched, self.memory, report)
         self._stack = ExitStack()
@@ -222,8 +225,9 @@ class Adaptation:
     # ------------------------------------------------------------------------------------------- the way of a batch
 
     def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._observer.inside:
+        if self._observer.inside or self._is_nested():
             return
+        self._outer = sys._getframe(1)
         self.calls += 1
         if self._observer.ranks is not None and self._observer.ranks.over:
             return  # a call after the streams, in which the others have no part: it predicts
@@ -233,11 +237,22 @@ class Adaptation:
         self._replay.start_pass()
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._observer.inside:
+        if self._observer.inside or (self._is_nested() and sys._getframe(1) is not self._outer):
             return
+        self._outer = None
         self._replay.end_batch()
         with torch.inference_mode(False):
             self._stepper.end_call(output)
+
+    def _is_nested(self) -> bool:
+        """Whether a call of the target is under way still, which called it again: that belongs to its prediction.
+
+        Told by the stack, for an interrupt ends a call without a word.
+        """
+        frame = None if self._outer is None else sys._getframe(1)
+        while frame is not None and frame is not self._outer:
+            frame = frame.f_back
+        return frame is not None
 
     def _report_step(self, record: Record, samples: int) -> None:
         if self.on_step is not None:

@@ -124,14 +124,20 @@ class TestTimeAdaptation(Callback):
         self._state: Mapping[str, Any] = {}  # of the last run
         self._loaded: Mapping[str, Any] | Path | None = None  # what the next one goes on from
         self._run: Run | None = None
+        self._attached: Adaptation | None = None
 
     @property
     def updates(self) -> int:
-        return self._counts[0] if self._run is None else self._run.counts[0]
+        return self._counts[0] if self._adaptation is None else self._adaptation.updates
 
     @property
     def skipped(self) -> int:
-        return self._counts[1] if self._run is None else self._run.counts[1]
+        return self._counts[1] if self._adaptation is None else self._adaptation.skipped
+
+    @property
+    def _adaptation(self) -> Adaptation | None:
+        """That of the run, or the `attach`, that is under way; None before its first batch."""
+        return self._attached if self._run is None else self._run.adaptation
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[Adaptation]:
@@ -146,12 +152,13 @@ class TestTimeAdaptation(Callback):
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
         with Adaptation(model, self.settings, report=rank_zero_info) as adaptation:
-            if (state := self._take_state()) is not None:
-                adaptation.load_state_dict(state)
+            self._resume(adaptation)
+            self._attached, self.averages = adaptation, {}
             try:
                 yield adaptation
                 adaptation.drain(is_last=True)
             finally:
+                self._attached, self._counts = None, (adaptation.updates, adaptation.skipped)
                 self._state = adaptation.state_dict()
             if adaptation.calls == 0:
                 rank_zero_warn("The `with` block ended without a call of the target: nothing was adapted.")
@@ -161,8 +168,8 @@ class TestTimeAdaptation(Callback):
 
         Lightning puts it into checkpoints. Empty if nothing was adapted yet.
         """
-        if self._run is not None and self._run.adaptation is not None:
-            return self._run.adaptation.state_dict(memory)
+        if self._adaptation is not None:
+            return self._adaptation.state_dict(memory)
         return dict(self._state) if memory or not self._state else {**self._state, "memory": []}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -201,9 +208,14 @@ class TestTimeAdaptation(Callback):
         check_saved(path, self.settings.method.name)
         self._loaded = Path(path)
 
-    def _take_state(self) -> Mapping[str, Any] | None:
-        loaded, self._loaded = self._loaded, None
-        return read_state(loaded, self.settings.method.name) if isinstance(loaded, Path) else loaded
+    def _resume(self, adaptation: Adaptation) -> None:
+        """Let an adaptation that begins go on from what was loaded; if that fails it stays loaded."""
+        loaded = self._loaded
+        if loaded is not None:
+            adaptation.load_state_dict(
+                read_state(loaded, self.settings.method.name) if isinstance(loaded, Path) else loaded
+            )
+            self._loaded = None
 
     # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
 
@@ -215,7 +227,7 @@ class TestTimeAdaptation(Callback):
             if own_stage == stage:
                 _check_trainer(trainer)
                 self._counts, self.averages = (0, 0), {}
-                self._run = Run(trainer, pl_module, own_stage, self.settings, self, self._logged, self._take_state)
+                self._run = Run(trainer, pl_module, own_stage, self.settings, self, self._logged, self._resume)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -244,9 +256,12 @@ class TestTimeAdaptation(Callback):
             else:
                 # The same in every process, so that to average it says nothing new, and Lightning does not warn.
                 pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False, sync_dist=all_follow)
+            self._end()  # ahead of callbacks that swap weights back, as those of weight averages do
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
+        if stage == "fit":
+            self._loaded = None  # by a checkpoint that training went on from: of weights that are no more
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:

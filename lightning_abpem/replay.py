@@ -7,6 +7,7 @@ outputs are the same: they are recorded in the first pass and returned in the ot
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ class FrozenReplay:
     comes later. After the audit the modules that ran in it and whose outputs no later pass could use are let alone:
     nothing is recorded of them.
 
+    What leaves more behind than its output runs in every pass, and what it calls is replayed in its place: a module
+    with hooks on others inside it, one that edits the containers that it gets, and one that was seen in the audit to
+    change tensors, buffers or containers that it or a module inside it keeps.
+
     Args:
         model: the module whose submodules are replayed, itself excepted.
         adapted: the parameters that change between the passes.
@@ -74,7 +79,10 @@ class FrozenReplay:
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         hidden |= {inner for m in varying for inner in m.modules()}
         self._modules = [m for m in model.modules() if m not in hidden and _is_frozen(m, moving)]
-        self._unaudited, self._is_audited = audited_batches, audited_batches > 0
+        self._inner = {id(m): list(m.modules()) for m in self._modules}
+        self._hooks = {id(m): [hooks for x in m.modules() if x is not m for hooks in _hooks(x)] for m in self._modules}
+        self._audited_batches = self._unaudited = audited_batches
+        self._lasting: set[int] = set()  # modules that leave more behind than their output
         self._mode: str | None = None
         self._inside = False
         self._recorded: dict[tuple[int, int], _Recorded] = {}
@@ -136,7 +144,7 @@ class FrozenReplay:
         if self._mode is None:
             return forward(*args, **kwargs)
         self._called.add(module)
-        if self._inside:
+        if self._inside or module in self._lasting or any(self._hooks[module]):
             return forward(*args, **kwargs)
         turn = (module, self._turn.get(module, 0))
         self._turn[module] = turn[1] + 1
@@ -149,7 +157,7 @@ class FrozenReplay:
             if recorded is None or not self._matches(recorded, *_flat(args, kwargs), is_known):
                 return forward(*args, **kwargs)
             self._replayed.add(turn)
-            if self._unaudited > 0 or (self._is_audited and not is_known):
+            if self._unaudited > 0 or (self._audited_batches and not is_known):
                 self._audit(recorded, forward)
             alone = recorded.output_spec == _LEAF
             return recorded.outputs[0] if alone else tree_unflatten(recorded.outputs, recorded.output_spec)
@@ -162,7 +170,16 @@ class FrozenReplay:
         inputs, spec = _flat(args, kwargs)
         replayable = all(isinstance(x, _PLAIN) or _is_constant(x) for x in inputs)
         versions = _versions(inputs)
+        # In the first batch modules may make what they keep from then on.
+        is_watched = 0 < self._unaudited < self._audited_batches
+        before = _kept(self._inner[turn[0]]) if is_watched else {}
         output = forward(*args, **kwargs)
+        has_edited = spec != _LEAF and not _is_same_tree(inputs, spec, *_flat(args, kwargs))
+        if has_edited or (is_watched and before != _kept(self._inner[turn[0]])):
+            self._lasting.add(turn[0])
+            if self._unaudited > 0:  # what it calls is audited from the next batch on
+                self._unaudited = self._audited_batches + 1
+            return output
         outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
         # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
         replayable = replayable and all(isinstance(x, _PLAIN) or _is_constant(x) for x in outputs)
@@ -218,6 +235,32 @@ def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Tre
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         else tree_flatten((args, kwargs))
     )
+
+
+def _is_same_tree(leaves: list[Any], spec: TreeSpec, others: list[Any], other_spec: TreeSpec) -> bool:
+    return spec == other_spec and all(x is y for x, y in zip(leaves, others, strict=True))
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Those of its calls, as they are at any time."""
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _kept(modules: list[nn.Module]) -> dict[tuple[int, str], tuple[Any, ...]]:
+    """What modules keep between calls, tensors and containers, so that it can be told whether a call changed it.
+
+    Numbers, such as a count of calls, do not matter.
+    """
+    kept: dict[tuple[int, str], tuple[Any, ...]] = {}
+    for place, module in enumerate(modules):
+        for name, value in (*module.__dict__.items(), *module._buffers.items()):
+            if isinstance(value, Tensor):
+                kept[place, name] = (id(value), *_versions([value]))
+            elif isinstance(value, (list, set, deque)):
+                kept[place, name] = (id(value), *map(id, value))
+            elif isinstance(value, dict):
+                kept[place, name] = (id(value), *value, *map(id, value.values()))
+    return kept
 
 
 def _is_frozen(module: nn.Module, moving: set[int]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ class Run:
         settings: the engine's.
         first: the callback that is to come first.
         logged: steps handed to the loggers so far.
-        take_state: what the adaptation is to go on from, asked when it begins; None for the source.
+        resume: called with the adaptation when it begins, for what was loaded.
 
     Attributes:
         state: the adaptation's after the run, as it can be saved; empty if it never began.
@@ -48,12 +48,12 @@ class Run:
         settings: Settings,
         first: Callback,
         logged: int,
-        take_state: Callable[[], Mapping[str, Any] | None],
+        resume: Callable[[Adaptation], None],
     ) -> None:
         self.trainer, self.module, self.stage, self._settings = trainer, module, stage, settings
         self._prefix = settings.method.name.lower()
         self.logged = logged  # steps handed to the loggers, over all runs of the callback
-        self._take_state = take_state
+        self._resume = resume
         self.adaptation: Adaptation | None = None
         self.state: dict[str, Any] = {}
         self._means: dict[int, RecordMean] = {}
@@ -203,9 +203,7 @@ class Run:
         if self.adaptation is None:
             scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))
             self.adaptation = Adaptation(self.module, self._settings, self._on_step, rank_zero_info, scale).__enter__()
-            state = self._take_state()
-            if state is not None:
-                self.adaptation.load_state_dict(state)
+            self._resume(self.adaptation)
         return self.adaptation
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:

@@ -236,7 +236,9 @@ class Stepper:
         """Step, or not if the loss or a gradient is not finite; then record."""
         record = computed.record
         if computed.gradients is None:
-            self._state, updated = computed.state, record["loss"].new_zeros(())
+            updated = record["loss"].new_zeros(())
+            if self._settings.steps:  # who only observes sees each batch by itself
+                self._state = computed.state
         else:
             updated = self.weights.step(computed.gradients, record["loss"])
             self._scale.update(updated)

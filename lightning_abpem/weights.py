@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lightning_abpem.late import LateBools, answers_late
+from lightning_abpem.modules import plain_name
 from lightning_abpem.saving import check_weights, plain, source_sums
 from lightning_abpem.settings import OptimizerFactory, Settings
 from lightning_abpem.sharded import assign, is_sharded, whole
@@ -198,7 +199,8 @@ def describe_run(
     share = count / max(sum(p.numel() for p in model.parameters()), 1)
     adapted = {id(p) for p in params.values()}
     everywhere = model.named_parameters(remove_duplicate=False)
-    tied = [name for name, p in everywhere if id(p) in adapted and name not in params]
+    named = {plain_name(name) for name in params}  # torch.compile puts in other ones
+    tied = [name for name, p in everywhere if id(p) in adapted and plain_name(name) not in named]
     lines = [
         f"{method} adapts {count:,} values in {len(params)} tensors, {share:.2%} of {type(model).__name__}:",
         *(f"  {name} {tuple(p.shape)}" for name, p in params.items()),

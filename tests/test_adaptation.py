@@ -789,3 +789,69 @@ def test_no_step_waits_for_the_device(monkeypatch, options):
                 model(*args)
         assert reads.seen == []
         assert adaptation.updates == 8
+
+
+class Twice(type(make_toy())):
+    """Its forward calls itself on the sequence turned around."""
+
+    def forward(self, audio, video, turned=False):
+        logits = super().forward(audio, video)
+        if turned:
+            return logits
+        self.interrupt()
+        return (logits + self(audio.flip(1), video, turned=True)) / 2
+
+    def interrupt(self):
+        """Nothing."""
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_batches": 3}, {"predicts": "before"}, {"reset": "batch"}])
+def test_a_forward_that_calls_itself_is_one_call(options):
+    model = make_toy()
+    model.__class__ = Twice
+    outputs = []
+    with torch.no_grad(), abpem(**options).attach(model) as adaptation:
+        for args in batches(4):
+            outputs.append(model(*args))
+            if options.get("predicts") != "before":  # both views by the weights of now
+                audio, video = args
+                views = [Twice.__mro__[1].forward(model, view, video) for view in (audio, audio.flip(1))]
+                torch.testing.assert_close(outputs[-1], sum(views) / 2)
+        assert adaptation.calls == adaptation.updates == 4
+
+
+def test_a_call_that_was_interrupted_is_over():
+    model = make_toy()
+    model.__class__ = Twice
+    with torch.no_grad(), abpem().attach(model) as adaptation:
+        calls = []
+        for i, args in enumerate(batches(4)):
+
+            def interrupt(i=i):
+                calls.append(i)
+                if calls.count(1) == 2:  # in the second batch's prediction
+                    calls.append(None)
+                    raise KeyboardInterrupt
+
+            model.interrupt = interrupt
+            try:
+                model(*args)
+            except KeyboardInterrupt:
+                calls.append(1)
+        assert adaptation.calls == adaptation.updates == 4
+
+
+def test_observing_is_of_each_batch_by_itself():
+    """Also where the loss looks back along the stream."""
+    stream = batches(3)
+    alone = []
+    with torch.no_grad():
+        for args in stream:
+            with abpem(steps=0, balance="stream").attach(make_toy()) as adaptation:
+                adaptation.model(*args)
+                alone.append(dict(adaptation.record))
+        model = make_toy()
+        with abpem(steps=0, balance="stream").attach(model) as adaptation:
+            for args, own in zip(stream, alone, strict=True):
+                model(*args)
+                assert same_state(adaptation.record, own)

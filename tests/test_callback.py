@@ -37,15 +37,15 @@ def trainer(*callbacks, **options):
 
 
 class Keep(pl.Callback):
-    """Keeps the logits of test_step, and the adapted weights as they are at the end of the loop."""
+    """Keeps the adapted weights as they are after the last batch."""
 
     def __init__(self):
         self.weights = {}
 
-    def on_test_epoch_end(self, trainer, pl_module):
+    def on_test_batch_end(self, trainer, pl_module, *_):
         self.weights = {name: p.clone() for name, p in pl_module.named_parameters()}
 
-    on_predict_epoch_end = on_test_epoch_end
+    on_predict_batch_end = on_test_batch_end
 
 
 # ------------------------------------------------------------------------------------------------ the authors' numbers
@@ -256,6 +256,53 @@ def test_a_run_after_one_in_inference_mode_without_adaptation():
     trainer(abpem()).test(model, loader(), verbose=False)
     expected = predictions(make_toy(), batches())
     assert all(torch.equal(a, b) for a, b in zip(model.seen[4:], expected, strict=True))
+
+
+class Swap(pl.Callback):
+    """Weights of its own for the run, as a weight average's."""
+
+    def __init__(self, model, start, end):
+        self.own = {name: 0.9 * p.detach() for name, p in model.named_parameters()}
+        setattr(self, start, self.swap)
+        setattr(self, end, self.swap)
+
+    def swap(self, trainer, pl_module):
+        for name, p in pl_module.named_parameters():
+            self.own[name], p.data = p.data, self.own[name]
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [("on_test_start", "on_test_end"), ("on_test_epoch_start", "on_test_epoch_end")]
+)
+def test_weights_that_are_swapped_in_for_the_run_come_out_as_they_were(start, end):
+    model = make_toy()
+    swap, callback = Swap(model, start, end), abpem(optimizer=partial(torch.optim.Adam, lr=1e-2))
+    before = {name: value.clone() for name, value in swap.own.items()}
+    trainer(swap, callback).test(model, loader(), verbose=False)
+    assert callback.updates > 0
+    assert same_state(swap.own, before)
+    assert same_state(dict(model.named_parameters()), dict(make_toy().named_parameters()))
+
+
+def test_counts_and_states_are_those_of_what_is_under_way(tmp_path):
+    """A run, then an `attach`: neither speaks for the other."""
+    callback, model = abpem(), make_toy()
+    trainer(callback).test(model, loader(), verbose=False)
+    of_run = callback.updates
+    assert of_run > 2
+    model.eval()
+    with torch.no_grad(), callback.attach(model) as adaptation:
+        for _ in range(2):
+            model(*batches(1)[0])
+        assert callback.updates == adaptation.updates == 2
+        callback.save(tmp_path / "state.pt")
+        assert callback.averages == {}
+    assert callback.updates == 2
+    other = abpem()
+    other.load(tmp_path / "state.pt")
+    with other.attach(model) as adaptation, torch.no_grad():
+        assert adaptation.updates == 2
+        model(*batches(1)[0])
 
 
 def test_adapted_weights_can_be_kept():

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_abpem import ABPEM
 from lightning_abpem.compiled import compiled_around, compiled_entry, eagerly, inside_compiled, is_compiled
+from lightning_abpem.methods import Tent
 from tests.reference import same_state
 from tests.toy import MODALITIES, WIDTH, batches, loader, make_toy
 
@@ -170,6 +171,15 @@ def test_everything_compiled_by_the_trainer():
     compiled = torch.compile(toy(), backend="eager")
     run(enable_model_summary=False, callbacks=[abpem()]).test(compiled, loader(), verbose=False)
     torch.testing.assert_close(torch.cat(compiled._orig_mod.seen), torch.cat(expected.seen), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [whole, fusion, attention])
+def test_a_compiled_weight_is_not_called_a_tie_of_itself(way):
+    model = way(toy(), backend="eager")
+    for callback in (abpem(), Tent()):
+        with callback.attach(model) as adaptation, torch.no_grad():
+            assert "is the same tensor" not in adaptation.describe()
+            model(*STREAM[0])
 
 
 def test_a_target_inside_compiled_code():

@@ -131,7 +131,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "logits": set(),
     "memory": {"modules", "spans"},
     "replay": {"compiled", "late", "modules"},
-    "weights": {"late", "saving", "settings", "sharded"},
+    "weights": {"late", "modules", "saving", "settings", "sharded"},
     "observing": {
         *(
             "attention",

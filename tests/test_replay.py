@@ -267,3 +267,60 @@ def test_on_a_slow_device_only_calls_that_were_replayed_before_are_trusted(monke
         replay.start_batch()
     assert replay.enabled
     assert once == 1  # of two
+
+
+class Leaving(nn.Module):
+    """An encoder whose call leaves more behind than its output, and a model that uses that."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.encoder = Encoder(), Encoder()
+        self.first.requires_grad_(False), self.encoder.requires_grad_(False)
+        self.adapted, self.way, self.features = nn.Linear(WIDTH, 2), way, []
+        if way == "hook":
+            self.encoder.embed.register_forward_hook(lambda module, args, output: self.features.append(output))
+        else:
+            self.encoder.forward = getattr(self, f"_{way}")
+
+    def forward(self, x):
+        self.features.clear()
+        given = {"x": x} if self.way == "dict" else x
+        self.encoder.kept = []
+        y = self.encoder(given, self.features) if self.way == "list" else self.encoder(given)
+        extra = {"hook": self.features, "list": self.features, "attribute": self.encoder.kept}.get(self.way)
+        extra = [given["tokens"]] if self.way == "dict" else [self.encoder.last] if self.way == "tensor" else extra
+        self.encoder.last = torch.zeros(())
+        return self.adapted(self.first(x).mean(1) + y.mean(1) + sum(part.mean() for part in extra))
+
+    def _list(self, x, features):
+        features.append(self.encoder.embed(x))
+        return features[-1]
+
+    def _dict(self, given):
+        given["tokens"] = self.encoder.embed(given["x"])
+        return given["tokens"]
+
+    def _attribute(self, x):
+        self.encoder.kept.append(self.encoder.embed(x))
+        return self.encoder.kept[0]
+
+    def _tensor(self, x):
+        self.encoder.last = self.encoder.embed(x)
+        return self.encoder.last
+
+
+@pytest.mark.parametrize("way", ["hook", "list", "dict", "attribute", "tensor"])
+def test_what_a_call_leaves_behind_is_there_in_every_pass(way):
+    torch.manual_seed(0)
+    model = Leaving(way)
+    replay = attach(model, model.adapted, audited_batches=2)
+    with torch.no_grad():
+        x = torch.randn(8, 2, 6, 3)
+        expected = [model(part) for part in x]
+        runs = model.first.runs
+        with replay.attached():
+            for part, own in zip(x, expected, strict=True):
+                for output in passes(model, replay, part):
+                    assert torch.equal(output, own)
+            assert "forward" in model.encoder.embed.__dict__  # what is inside is replayed
+    assert 8 <= model.first.runs - runs < 16  # and so is the rest of the model

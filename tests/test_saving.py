@@ -251,7 +251,9 @@ def test_a_state_that_does_not_fit(bad):
         go_on()
     assert same_state(before, model.state_dict())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    predict(second, model, batches(1))  # and then it begins at the source
+    with pytest.raises(ValueError, match=message):  # nor is it forgotten, so that a run would begin at the source
+        predict(second, model, batches(1)) if bad != "method" else go_on()
+    predict(make(), model, batches(1))
 
 
 def test_a_state_that_does_not_fit_changes_nothing_of_an_open_adaptation():
@@ -340,6 +342,20 @@ def test_a_fit_begins_anew(tmp_path):
     runner.save_checkpoint(tmp_path / "model.ckpt")
     trainer(first).test(Trained(), loader(2), ckpt_path=tmp_path / "model.ckpt", verbose=False)
     assert first.updates == 2
+
+
+def test_a_checkpoint_that_training_goes_on_from_says_nothing_of_the_next_run(tmp_path):
+    """Its state is of the weights that it was tested with, and training moves them."""
+    first, model = made("abpem"), Trained()
+    runner = trainer(first, max_epochs=1)
+    runner.fit(model, loader(2))
+    runner.test(model, loader(2), verbose=False)
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    second, model = made("abpem"), Trained()
+    runner = trainer(second, max_epochs=2)
+    runner.fit(model, loader(2), ckpt_path=tmp_path / "model.ckpt")
+    runner.test(model, loader(2), verbose=False)
+    assert second.updates == 2
 
 
 def test_of_another_version():

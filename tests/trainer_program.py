@@ -66,7 +66,6 @@ class Keep(Callback):
     def __init__(self, abpem: ABPEM, out: Path, run: str) -> None:
         self.abpem, self.out, self.run = abpem, out, run
         self.outputs: list[tuple[int, Tensor]] = []
-        self.adapted: dict[str, Tensor] = {}
 
     def on_test_batch_end(
         self,
@@ -79,16 +78,12 @@ class Keep(Callback):
     ) -> None:
         self.outputs.append((dataloader_idx, outputs.clone()))
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.adapted = weights_of(pl_module)
-
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end
-    on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         seen = {
             "outputs": self.outputs,
-            "adapted": self.adapted,
+            "adapted": dict(self.abpem.state_dict()["weights"]["params"]),
             "restored": weights_of(pl_module),
             "updates": self.abpem.updates,
             "averages": self.abpem.averages,
