@@ -24,7 +24,7 @@ from lightning_abpem.fusion import find_fusion
 from lightning_abpem.logits import check_head
 from lightning_abpem.loss_scale import LossScale
 from lightning_abpem.memory import find_memory
-from lightning_abpem.method import Record
+from lightning_abpem.method import Record, collected
 from lightning_abpem.modules import adapted_once, check_eval, named_module, only_trainable, without_inference_tensors
 from lightning_abpem.observing import Observer
 from lightning_abpem.replay import FrozenReplay
@@ -75,7 +75,7 @@ class Adaptation:
         self.target = model if settings.target is None else named_module(model, settings.target, "target")
         self.method = settings.method
         self.fusion = None if settings.patterns is None else find_fusion(model, settings.patterns)
-        self.params = self.method.collect(model, self.fusion)
+        self.params = collected(self.method, model, self.fusion)
         self.watched = self.fusion.watched if self.fusion is not None and self.method.needs_attention else []
         self.memory = None
         if settings.memory_batches > 1:

@@ -18,7 +18,19 @@ from lightning_abpem.objective import Comparison, Pair
 from lightning_abpem.projections import collect_params
 from lightning_abpem.sharded import is_sharded, sharded_gradients
 
-__all__ = ["Again", "Edit", "Gradients", "Method", "Predicts", "Record", "Step", "check_range", "record_of"]
+__all__ = [
+    "Again",
+    "Edit",
+    "Gradients",
+    "Method",
+    "Predicts",
+    "Record",
+    "Step",
+    "check_range",
+    "check_record",
+    "collected",
+    "record_of",
+]
 
 Gradients = Sequence[Tensor | None]
 Record = dict[str, Tensor]
@@ -155,14 +167,44 @@ class Method:
 
     def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
         """The gradients of one step, None for no step, and what to record; `again` runs another forward."""
-        loss, record = self.loss(step)
-        if loss is None:
-            return None, record
-        return step.gradients(loss), record
+        made = self.loss(step)
+        check_record(self, made)
+        loss, record = made
+        return None if loss is None else step.gradients(loss), record
 
     def wants_reset(self, state: Mapping[str, Any]) -> bool:
         """Whether the source model should return before the next batch, for the method sees a collapse."""
         return False
+
+
+def collected(method: Method, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
+    """What a method collects.
+
+    Raises:
+        ValueError: if that is no mapping from names to parameters; whatever `collect` raises.
+    """
+    params = method.collect(model, fusion)
+    if not isinstance(params, Mapping) or not all(isinstance(p, nn.Parameter) for p in params.values()):
+        raise ValueError(
+            f"Expected `collect` of {method.name} to give parameters by their names, but got a {type(params).__name__}."
+        )
+    return dict(params)
+
+
+def check_record(method: Method, made: Any) -> None:
+    """Hold what a method's `loss` or `gradients` gave against what it should be.
+
+    Raises:
+        ValueError: if it is no pair whose second part holds tensors by name, `loss` among them.
+    """
+    record = made[1] if isinstance(made, tuple) and len(made) == 2 else None
+    if not isinstance(record, dict) or not all(isinstance(value, Tensor) for value in record.values()):
+        raise ValueError(
+            f"Expected {method.name} to give a pair, of which the second is a dict of tensors to record, but got "
+            f"{type(made).__name__ if record is None else record}."
+        )
+    if "loss" not in record:
+        raise ValueError(f"Expected {method.name} to record its `loss`, but got {sorted(record)}.")
 
 
 def check_range(name: str, value: float, *, above: float) -> None:

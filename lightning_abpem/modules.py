@@ -155,12 +155,16 @@ def only_trainable(model: nn.Module, trainable: Collection[nn.Parameter]) -> Ite
 
 @contextmanager
 def without_inference_tensors(model: nn.Module) -> Iterator[None]:
-    """Stand in normal copies for what an earlier run in inference mode left in the model: buffers, cached tensors."""
-    places: list[dict[str, Any]] = [p for m in model.modules() for p in (m._buffers, m._parameters, m.__dict__)]
-    replaced: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = []
+    """Stand in normal copies for what an earlier run in inference mode left in the model.
+
+    These are buffers, and tensors cached in modules' attributes or in lists and dicts there.
+    """
+    places: list[Any] = [m.__dict__ for m in model.modules()]
+    places += [value for place in list(places) for value in place.values() if isinstance(value, (dict, list))]
+    replaced: list[tuple[Any, Any, Tensor, Tensor, int]] = []
     try:
         for place in places:
-            for name, value in list(place.items()):
+            for name, value in _entries(place):
                 if isinstance(value, Tensor) and value.is_inference():
                     copy = value.clone()
                     place[name] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
@@ -168,8 +172,13 @@ def without_inference_tensors(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for place, name, value, stand_in, version in replaced:
-            if place.get(name) is stand_in and stand_in._version == version:  # else the run wrote something newer
+            now = dict(_entries(place)).get(name)
+            if now is stand_in and stand_in._version == version:  # else the run wrote something newer
                 place[name] = value
+
+
+def _entries(place: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
+    return list(place.items() if isinstance(place, dict) else enumerate(place))
 
 
 @contextmanager

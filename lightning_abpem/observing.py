@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_abpem.attention import capture_attention
 from lightning_abpem.calls import AttentionCall
+from lightning_abpem.carried import CarriedState
 from lightning_abpem.compiled import compiled_around, eagerly
 from lightning_abpem.distributed import Ranks, several_processes
 from lightning_abpem.fusion import JointFusion, SeparateFusion, check_samples
@@ -81,7 +82,7 @@ class Observer:
             self._tokens = BatchTokens(settings.spans, self._fusion, self._trace, report)
         modules = [attention.module for attention in watched]
         self._encoders, self._compiled = encoders_around(model, modules), compiled_around(model, modules)
-        self._inputs = OwnInputs()
+        self._inputs, self._carried = OwnInputs(), CarriedState(target)
         self._is_sharded = has_shards(model)
         # FSDP2 gathers a module's weights in its hooks; those of others are not for the engine's passes.
         self._calls_hooks = gathers_weights(target)
@@ -167,6 +168,7 @@ class Observer:
         self.inside = True
         try:
             with ExitStack() as stack:
+                stack.enter_context(self._carried.kept())
                 if self._encoders:
                     stack.enter_context(without_nested_tensors(self._encoders))
                 if self._compiled:

@@ -49,6 +49,8 @@ class Settings:
     spans: dict[str, Tokens | TokenMask] | None = field(init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, Method) or not isinstance(getattr(self.method, "name", None), str):
+            raise ValueError(f"Expected `method` to be an instance of a Method with a `name`, but got {self.method!r}.")
         for name, least in (("memory_batches", 1), ("steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -14,7 +14,7 @@ from lightning_abpem.distributed import Ranks, process
 from lightning_abpem.logits import read_logits
 from lightning_abpem.loss_scale import LossScale
 from lightning_abpem.memory import TokenMemory
-from lightning_abpem.method import Edit, Gradients, Record, Step
+from lightning_abpem.method import Edit, Gradients, Record, Step, check_record
 from lightning_abpem.observing import Observer, Seen
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.saving import FORMAT, check_form, placed, plain, random_state, set_random_state
@@ -195,7 +195,9 @@ class Stepper:
     def _of_step(self, step: Step, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed:
         kept = None if args is None else tokens
         if self._settings.steps == 0:
-            return _Computed(None, self._method.loss(step)[1], step.samples, kept, self._draft)
+            observed = self._method.loss(step)
+            check_record(self._method, observed)
+            return _Computed(None, observed[1], step.samples, kept, self._draft)
 
         def again(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
@@ -204,10 +206,9 @@ class Stepper:
             assert step is not None
             return step
 
-        gradients, record = self._method.gradients(step, again)
-        if "loss" not in record:
-            raise ValueError(f"Expected {self._method.name} to record its `loss`, but got {sorted(record)}.")
-        return _Computed(gradients, record, step.samples, kept, self._draft)
+        made = self._method.gradients(step, again)
+        check_record(self._method, made)
+        return _Computed(*made, step.samples, kept, self._draft)
 
     def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
         """One forward over memory and batch, as the method sees it; None if no process has a batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -16,6 +17,8 @@ from lightning_abpem.seen import SeenCall, joint_spans
 from lightning_abpem.spans import TokenMask, Tokens, check_disjoint, select_tokens
 
 __all__ = ["BatchTokens", "refuse_silence"]
+
+log = logging.getLogger(__name__)
 
 
 class BatchTokens:
@@ -38,6 +41,7 @@ class BatchTokens:
         self._spans, self._fusion, self._trace, self._report = spans, fusion, trace, report
         self._read: dict[tuple[Any, ...], dict[str, Tokens]] = {}
         self._unchecked = True
+        self._length: int | None = None  # of the first batch's sequence; 0 once another was warned of
 
     def __call__(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
         """The tokens of each modality in this batch.
@@ -67,6 +71,7 @@ class BatchTokens:
         Raises:
             ValueError: if they do not fit.
         """
+        self._warn_of_other_lengths(calls)
         try:
             self._fusion.check(calls, tokens)
         except ValueError:
@@ -75,6 +80,23 @@ class BatchTokens:
             tokens = self._read[_describe(args, kwargs)] = self._off_a_forward(args, kwargs)
             self._fusion.check(calls, tokens)
         return tokens
+
+    def _warn_of_other_lengths(self, calls: Sequence[AttentionCall]) -> None:
+        """Ranges fit any sequence that is long enough, but where its length varies they hold other tokens."""
+        has_ranges = any(isinstance(own, Tokens) and own.of is None for own in (self._spans or {}).values())
+        if self._length == 0 or not has_ranges or not isinstance(self._fusion, JointFusion):
+            return
+        length = calls[0].shape[2]
+        if self._length is None:
+            self._length = length
+        elif length != self._length:
+            log.warning(
+                "The ranges of `modalities` were first met by %d tokens in '%s' and now by %d. They stay as they are, "
+                "so that a token may count for another modality, or for none. Where numbers of tokens vary, give "
+                'functions from the arguments to masks, or "auto".',
+                *(self._length, calls[0].name, length),
+            )
+            self._length = 0
 
     def _off_a_forward(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
         seen = self._trace(args, kwargs)

@@ -1,6 +1,8 @@
 """The engine through `attach`: the authors' numbers, restoration, guards, memory, and clear refusals."""
 
+from collections import UserDict
 from contextlib import nullcontext
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 
 import pytest
@@ -9,8 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_abpem import ABPEM
+from lightning_abpem.callback import TestTimeAdaptation
 from lightning_abpem.calls import FusedCall
 from lightning_abpem.fusion import JointFusion
+from lightning_abpem.method import Method
 from lightning_abpem.spans import Tokens
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
@@ -31,6 +35,22 @@ from tests.toy import (
 )
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
+
+
+class OwnDict(dict):
+    """Which torch's trees take for a leaf."""
+
+
+@dataclass
+class Pair:
+    audio: torch.Tensor
+    video: dict
+
+
+@dataclass(frozen=True)
+class Frozen:
+    audio: torch.Tensor
+    video: dict
 
 
 def abpem(**changes):
@@ -855,3 +875,101 @@ def test_observing_is_of_each_batch_by_itself():
             for args, own in zip(stream, alone, strict=True):
                 model(*args)
                 assert same_state(adaptation.record, own)
+
+
+class Streaming(type(make_toy())):
+    """Its video is mixed with a hidden state, which every call moves."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.load_state_dict(make_toy().state_dict())
+        self.way, self.hidden = way, torch.zeros(1, VIDEO, 3)
+        if way == "buffer":
+            del self.hidden
+            self.register_buffer("hidden", torch.zeros(1, VIDEO, 3))
+
+    def forward(self, audio, video):
+        hidden = 0.5 * self.hidden + video.mean(0, keepdim=True)
+        if self.way == "in place":
+            self.hidden.copy_(hidden)
+        else:
+            self.hidden = hidden
+        return super().forward(audio, video + hidden)
+
+
+@pytest.mark.parametrize("way", ["buffer", "attribute", "in place"])
+def test_state_that_a_forward_carries_moves_once_for_a_batch(way):
+    expected, model = Streaming(way).eval(), Streaming(way).eval()
+    with torch.no_grad():
+        plain = [expected(*args) for args in batches(4)]
+        with abpem(steps=0).attach(model):
+            outputs = [model(*args) for args in batches(4)]
+        assert all(map(torch.equal, outputs, plain))
+        assert torch.equal(model.hidden, expected.hidden)
+        moved = Streaming(way).eval()
+        with abpem(steps=2).attach(moved) as adaptation:
+            for args in batches(4):
+                moved(*args)
+        assert adaptation.updates == 8
+        assert torch.equal(moved.hidden, expected.hidden)
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("kind", [UserDict, OwnDict, Pair, Frozen])
+def test_a_forward_that_edits_other_containers(kind, inference_mode):
+    class Taking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_toy()
+
+        def forward(self, batch):
+            if is_dataclass(batch):
+                audio, video = batch.audio, batch.video["tokens"]
+            else:
+                audio, video = batch.pop("audio"), batch["video"]["tokens"]
+            audio -= 1
+            return self.inner(audio, video)
+
+    expected = predictions(make_toy(), [(audio - 1, video) for audio, video in batches()])
+    model = Taking().eval()
+    with torch.inference_mode(inference_mode), torch.no_grad(), abpem(fusion="inner.fusion.*.attn").attach(model):
+        for (audio, video), logits in zip(batches(), expected, strict=True):
+            batch = kind(audio=audio.clone(), video={"tokens": video.clone()})
+            assert torch.equal(model(batch), logits)
+            assert is_dataclass(batch) or set(batch) == {"video"}
+
+
+class Wrong(Method):
+    name = "Wrong"
+
+    def __init__(self, collected, made):
+        self.collected, self.made = collected, made
+
+    def collect(self, model, fusion):
+        return super().collect(model, fusion) if self.collected is None else self.collected
+
+    def loss(self, step):
+        return self.made(step.logits.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("collected", "made", "message"),
+    [
+        ([], None, "Expected `collect` of Wrong to give parameters by their names, but got a list"),
+        (None, lambda loss: loss, "Expected Wrong to give a pair, .* but got Tensor"),
+        (None, lambda loss: (loss, {"loss": 0.5}), "a dict of tensors to record, but got {'loss': 0.5}"),
+        (None, lambda loss: (loss, {}), r"Expected Wrong to record its `loss`, but got \[\]"),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_a_method_of_ones_own_may_get_wrong(collected, made, message, steps):
+    callback = TestTimeAdaptation(Wrong(collected, made), "fusion.*.attn", steps=steps)
+    model = make_toy()
+    with pytest.raises(ValueError, match=message), callback.attach(model), torch.no_grad():
+        model(*batches(1)[0])
+
+
+def test_a_method_is_an_instance_with_a_name():
+    for method in (Wrong, Method(), "tent"):
+        with pytest.raises(ValueError, match="Expected `method` to be an instance of a Method with a `name`"):
+            TestTimeAdaptation(method, "fusion.*.attn")

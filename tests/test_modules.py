@@ -68,6 +68,20 @@ def test_inference_tensors_are_replaced_for_a_while():
     assert model.cached is before["cached"]
 
 
+def test_inference_tensors_in_lists_and_dicts_are_replaced_for_a_while():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.cache, model.maps = {7: torch.ones(3)}, ["a", torch.zeros(2)]
+    before = model.cache[7], model.maps[1]
+    with without_inference_tensors(model):
+        assert not model.cache[7].is_inference()
+        assert not model.maps[1].is_inference()
+        model.maps.pop()
+        model.maps.append("newer")
+    assert model.cache[7] is before[0]
+    assert model.maps == ["a", "newer"]
+
+
 def test_normal_tensor():
     with torch.inference_mode():
         x = torch.ones(2)

@@ -33,6 +33,7 @@ THIRD_PARTY = {
     "tracing": {"torch"},
     "tokens": {"torch"},
     "inputs": {"torch"},
+    "carried": {"torch"},
     "loss_scale": {"torch"},
     "saving": {"torch"},
     "sharded": {"torch"},
@@ -127,6 +128,7 @@ OWN = {  # from the bottom up: each may import what stands before it
     "tracing": {"attention", "compiled", "modules", "projections", "seen"},
     "tokens": {"calls", "fusion", "modules", "seen", "spans"},
     "inputs": {"modules"},
+    "carried": set(),
     "late": set(),
     "logits": set(),
     "memory": {"modules", "spans"},
@@ -136,6 +138,7 @@ OWN = {  # from the bottom up: each may import what stands before it
         *(
             "attention",
             "calls",
+            "carried",
             "compiled",
             "distributed",
             "fusion",

@@ -196,3 +196,16 @@ def test_a_modality_that_is_missing_everywhere():
     assert adaptation.updates == 1
     assert adaptation.record["divergence/words_to_sounds"].isnan()
     assert adaptation.record["loss"].isfinite()
+
+
+def test_ranges_are_doubted_once_where_the_number_of_tokens_varies(caplog):
+    longer = [(torch.cat((audio, audio[:, :2]), 1), video) for audio, video in batches(3)]
+    words = "The ranges of `modalities` were first met by 10 tokens in 'fusion.0.attn' and now by 12"
+    ranges = {"audio": (0, AUDIO), "video": (AUDIO, AUDIO + VIDEO)}
+    adapt(make_toy(), batches(3), modalities=ranges)
+    assert "The ranges of" not in caplog.text
+    adapt(make_toy(), [*batches(2), *longer], modalities=ranges)
+    assert caplog.text.count(words) == 1
+    caplog.clear()
+    adapt(make_toy(), [*batches(2), *longer], modalities="auto")
+    assert "The ranges of" not in caplog.text
