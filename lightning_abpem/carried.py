@@ -33,6 +33,11 @@ class CarriedState:
         self._model = model
         self._moving: list[_Place] | None = None
 
+    @property
+    def moves(self) -> bool:
+        """Whether a pass moves anything, as far as is known."""
+        return self._moving is None or bool(self._moving)
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Put what the pass within the block moves back after it."""

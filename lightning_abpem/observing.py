@@ -168,7 +168,8 @@ class Observer:
         self.inside = True
         try:
             with ExitStack() as stack:
-                stack.enter_context(self._carried.kept())
+                if self._carried.moves:
+                    stack.enter_context(self._carried.kept())
                 if self._encoders:
                     stack.enter_context(without_nested_tensors(self._encoders))
                 if self._compiled:

@@ -41,7 +41,9 @@ class BatchTokens:
         self._spans, self._fusion, self._trace, self._report = spans, fusion, trace, report
         self._read: dict[tuple[Any, ...], dict[str, Tokens]] = {}
         self._unchecked = True
-        self._length: int | None = None  # of the first batch's sequence; 0 once another was warned of
+        ranges = [own for own in (spans or {}).values() if isinstance(own, Tokens) and own.of is None]
+        self._doubts_ranges = bool(ranges) and isinstance(fusion, JointFusion)
+        self._length: int | None = None  # of the first batch's sequence
 
     def __call__(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
         """The tokens of each modality in this batch.
@@ -71,7 +73,8 @@ class BatchTokens:
         Raises:
             ValueError: if they do not fit.
         """
-        self._warn_of_other_lengths(calls)
+        if self._doubts_ranges:
+            self._warn_of_other_lengths(calls)
         try:
             self._fusion.check(calls, tokens)
         except ValueError:
@@ -83,9 +86,6 @@ class BatchTokens:
 
     def _warn_of_other_lengths(self, calls: Sequence[AttentionCall]) -> None:
         """Ranges fit any sequence that is long enough, but where its length varies they hold other tokens."""
-        has_ranges = any(isinstance(own, Tokens) and own.of is None for own in (self._spans or {}).values())
-        if self._length == 0 or not has_ranges or not isinstance(self._fusion, JointFusion):
-            return
         length = calls[0].shape[2]
         if self._length is None:
             self._length = length
@@ -96,7 +96,7 @@ class BatchTokens:
                 'functions from the arguments to masks, or "auto".',
                 *(self._length, calls[0].name, length),
             )
-            self._length = 0
+            self._doubts_ranges = False
 
     def _off_a_forward(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
         seen = self._trace(args, kwargs)
