@@ -17,18 +17,25 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.profiler import profile, supported_activities
 
 from lightning_abpem.processes import start_worker
 
 __all__ = ["Measured", "Turns", "in_lockstep"]
 
+_COUNT = -1  # instead of a number of batches: one, of which the operations are counted
+
 
 @dataclass(frozen=True)
 class Measured:
-    """A program's seconds per batch, a value for each round, and its process's peak memory in bytes."""
+    """A program's seconds per batch, a value for each round, its process's peak memory in bytes, and its operations.
+
+    Those are of one batch: kernels launched on a GPU; on a CPU torch's operators, those that call others left out.
+    """
 
     seconds: list[float]
     peak: int
+    operations: int
 
     @property
     def median(self) -> float:
@@ -36,18 +43,27 @@ class Measured:
 
 
 class Turns:
-    """The batches of one program: `take` waits for the program's turn, and times what came since the last one."""
+    """The batches of one program: `take` waits for the program's turn, and times what came since the last one.
+
+    Attributes:
+        peak: memory in bytes, before anything was counted.
+    """
 
     def __init__(self, connection: Connection, device: str) -> None:
         self._connection, self._device = connection, device
         self._left, self._start = 0, 0.0
+        self._profiler: profile | None = None
+        self.peak = 0
 
     def take(self) -> bool:
         """Whether there is another batch to run, now."""
         if self._left == 0:
-            self._synchronize()
-            self._connection.send(time.perf_counter() - self._start)
+            self._connection.send(self._measured())
             self._left = self._connection.recv()
+            if self._left == _COUNT:
+                self._left, self.peak = 1, _peak(self._device)
+                self._profiler = profile(activities=supported_activities())
+                self._profiler.start()
             self._start = time.perf_counter()
         self._left -= 1
         return self._left >= 0
@@ -56,9 +72,15 @@ class Turns:
         while self.take():
             yield
 
-    def _synchronize(self) -> None:
+    def _measured(self) -> float:
+        """Of the turn that is over: its seconds, or its operations."""
         if self._device == "cuda":
             torch.cuda.synchronize()
+        if self._profiler is None:
+            return time.perf_counter() - self._start
+        self._profiler.stop()
+        profiler, self._profiler = self._profiler, None
+        return _operations(profiler, self._device)
 
 
 def in_lockstep(
@@ -98,22 +120,34 @@ def in_lockstep(
             for label, end in ends.items():
                 end.send(batches)
                 seconds[label].append(end.recv() / batches)
-        peaks = {}
+        operations, peaks = {}, {}
         for label, end in ends.items():
+            end.send(_COUNT)
+            operations[label] = end.recv()
             end.send(0)
             peaks[label] = end.recv()
             end.close()
-    return {label: Measured(seconds[label], peaks[label]) for label in programs}
+    return {label: Measured(seconds[label], peaks[label], operations[label]) for label in programs}
 
 
 def _work(connection: Connection, device: str, run: Callable[..., None], arguments: Sequence[Any]) -> None:
     start_worker()
-    run(Turns(connection, device), *arguments)
-    connection.send(torch.cuda.max_memory_allocated() if device == "cuda" else _peak_resident())
+    turns = Turns(connection, device)
+    run(turns, *arguments)
+    connection.send(turns.peak)
 
 
-def _peak_resident() -> int:
-    """The most memory that this process has had, in bytes (Linux)."""
+def _operations(profiler: profile, device: str) -> int:
+    if device == "cuda":
+        launches = ("cudaLaunchKernel", "cuLaunchKernel")
+        return sum(event.count for event in profiler.key_averages() if event.key.startswith(launches))
+    return sum(event.name.startswith("aten::") and not event.cpu_children for event in profiler.events())
+
+
+def _peak(device: str) -> int:
+    """The most memory that the device or, on a CPU, this process has had, in bytes (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -155,7 +155,7 @@ def main() -> None:
         device=args.accelerator,
         progress=lambda rounds: track(rounds, "rounds", transient=True),
     )
-    table = as_table(measured)
+    table = as_table(measured, "kernels" if args.accelerator == "cuda" else "operations")
     name = "-".join([args.model, args.accelerator, args.precision, str(args.batch_size)] + ["compiled"] * args.compile)
     save(args.out / name, setting, measured, table)
     Console().print(table, soft_wrap=True)
@@ -180,13 +180,14 @@ def every_program(setting: Setting, memories: Iterable[int]) -> dict[str, tuple[
     return programs
 
 
-def as_table(measured: Mapping[str, Measured]) -> str:
-    """Markdown: medians, ratios to the plain program of the same loop, added peak memory."""
-    lines = ["| program | ms per batch | of plain | added peak memory, MB |", "|---|---|---|---|"]
+def as_table(measured: Mapping[str, Measured], counted: str) -> str:
+    """Markdown: medians, ratios to the plain program of the same loop, added peak memory, operations of a batch."""
+    lines = [f"| program | ms per batch | of plain | added peak memory, MB | {counted} |", "|---|---|---|---|---|"]
     for label, own in measured.items():
         plain = measured["plain Trainer" if "Trainer" in label else "plain loop"]
         added = (own.peak - plain.peak) / 2**20
-        lines.append(f"| {label} | {1e3 * own.median:.2f} | {own.median / plain.median:.3f} | {added:.0f} |")
+        ratio = own.median / plain.median
+        lines.append(f"| {label} | {1e3 * own.median:.2f} | {ratio:.3f} | {added:.0f} | {own.operations} |")
     return "\n".join(lines)
 
 
@@ -195,7 +196,7 @@ def save(folder: Path, setting: Setting, measured: Mapping[str, Measured], table
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(table + "\n")
     device = torch.cuda.get_device_name() if setting.accelerator == "cuda" else platform.processor() or "CPU"
-    numbers = {label: {"seconds": own.seconds, "peak": own.peak} for label, own in measured.items()}
+    numbers = {label: vars(own) for label, own in measured.items()}
     versions = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
     (folder / "numbers.json").write_text(json.dumps({**vars(setting), **versions, "programs": numbers}, indent=1))
 

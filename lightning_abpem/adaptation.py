@@ -25,7 +25,14 @@ from lightning_abpem.logits import check_head
 from lightning_abpem.loss_scale import LossScale
 from lightning_abpem.memory import find_memory
 from lightning_abpem.method import Record, collected
-from lightning_abpem.modules import adapted_once, check_eval, named_module, only_trainable, without_inference_tensors
+from lightning_abpem.modules import (
+    Uncopied,
+    adapted_once,
+    check_eval,
+    named_module,
+    only_trainable,
+    without_inference_tensors,
+)
 from lightning_abpem.observing import Observer
 from lightning_abpem.replay import FrozenReplay
 from lightning_abpem.settings import Settings
@@ -38,7 +45,7 @@ __all__ = ["Adaptation"]
 log = logging.getLogger(__name__)
 
 
-class Adaptation:
+class Adaptation(Uncopied):
     """Adapts `model` while its ``with`` block lasts; afterwards everything is as it was, bit by bit.
 
     Args:

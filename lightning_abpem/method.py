@@ -89,6 +89,8 @@ class Step:
         return term if self.ranks is None else term.detach() + (term - term.detach()) / self.ranks.size
 
     def _own_gradients(self, losses: Sequence[Tensor], params: list[nn.Parameter]) -> list[list[Tensor | None]]:
+        if not params:
+            raise ValueError("Expected `collect` to give the parameters that move, for there is a loss, but got none.")
         if not all(loss.requires_grad for loss in losses):
             raise ValueError(
                 f"Expected gradients through the target's forward, but no gradient reaches {', '.join(self.params)}. "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "Uncopied",
     "adapted_once",
     "check_eval",
     "encoders_around",
@@ -113,6 +114,16 @@ def normal_tensor(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return x.clone() if x.is_inference() else x.detach() if x.requires_grad else x
+
+
+class Uncopied:
+    """What is attached to a model while it adapts, and to no copy of it."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A model cannot be copied or pickled while it adapts: copy it before (a method does in `collect`), or take "
+            "its state_dict()."
+        )
 
 
 _ADAPTING: set[int] = set()  # ids of the parameters of the models that somebody adapts

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.compiled import compiled_entry, inside_compiled
 from lightning_abpem.late import LateBools, answers_late
-from lightning_abpem.modules import substituted
+from lightning_abpem.modules import Uncopied, substituted
 
 __all__ = ["FrozenReplay"]
 
@@ -41,7 +41,7 @@ class _Recorded:
     precision: tuple[Any, ...]
 
 
-class FrozenReplay:
+class FrozenReplay(Uncopied):
     """Runs the frozen modules of a model once per batch, however many passes there are.
 
     Every outermost call of a module without adapted parameters, on inputs that carry no gradient, is recorded in the

@@ -1,7 +1,9 @@
 """The engine through `attach`: the authors' numbers, restoration, guards, memory, and clear refusals."""
 
-from collections import UserDict
+import pickle
+from collections import OrderedDict, UserDict
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 
@@ -969,7 +971,27 @@ def test_what_a_method_of_ones_own_may_get_wrong(collected, made, message, steps
         model(*batches(1)[0])
 
 
+def test_a_method_with_a_loss_moves_something():
+    callback = TestTimeAdaptation(Wrong({}, lambda loss: (loss, {"loss": loss.detach()})), "fusion.*.attn")
+    model = make_toy()
+    message = "Expected `collect` to give the parameters that move, .* but got none"
+    with pytest.raises(ValueError, match=message), callback.attach(model), torch.no_grad():
+        model(*batches(1)[0])
+
+
 def test_a_method_is_an_instance_with_a_name():
     for method in (Wrong, Method(), "tent"):
         with pytest.raises(ValueError, match="Expected `method` to be an instance of a Method with a `name`"):
             TestTimeAdaptation(method, "fusion.*.attn")
+
+
+@pytest.mark.parametrize("copy", [deepcopy, pickle.dumps])
+@pytest.mark.parametrize("target", [None, "inner"])
+def test_a_model_is_not_copied_while_it_adapts(copy, target):
+    model = nn.Sequential(OrderedDict(inner=make_toy())).eval()
+    model.forward = model.inner.forward
+    with abpem(fusion="inner.fusion.*.attn", target=target).attach(model) as adaptation:
+        model.inner(*batches(1)[0]) if target else model(*batches(1)[0])
+        with pytest.raises(TypeError, match="A model cannot be copied or pickled while it adapts"):
+            copy(model)
+        assert adaptation.updates == 1
