@@ -116,15 +116,16 @@ class Objective:
         if self.balance_weight:
             confidence = confidence - self.balance_weight * balance
         bootstrapping = _over_layers(compared.divergence, layers).sum()
+        record = {"principal_entropy": principal.detach(), "balance": balance.detach()}
         with torch.no_grad():
-            record = {"principal_entropy": principal, "entropy": entropy(logits).mean(), "balance": balance}
+            record["entropy"] = entropy(logits).mean()
             *figures, counts = _over_layers(torch.stack(compared), layers)  # (pairs,) each
             for name, figure in zip(("attention_gap", "divergence"), figures, strict=True):
                 values = (figure / counts).unbind()
                 record |= {f"{name}/{m}_to_{n}": value for (m, n), value in zip(attention, values, strict=True)}
         if shuffled is not None:
             record["shuffledness"] = shuffled
-        return Parts(confidence, bootstrapping, {name: value.detach() for name, value in record.items()})
+        return Parts(confidence, bootstrapping, record)
 
     def classes_kept(self, classes: int) -> int:
         """k, for that many classes.
