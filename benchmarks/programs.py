@@ -20,10 +20,12 @@ from lightning_abpem.functional import dense_score_statistics, gaussian_kl, marg
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.cavmae import Block
 from lightning_abpem.models.digits import DigitsModel
+from lightning_abpem.passes import LARGE
 
 __all__ = ["Anatomy", "FusionAlone", "Inputs", "anatomy", "by_hand", "engine", "published_way"]
 
 Inputs = tuple[Tensor, Tensor]
+_Passed = tuple[Tensor, Tensor, Tensor]
 K, WEIGHT = 7, 1.0
 
 
@@ -75,7 +77,7 @@ class _Block:
         q, k, v = F.linear(self.norm1(x), self.weight, self.bias).chunk(3, -1)
         return q, k, v
 
-    def fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fused(self, x: Tensor) -> _Passed:
         """The block's output, and q and k, with fused attention."""
         q, k, v = self.qkv(x)
         heads = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
@@ -170,33 +172,47 @@ def engine(model: nn.Module, memory: int, **options: Any) -> ABPEM:
 def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
     """Our own arithmetic without the engine: no hooks, no checks, no record; fused attention, statistics from q and k.
 
-    What an engine that works on any model costs is held against this.
+    What an engine that works on any model costs is held against this. Large batches pass the fusion block one by one,
+    as in the engine, and the pass of a prediction is the first one of the next step.
     """
     own = anatomy(model)
-    block = own.block
-    scale = (block.weight.shape[1] // block.heads) ** -0.5 / block.heads
-    moving = _only(model, block)
+    moving = _only(model, own.block)
     optimizer = torch.optim.Adam(moving, lr=1e-4, fused=True)
-    stored: deque[Tensor] = deque(maxlen=memory)
+    stored: deque[Tensor] = deque(maxlen=memory - 1)
+    kept: _Passed | None = None
     for inputs in batches:
         tokens = own.encode(inputs)
-        stored.append(tokens)
-        output, q, k = block.fused(torch.cat(tuple(stored)) if memory > 1 else tokens)
-        logits = own.head(output)
-        bootstrapping = torch.zeros(())
-        (q_a, q_v), (k_a, k_v) = (x.split(tuple(own.modalities.values()), 1) for x in (q, k))
-        with torch.no_grad():
-            targets = [dense_score_statistics(*parts, scale) for parts in ((q_v, k_v), (q_a, k_a))]
-        for queries, keys, target in ((q_a, k_v, targets[0]), (q_v, k_a, targets[1])):
-            cross = dense_score_statistics(queries, keys, scale)
-            bootstrapping = bootstrapping + gaussian_kl(cross.mean, cross.std, target.mean, target.std).mean()
+        goes_alone = tokens.nbytes >= LARGE
+        if goes_alone:
+            older = list(stored)[: -1 if kept else None]
+            passes = [kept] * bool(kept) + [own.block.fused(x) for x in (*older, tokens)]
+        else:
+            passes = [own.block.fused(torch.cat((*stored, tokens)) if stored else tokens)]
+        logits = own.head(torch.cat([output for output, _, _ in passes]) if len(passes) > 1 else passes[0][0])
+        bootstrapping = torch.stack([_bootstrapping(own, q, k) for _, q, k in passes]).sum() / len(logits)
         loss = principal_entropy(logits, K).mean() - marginal_balance(logits) + WEIGHT * bootstrapping
+        del passes, logits, bootstrapping, kept
         for parameter, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
             parameter.grad = gradient
         optimizer.step()
+        stored.append(tokens)
+        kept = own.block.fused(tokens) if goes_alone and memory > 1 else None
         with torch.no_grad():
-            output, _, _ = block.fused(tokens)
-            yield own.head(output)
+            yield own.head(own.block.fused(tokens)[0] if kept is None else kept[0])
+
+
+def _bootstrapping(own: Anatomy, q: Tensor, k: Tensor) -> Tensor:
+    """The sum of both directions' divergences over the samples of q and k, (B, N, D)."""
+    block = own.block
+    scale = (block.weight.shape[1] // block.heads) ** -0.5 / block.heads
+    (q_a, q_v), (k_a, k_v) = (x.split(tuple(own.modalities.values()), 1) for x in (q, k))
+    with torch.no_grad():
+        targets = [dense_score_statistics(*parts, scale) for parts in ((q_v, k_v), (q_a, k_a))]
+    divergences = []
+    for queries, keys, target in ((q_a, k_v, targets[0]), (q_v, k_a, targets[1])):
+        cross = dense_score_statistics(queries, keys, scale)
+        divergences.append(gaussian_kl(cross.mean, cross.std, target.mean, target.std).sum())
+    return divergences[0] + divergences[1]
 
 
 def published_way(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:

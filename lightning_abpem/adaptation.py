@@ -158,6 +158,7 @@ class Adaptation(Uncopied):
             self._report_step,
         )
         self._stack.callback(self._stepper.settle)
+        self._stack.callback(self._observer.end_prediction)
         first = gathers_weights(self.target)  # for a call of the engine's own, inside, lets go of them again
         self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call, first))
 
@@ -239,15 +240,18 @@ class Adaptation(Uncopied):
         if self._observer.ranks is not None and self._observer.ranks.over:
             return  # a call after the streams, in which the others have no part: it predicts
         self._replay.start_batch()
+        self._observer.end_prediction()  # of a call that was interrupted
         with torch.inference_mode(False), torch.enable_grad():
             self._stepper.adapt(args, kwargs)
         self._replay.start_pass()
+        self._observer.start_prediction(lambda: self._replay.enabled)
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._observer.inside or (self._is_nested() and sys._getframe(1) is not self._outer):
             return
         self._outer = None
         self._replay.end_batch()
+        self._observer.end_prediction()
         with torch.inference_mode(False):
             self._stepper.end_call(output)
 

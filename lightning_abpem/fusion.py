@@ -174,19 +174,13 @@ def find_fusion(model: nn.Module, patterns: list[str] | dict[Pair, list[str]]) -
     return SeparateFusion(watched, [attention for attention in watched if attention.name in moving], by_pair)
 
 
-def check_samples(calls: Iterable[AttentionCall], samples: int, stored: int, memory_at: str) -> None:
-    """Hold the calls against the number of samples that the logits have, `stored` ones of the memory included.
+def check_samples(calls: Iterable[AttentionCall], samples: int) -> None:
+    """Hold the calls against the number of samples.
 
     Raises:
         ValueError: if a call has another number; with the likely reason.
     """
     for call in calls:
-        if stored and call.shape[0] == samples - stored:
-            raise ValueError(
-                f"Expected '{call.name}' to attend over stored samples too, but it is outside '{memory_at}', where the "
-                "memory adds them. Name with `memory_at` a module that holds all attentions of `fusion`, or set "
-                "memory_batches=1."
-            )
         if call.shape[0] != samples:
             raise ValueError(
                 f"Expected '{call.name}' to attend with {samples} samples, as many as the logits have, but got "

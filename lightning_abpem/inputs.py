@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_abpem.modules import normal_tensor
 
-__all__ = ["OwnInputs"]
+__all__ = ["OwnInputs", "as_constants"]
 
 
 class OwnInputs:
@@ -28,10 +28,15 @@ class OwnInputs:
     def __init__(self) -> None:
         self._edited: bool | None = None
 
+    @property
+    def edited(self) -> bool:
+        """Whether the forward is known to edit its inputs."""
+        return self._edited is True
+
     @contextmanager
     def of(self, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
         """The engine's own version of the arguments, for one pass."""
-        args, kwargs = _mapped(normal_tensor, args, kwargs)
+        args, kwargs = as_constants(args, kwargs)
         if self._edited is False:
             yield args, kwargs
             return
@@ -41,6 +46,11 @@ class OwnInputs:
         yield args, kwargs
         if self._edited is None:
             self._edited = versions != [x._version for x in copies]
+
+
+def as_constants(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments with every tensor as autograd takes a constant; see `normal_tensor`."""
+    return _mapped(normal_tensor, args, kwargs)
 
 
 def _mapped(function: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -4,42 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_abpem.modules import named_module
 from lightning_abpem.spans import Tokens
 
-__all__ = ["TokenMemory", "find_memory"]
+__all__ = ["ADVICE", "RememberedBatch", "TokenMemory", "find_memory"]
 
 log = logging.getLogger(__name__)
 
-_ADVICE = "Name the fusion block with `memory_at`, or set memory_batches=1."
+ADVICE = "Name the fusion block with `memory_at`, or set memory_batches=1."
 
 
-@dataclass
-class _Batch:
+@dataclass(eq=False)
+class RememberedBatch:
     """One batch as it entered the block: its tensors by their place among the arguments.
 
     `places` are those of all tensors, `tensors` those with a row for each sample; `masks` say whose tokens they are.
+    `prediction` is what its prediction left for the step after it, if anything.
     """
 
     places: frozenset[int]
     tensors: dict[int, Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
+    prediction: Any = None
 
     @property
     def samples(self) -> int:
         return next(iter(self.tensors.values())).shape[0]
 
-    def fits(self, other: _Batch) -> bool:
+    def fits(self, other: RememberedBatch) -> bool:
         """Whether both have the same arguments and numbers of tokens, so that they can be one batch."""
         common = self.tensors.keys() & other.tensors.keys()
         alike = all(self.tensors[i].shape[1:] == other.tensors[i].shape[1:] for i in common)
@@ -60,40 +60,55 @@ class TokenMemory:
 
     def __init__(self, block: nn.Module, name: str, batches: int) -> None:
         self.block, self.name = block, name
-        self._stored: deque[_Batch | None] = deque(maxlen=batches - 1)
-        self._past: list[_Batch] = []  # those of the stored batches that fit the current one
-        self._current: _Batch | None = None
+        self._stored: deque[RememberedBatch | None] = deque(maxlen=batches - 1)
+        self._past: list[RememberedBatch] = []  # those of the stored batches that fit the current one
+        self.current: RememberedBatch | None = None
         self._predicted: Tensor | None = None
-        self._verified = self._warned = False
+        self.verified = self._warned = False
 
-    @contextmanager
-    def extend(self) -> Iterator[None]:
-        """While it lasts, the fusion block gets the stored tokens, oldest first, with the current ones after them."""
-        self._current, self._past = None, []
-        handle = self.block.register_forward_pre_hook(self._extend_input, with_kwargs=True)
-        try:
-            yield
-        except Exception as error:
-            if self._past:
-                _add_note(
-                    error,
-                    f"ABPEM's memory had put {self.samples} stored samples in front of the batch at '{self.name}'. "
-                    f"Everything after that module must depend on the batch through its input alone. {_ADVICE}",
-                )
-            raise
-        finally:
-            handle.remove()
+    def begin(self) -> None:
+        """A pass begins, in which a batch may enter."""
+        self.current, self._past = None, []
 
-    def push(self, tokens: Mapping[str, Tokens] | None) -> None:
-        """Store the current batch's tokens and whose they are; the oldest batch goes if the memory is full.
+    def enter(self, leaves: Sequence[Any], tokens: Mapping[str, Tokens]) -> list[RememberedBatch]:
+        """The current batch enters the block, as the leaves of its arguments; all that pass it, the oldest first.
 
-        None takes the place of a batch of other processes alone.
+        Args:
+            leaves: what the block is called with.
+            tokens: whose tokens are whose.
+
+        Raises:
+            ValueError: if there is no tensor among them.
         """
-        if tokens is None:
-            self._stored.append(None)
-        elif self._current is not None:
-            self._current.masks = {name: own.keep for name, own in tokens.items() if own.keep is not None}
-            self._stored.append(self._current)
+        sizes = {i: x.shape[0] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim()}
+        if not sizes:
+            raise ValueError(f"Expected '{self.name}' to be called with tokens, but got {leaves}. {ADVICE}")
+        # What has as many rows as the tokens is batched; where one sample makes all look so, the other batches tell.
+        wide = [sizes[i] for i in sizes if sizes[i] > 1 and leaves[i].dim() > 2]
+        size = next(iter([*wide, *sizes.values()]))
+        # A copy, for a block may edit its input in place.
+        tensors = {i: leaves[i].detach().clone() for i in sizes if sizes[i] == size}
+        masks = {name: own.keep for name, own in tokens.items() if own.keep is not None}
+        self.current = RememberedBatch(frozenset(sizes), tensors, masks)
+        stored = [batch for batch in self._stored if batch is not None]
+        self._past = [batch for batch in stored if batch.fits(self.current)]
+        if len(self._past) < len(stored) and not self._warned:
+            self._warned = True
+            log.warning(
+                "Stored batches entered '%s' with other numbers of tokens, or with a mask where this one has none: "
+                "they are left out of its step. Pad the batches alike for a full memory.",
+                self.name,
+            )
+        return [*self._past, self.current]
+
+    def push(self) -> None:
+        """Store the current batch; the oldest one goes if the memory is full."""
+        if self.current is not None:
+            self._stored.append(self.current)
+
+    def push_nothing(self) -> None:
+        """What stands for a batch of other processes alone."""
+        self._stored.append(None)
 
     def skip(self) -> None:
         """The current batch is not to be stored."""
@@ -101,7 +116,7 @@ class TokenMemory:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The stored batches, oldest first; without places, that of others alone."""
-        nothing = _Batch(frozenset(), {})
+        nothing = RememberedBatch(frozenset(), {})
         stored = [batch or nothing for batch in self._stored]
         return [{"places": sorted(batch.places), "tensors": batch.tensors, "masks": batch.masks} for batch in stored]
 
@@ -109,29 +124,18 @@ class TokenMemory:
         """Store these batches instead, the newest of them if there is not room for all."""
         self.clear()
         for batch in state:
-            own = _Batch(frozenset(batch["places"]), dict(batch["tensors"]), dict(batch["masks"]))
+            own = RememberedBatch(frozenset(batch["places"]), dict(batch["tensors"]), dict(batch["masks"]))
             self._stored.append(own if own.places else None)
 
     def clear(self) -> None:
         """Forget all tokens."""
         self._stored.clear()
         self._past.clear()
-        self._current = self._predicted = None
-
-    def with_past(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
-        """Whose tokens the stored and the current ones are, as `extend` puts them together."""
-
-        def extended(name: str, keep: Tensor) -> Tensor:
-            return torch.cat([*(batch.masks[name] for batch in self._past), keep])
-
-        return {
-            name: own if own.keep is None else own._replace(keep=extended(name, own.keep))
-            for name, own in tokens.items()
-        }
+        self.current = self._predicted = None
 
     def expect(self, prediction: Tensor) -> None:
         """The logits that the model gave for the current batch, which `verify` finds again once it is stored."""
-        if not self._verified and len(prediction):
+        if not self.verified and len(prediction):
             self._predicted = prediction.detach()
 
     def verify(self, logits: Tensor) -> int:
@@ -140,13 +144,13 @@ class TokenMemory:
         Raises:
             ValueError: if what enters the block does not determine the logits, or the block was not called.
         """
-        if self._current is None:
+        if self.current is None:
             raise ValueError(f"Expected `memory_at` to name a module that the target calls, but got '{self.name}'.")
-        stored, size = self.samples, self._current.samples
+        stored, size = self.samples, self.current.samples
         if logits.shape[0] != stored + size:
             raise ValueError(
                 f"Expected {stored} stored and {size} current samples to give as many logits, but got "
-                f"{logits.shape[0]}: '{self.name}' is not where the joint tokens enter batch-first. {_ADVICE}"
+                f"{logits.shape[0]}: '{self.name}' is not where the joint tokens enter batch-first. {ADVICE}"
             )
         if self._predicted is not None and self._past and self._past[-1] is self._stored[-1]:
             again = logits[stored - self._past[-1].samples : stored].detach()
@@ -154,41 +158,15 @@ class TokenMemory:
             if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
                 raise ValueError(
                     f"Expected the tokens that entered '{self.name}' to give the same logits again, but they differ: "
-                    f"something bypasses it. {_ADVICE}"
+                    f"something bypasses it. {ADVICE}"
                 )
-            self._predicted, self._verified = None, True
+            self._predicted, self.verified = None, True
         return stored
 
     @property
     def samples(self) -> int:
         """Stored samples in front of the current ones."""
         return sum(batch.samples for batch in self._past)
-
-    def _extend_input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        leaves, spec = tree_flatten((args, kwargs))
-        sizes = {i: x.shape[0] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim()}
-        if not sizes:
-            raise ValueError(f"Expected '{self.name}' to be called with tokens, but got {leaves}. {_ADVICE}")
-        # What has as many rows as the tokens is batched; where one sample makes all look so, the other batches tell.
-        wide = [sizes[i] for i in sizes if sizes[i] > 1 and leaves[i].dim() > 2]
-        size = next(iter([*wide, *sizes.values()]))
-        # A copy, for a block may edit its input in place.
-        tensors = {i: leaves[i].detach().clone() for i in sizes if sizes[i] == size}
-        self._current = _Batch(frozenset(sizes), tensors)
-        stored = [batch for batch in self._stored if batch is not None]
-        self._past = [batch for batch in stored if batch.fits(self._current)]
-        if len(self._past) < len(stored) and not self._warned:
-            self._warned = True
-            log.warning(
-                "Stored batches entered '%s' with other numbers of tokens, or with a mask where this one has none: "
-                "they are left out of its step. Pad the batches alike for a full memory.",
-                self.name,
-            )
-        for i in tensors:
-            if all(i in batch.tensors for batch in self._past):
-                leaves[i] = torch.cat([*(batch.tensors[i] for batch in self._past), leaves[i]])
-        new_args, new_kwargs = tree_unflatten(leaves, spec)
-        return new_args, new_kwargs
 
 
 def find_memory(
@@ -200,7 +178,7 @@ def find_memory(
     single attention it is the innermost numbered module, as in a ModuleList, or else its parent.
 
     Raises:
-        ValueError: if there is no such block.
+        ValueError: if there is no such block, or an attention is outside it.
     """
     name = at or _around(model, attentions) or _layer_of(attentions[0])
     block = named_module(model, name, "memory_at")
@@ -209,6 +187,12 @@ def find_memory(
             f"Expected `memory_at` to name the module that the joint tokens enter, when memory_batches > 1, but "
             f"'{attentions[0]}' has no block of its own around it. Wrap the attention, its residual and what follows "
             "in a module, or set memory_batches=1."
+        )
+    inside = set(block.modules())
+    if outside := [attention for attention in attentions if model.get_submodule(attention) not in inside]:
+        raise ValueError(
+            f"Expected '{outside[0]}' to attend over stored samples too, but it is outside '{name}', where the memory "
+            "adds them. Name with `memory_at` a module that holds all attentions of `fusion`, or set memory_batches=1."
         )
     return TokenMemory(block, name, batches)
 
@@ -228,10 +212,3 @@ def _layer_of(attention: str) -> str:
     parts = attention.split(".")
     numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
     return ".".join(parts[: numbered[-1] + 1] if numbered else parts[:-1])
-
-
-def _add_note(error: Exception, note: str) -> None:
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10
-        log.warning(note)

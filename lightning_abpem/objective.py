@@ -22,7 +22,7 @@ from lightning_abpem.functional import (
 )
 from lightning_abpem.stream import StreamPredictions, shuffledness
 
-__all__ = ["Auto", "Balance", "Comparison", "Objective", "Pair", "Parts"]
+__all__ = ["Auto", "Balance", "Comparison", "Objective", "Pair", "Parts", "joined"]
 
 Auto = Literal["auto"]
 Balance = Literal["stream", "marginal", "read"]
@@ -149,6 +149,27 @@ class Objective:
         assert shuffled is not None
         share = shuffled * (1 - 1 / logits.shape[0])  # one sample has no balance of its own
         return share * marginal_balance(logits) + (1 - share) * stream_balance(logits, stream.counts)
+
+
+def joined(parts: Sequence[Mapping[Pair, Sequence[Comparison]]]) -> Mapping[Pair, Sequence[Comparison]]:
+    """The comparisons of several batches as those of one, the samples in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        pair: [
+            (_behind_one_another(cross), _behind_one_another(own))
+            for cross, own in (zip(*layer, strict=True) for layer in zip(*(part[pair] for part in parts), strict=True))
+        ]
+        for pair in parts[0]
+    }
+
+
+def _behind_one_another(blocks: Sequence[ScoreStatistics]) -> ScoreStatistics:
+    seen = None
+    if any(block.seen is not None for block in blocks):
+        every = [torch.ones_like(b.mean, dtype=torch.bool) if b.seen is None else b.seen for b in blocks]
+        seen = torch.cat(every)
+    return ScoreStatistics(torch.cat([b.mean for b in blocks]), torch.cat([b.std for b in blocks]), seen)
 
 
 class _Compared(NamedTuple):

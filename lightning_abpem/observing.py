@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_abpem.attention import capture_attention
-from lightning_abpem.calls import AttentionCall
 from lightning_abpem.carried import CarriedState
 from lightning_abpem.compiled import compiled_around, eagerly
 from lightning_abpem.distributed import Ranks, several_processes
@@ -20,7 +19,8 @@ from lightning_abpem.inputs import OwnInputs
 from lightning_abpem.logits import read_logits, refuse_probabilities
 from lightning_abpem.memory import TokenMemory
 from lightning_abpem.modules import encoders_around, outputs_of, without_nested_tensors
-from lightning_abpem.objective import Comparison, Pair
+from lightning_abpem.objective import Comparison, Pair, joined
+from lightning_abpem.passes import BlockPasses, Pass
 from lightning_abpem.projections import FusionAttention
 from lightning_abpem.seen import SeenCall
 from lightning_abpem.settings import Settings
@@ -84,6 +84,11 @@ class Observer:
         self._encoders, self._compiled = encoders_around(model, modules), compiled_around(model, modules)
         self._inputs, self._carried = OwnInputs(), CarriedState(target)
         self._is_sharded = has_shards(model)
+        self._passes: BlockPasses | None = None
+        if memory is not None:
+            # What is watched inside the block is one output, and every process has to run it as often.
+            parts = not (self._is_sharded or settings.method.watches)
+            self._passes = BlockPasses(memory, watched, parts, keeps=not self._compiled and settings.steps > 0)
         # FSDP2 gathers a module's weights in its hooks; those of others are not for the engine's passes.
         self._calls_hooks = gathers_weights(target)
         self._is_checked = self._warned_single = False
@@ -146,7 +151,7 @@ class Observer:
         """One forward over memory and batch."""
         with (
             self._inputs.of(args, kwargs) as (args, kwargs),
-            capture_attention(self._watched) as calls,
+            self._watching(tokens) as passes,
             outputs_of(self._model, self._settings.method.watches) as outputs,
         ):
             output = self._run_target(args, kwargs)
@@ -155,16 +160,33 @@ class Observer:
         samples = logits.shape[0] - stored
         attention: Mapping[Pair, Sequence[Comparison]] = {}
         if samples and self._fusion is not None:
-            tokens = tokens if self._memory is None else self._memory.with_past(tokens)
-            tokens = self._check_calls(calls, tokens, logits, args, kwargs)
-            with _in_full_precision(logits.device):
-                attention = self._fusion.compare(calls, tokens)
+            attention = joined([self._compare(own, logits, args, kwargs) for own in passes])
         if samples:
             self._check_logits(logits)
         return Seen(logits, samples, attention, outputs)
 
+    def start_prediction(self, is_trusted: Callable[[], bool]) -> None:
+        """The target's call goes on to its prediction; see `BlockPasses`."""
+        if self._passes is not None:
+            self._passes.start_prediction(is_trusted)
+
+    def end_prediction(self) -> None:
+        """The target's call is over."""
+        if self._passes is not None:
+            self._passes.end_prediction()
+
+    @contextmanager
+    def _watching(self, tokens: dict[str, Tokens]) -> Iterator[list[Pass]]:
+        """The passes through the fusion while the block lasts: one or, with a memory, several."""
+        if self._passes is not None:
+            with self._passes.over(tokens) as passes:
+                yield passes
+        else:
+            with capture_attention(self._watched) as calls:
+                yield [Pass(calls, tokens)]
+
     def _run_target(self, args: Any, kwargs: Any) -> Any:
-        """The target's forward on memory and batch; calls of the target within it are the engine's own."""
+        """The target's forward; calls of the target within it are the engine's own."""
         self.inside = True
         try:
             with ExitStack() as stack:
@@ -174,25 +196,22 @@ class Observer:
                     stack.enter_context(without_nested_tensors(self._encoders))
                 if self._compiled:
                     stack.enter_context(eagerly(self._compiled))
-                if self._memory is not None:
-                    stack.enter_context(self._memory.extend())
                 run = self._target if self._calls_hooks else self._target.forward
                 return run(*args, **kwargs)
         finally:
             self.inside = False
 
-    def _check_calls(
-        self, calls: list[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any
-    ) -> dict[str, Tokens]:
-        """Every fusion attention was called, batch-first, on the tokens of the modalities, which are returned."""
+    def _compare(self, own: Pass, logits: Tensor, args: Any, kwargs: Any) -> Mapping[Pair, Sequence[Comparison]]:
+        """The score statistics of a pass, whose calls are those of every fusion attention, batch-first."""
         assert self._fusion is not None
         assert self._tokens is not None
-        called = {call.name for call in calls}
+        called = {call.name for call in own.calls}
         if any(attention.name not in called for attention in self._watched):
             refuse_silence(self._fusion, called, self._trace(args, kwargs))
-        stored = 0 if self._memory is None else self._memory.samples
-        check_samples(calls, logits.shape[0], stored, self._memory.name if self._memory else "")
-        return self._tokens.check(calls, tokens, args, kwargs)
+        check_samples(own.calls, logits.shape[0] if own.samples is None else own.samples)
+        tokens = self._tokens.check(own.calls, own.tokens, args, kwargs)
+        with _in_full_precision(logits.device):
+            return self._fusion.compare(own.calls, tokens)
 
     def _check_logits(self, logits: Tensor) -> None:
         """Of the first batch: they are no probabilities. Of the first that is alone: said once."""

@@ -7,7 +7,6 @@ outputs are the same: they are recorded in the first pass and returned in the ot
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.compiled import compiled_entry, inside_compiled
+from lightning_abpem.footprints import call_hooks, kept_by, precision, versions
 from lightning_abpem.late import LateBools, answers_late
 from lightning_abpem.modules import Uncopied, substituted
 
@@ -80,7 +80,9 @@ class FrozenReplay(Uncopied):
         hidden |= {inner for m in varying for inner in m.modules()}
         self._modules = [m for m in model.modules() if m not in hidden and _is_frozen(m, moving)]
         self._inner = {id(m): list(m.modules()) for m in self._modules}
-        self._hooks = {id(m): [hooks for x in m.modules() if x is not m for hooks in _hooks(x)] for m in self._modules}
+        self._hooks = {
+            id(m): [hooks for x in m.modules() if x is not m for hooks in call_hooks(x)] for m in self._modules
+        }
         self._audited_batches = self._unaudited = audited_batches
         self._lasting: set[int] = set()  # modules that leave more behind than their output
         self._mode: str | None = None
@@ -169,13 +171,13 @@ class FrozenReplay(Uncopied):
             return forward(*args, **kwargs)
         inputs, spec = _flat(args, kwargs)
         replayable = all(isinstance(x, _PLAIN) or _is_constant(x) for x in inputs)
-        versions = _versions(inputs)
+        before_call = versions(inputs)
         # In the first batch modules may make what they keep from then on.
         is_watched = 0 < self._unaudited < self._audited_batches
-        before = _kept(self._inner[turn[0]]) if is_watched else {}
+        before = kept_by(self._inner[turn[0]]) if is_watched else {}
         output = forward(*args, **kwargs)
         has_edited = spec != _LEAF and not _is_same_tree(inputs, spec, *_flat(args, kwargs))
-        if has_edited or (is_watched and before != _kept(self._inner[turn[0]])):
+        if has_edited or (is_watched and before != kept_by(self._inner[turn[0]])):
             self._lasting.add(turn[0])
             if self._unaudited > 0:  # what it calls is audited from the next batch on
                 self._unaudited = self._audited_batches + 1
@@ -183,9 +185,9 @@ class FrozenReplay(Uncopied):
         outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
         # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
         replayable = replayable and all(isinstance(x, _PLAIN) or _is_constant(x) for x in outputs)
-        if replayable and versions == _versions(inputs):
+        if replayable and before_call == versions(inputs):
             self._recorded[turn] = _Recorded(
-                inputs, versions, spec, outputs, _versions(outputs), output_spec, _precision(outputs)
+                inputs, before_call, spec, outputs, versions(outputs), output_spec, precision(outputs)
             )
         return output
 
@@ -207,10 +209,10 @@ class FrozenReplay(Uncopied):
         warnings.warn(f"{why} its outputs are not replayed, each prediction runs the whole model again.", stacklevel=2)
 
     def _matches(self, recorded: _Recorded, inputs: list[Any], spec: TreeSpec, is_known: bool) -> bool:
-        if spec != recorded.input_spec or _precision(recorded.outputs) != recorded.precision:
+        if spec != recorded.input_spec or precision(recorded.outputs) != recorded.precision:
             return False
         before = recorded.input_versions, recorded.output_versions
-        if (_versions(recorded.inputs), _versions(recorded.outputs)) != before:
+        if (versions(recorded.inputs), versions(recorded.outputs)) != before:
             return False  # something edited them in place
         is_probable = is_known and self._unaudited <= 0
         return all(self._is_same(x, y, is_probable) for x, y in zip(inputs, recorded.inputs, strict=True))
@@ -241,28 +243,6 @@ def _is_same_tree(leaves: list[Any], spec: TreeSpec, others: list[Any], other_sp
     return spec == other_spec and all(x is y for x, y in zip(leaves, others, strict=True))
 
 
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Those of its calls, as they are at any time."""
-    return module._forward_hooks, module._forward_pre_hooks
-
-
-def _kept(modules: list[nn.Module]) -> dict[tuple[int, str], tuple[Any, ...]]:
-    """What modules keep between calls, tensors and containers, so that it can be told whether a call changed it.
-
-    Numbers, such as a count of calls, do not matter.
-    """
-    kept: dict[tuple[int, str], tuple[Any, ...]] = {}
-    for place, module in enumerate(modules):
-        for name, value in (*module.__dict__.items(), *module._buffers.items()):
-            if isinstance(value, Tensor):
-                kept[place, name] = (id(value), *_versions([value]))
-            elif isinstance(value, (list, set, deque)):
-                kept[place, name] = (id(value), *map(id, value))
-            elif isinstance(value, dict):
-                kept[place, name] = (id(value), *value, *map(id, value.values()))
-    return kept
-
-
 def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(id(p) in moving for p in parameters)
@@ -270,16 +250,6 @@ def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
 
 def _is_constant(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.requires_grad
-
-
-def _versions(leaves: list[Any]) -> list[int | None]:
-    return [x._version if isinstance(x, Tensor) and not x.is_inference() else None for x in leaves]
-
-
-def _precision(leaves: list[Any]) -> tuple[Any, ...]:
-    device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return (autocast, torch.get_default_dtype())
 
 
 def _identical(x: Any, y: Any) -> bool:

@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 class _Computed(NamedTuple):
     """A step that can be taken: gradients, None for no step, its figures, its samples; what is remembered if it is.
 
-    `tokens` are None if this process has no batch; `is_last` says whether no other step for the same batch follows.
+    `has_batch` says whether this process has one; `is_last`, whether no other step for the same batch follows.
     """
 
     gradients: Gradients | None
     record: Record
     samples: int
-    tokens: dict[str, Tokens] | None
+    has_batch: bool
     state: dict[str, Any]
     is_last: bool = True
 
@@ -132,8 +132,10 @@ class Stepper:
         if self._memory is not None:
             if not taken:  # of a step that failed nothing is remembered
                 self._memory.skip()
+            elif last.is_last and last.has_batch:
+                self._memory.push()
             elif last.is_last:
-                self._memory.push(last.tokens)
+                self._memory.push_nothing()
 
     def reset_next(self) -> None:
         """Back to the source model before the next batch, if there is one, of any process."""
@@ -193,11 +195,11 @@ class Stepper:
         return computed
 
     def _of_step(self, step: Step, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed:
-        kept = None if args is None else tokens
+        has_batch = args is not None
         if self._settings.steps == 0:
             observed = self._method.loss(step)
             check_record(self._method, observed)
-            return _Computed(None, observed[1], step.samples, kept, self._draft)
+            return _Computed(None, observed[1], step.samples, has_batch, self._draft)
 
         def again(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
@@ -208,7 +210,7 @@ class Stepper:
 
         made = self._method.gradients(step, again)
         check_record(self._method, made)
-        return _Computed(*made, step.samples, kept, self._draft)
+        return _Computed(*made, step.samples, has_batch, self._draft)
 
     def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
         """One forward over memory and batch, as the method sees it; None if no process has a batch."""

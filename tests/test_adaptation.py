@@ -413,9 +413,15 @@ def test_memory_needs_a_block():
 
 def test_memory_at_a_module_that_is_not_called():
     model = make_toy()
-    model.unused = nn.Linear(2, 2).eval()
+    model.unused = nn.Sequential(*model.fusion).eval()
     with pytest.raises(ValueError, match="a module that the target calls, but got 'unused'"):
         predictions(model, batches(1), memory_batches=2, memory_at="unused")
+
+
+def test_memory_at_a_module_without_the_attention():
+    model = make_toy()
+    with pytest.raises(ValueError, match="'fusion.0.attn' to attend over stored samples .* it is outside 'audio'"):
+        predictions(model, batches(1), memory_batches=2, memory_at="audio")
 
 
 def test_uneven_batches_in_memory():

@@ -1,50 +1,63 @@
-"""The token memory: first in first out, its own copy, clear about tokens that do not fit."""
+"""The token memory: first in first out, its own copy, clear about tokens that do not fit; together and one by one."""
 
 import pytest
 import torch
 from torch import nn
 
+from lightning_abpem import passes
 from lightning_abpem.memory import TokenMemory
+from lightning_abpem.passes import BlockPasses
+
+pytestmark = pytest.mark.parametrize("least", [0, 2**62], ids=["apart", "together"])
 
 
-def run_memory(memory, block, x):
-    with memory.extend():
-        return block(x)
+@pytest.fixture(autouse=True)
+def large(monkeypatch, least):
+    """From which size on batches pass the block by themselves."""
+    monkeypatch.setattr(passes, "LARGE", least)
+
+
+class Remembering:
+    """A memory at a block, and the passes over it."""
+
+    def __init__(self, block, name, batches):
+        self.block, self.memory = block, TokenMemory(block, name, batches)
+        self.passes = BlockPasses(self.memory, [], parts=True, keeps=True)
+
+    def __call__(self, *args, **kwargs):
+        """A pass, after which the batch is stored."""
+        with self.passes.over({}):
+            output = self.block(*args, **kwargs)
+        self.memory.push()
+        return output
 
 
 def test_memory_is_first_in_first_out():
-    block = nn.Identity()
-    memory = TokenMemory(block, "block", 3)
+    run = Remembering(nn.Identity(), "block", 3)
     a, b, c, d = (torch.full((size, 2, 1), float(size)) for size in (1, 2, 3, 4))
     for x, expected in ((a, [a]), (b, [a, b]), (c, [a, b, c]), (d, [b, c, d])):
-        assert torch.equal(run_memory(memory, block, x), torch.cat(expected))
-        assert memory.verify(torch.zeros(sum(len(e) for e in expected), 2)) == sum(len(e) for e in expected[:-1])
-        memory.push({})
-    assert not block._forward_pre_hooks
-    memory.clear()
-    assert torch.equal(run_memory(memory, block, a), a)
+        assert torch.equal(run(x), torch.cat(expected))
+        assert run.memory.verify(torch.zeros(sum(len(e) for e in expected), 2)) == sum(len(e) for e in expected[:-1])
+    assert "forward" not in run.block.__dict__
+    run.memory.clear()
+    assert torch.equal(run(a), a)
 
 
 def test_memory_keeps_its_own_copy():
-    block = nn.Identity()
-    memory = TokenMemory(block, "block", 2)
+    run = Remembering(nn.Identity(), "block", 2)
     x = torch.ones(1, 2, 1)
-    run_memory(memory, block, x)
-    memory.push({})
+    run(x)
     x.zero_()
-    assert torch.equal(run_memory(memory, block, x), torch.tensor([[[1.0], [1.0]], [[0.0], [0.0]]]))
+    assert torch.equal(run(x), torch.tensor([[[1.0], [1.0]], [[0.0], [0.0]]]))
 
 
 def test_batches_of_another_length_are_left_out(caplog):
-    block = nn.Identity()
-    memory = TokenMemory(block, "fusion.0", 4)
+    run = Remembering(nn.Identity(), "fusion.0", 4)
     lengths, expected = (2, 3, 2, 3, 3), (1, 1, 2, 2, 3)
     for length, samples in zip(lengths, expected, strict=True):
-        output = run_memory(memory, block, torch.ones(1, length, 1))
-        assert output.shape == (samples, length, 1)
-        assert memory.verify(torch.zeros(samples, 2)) == memory.samples == samples - 1
-        memory.push({})
-        memory.expect(torch.zeros(1, 2))
+        assert run(torch.ones(1, length, 1)).shape == (samples, length, 1)
+        assert run.memory.verify(torch.zeros(samples, 2)) == run.memory.samples == samples - 1
+        run.memory.expect(torch.zeros(1, 2))
     assert caplog.text.count("Stored batches entered 'fusion.0' with other numbers of tokens") == 1
 
 
@@ -56,15 +69,12 @@ class OptionalMask(nn.Module):
 
 
 def test_batches_without_a_mask_are_left_out(caplog):
-    block = OptionalMask()
-    memory = TokenMemory(block, "block", 4)
+    run = Remembering(OptionalMask(), "block", 4)
     mask = torch.tensor([[1.0, 0.0]])
     for given, samples in ((mask, 1), (None, 1), (mask, 2), (None, 2), (None, 3)):
-        with memory.extend():
-            output = block(torch.ones(1, 2, 1), mask=given)
+        output = run(torch.ones(1, 2, 1), mask=given)
         assert output.shape[0] == samples
         assert (output[:, 1] == (given is None)).all()
-        memory.push({})
     assert caplog.text.count("a mask where this one has none") == 1
 
 
@@ -76,15 +86,12 @@ class Positioned(nn.Module):
 
 
 def test_arguments_without_a_batch_are_left_alone():
-    block = Positioned()
-    memory = TokenMemory(block, "block", 3)
+    run = Remembering(Positioned(), "block", 3)
     positions = torch.arange(2.0).view(1, 2, 1)
     stored = []
     for size in (4, 1, 4, 1, 1, 2):
         x = torch.full((size, 2, 1), float(size))
-        with memory.extend():
-            assert torch.equal(block(x, positions), torch.cat([*stored[-2:], x]) + positions)
-        memory.push({})
+        assert torch.equal(run(x, positions), torch.cat([*stored[-2:], x]) + positions)
         stored.append(x)
 
 
@@ -93,16 +100,13 @@ def test_masks_are_remembered_with_their_tokens():
         def forward(self, x, mask):
             return x * mask[..., None]
 
-    block = Masked()
-    memory = TokenMemory(block, "block", 2)
+    run = Remembering(Masked(), "block", 2)
     for value, expected in ((1.0, [1.0, 1.0]), (2.0, [1.0, 1.0, 2.0, 2.0])):
-        with memory.extend():
-            output = block(torch.ones(2, 3, 1), mask=torch.full((2, 3), value))
+        output = run(torch.ones(2, 3, 1), mask=torch.full((2, 3), value))
         assert output[:, 0, 0].tolist() == expected
-        memory.push({})
 
 
 def test_a_block_without_tokens():
-    memory = TokenMemory(nn.Identity(), "fusion.0", 2)
-    with pytest.raises(ValueError, match="'fusion.0' to be called with tokens"), memory.extend():
-        memory.block(torch.tensor(1.0))
+    run = Remembering(nn.Identity(), "fusion.0", 2)
+    with pytest.raises(ValueError, match="'fusion.0' to be called with tokens"):
+        run(torch.tensor(1.0))
