@@ -244,7 +244,7 @@ class Adaptation(Uncopied):
         with torch.inference_mode(False), torch.enable_grad():
             self._stepper.adapt(args, kwargs)
         self._replay.start_pass()
-        self._observer.start_prediction(lambda: self._replay.enabled)
+        self._observer.start_prediction(lambda: self._replay.enabled and self._is_nested())
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._observer.inside or (self._is_nested() and sys._getframe(1) is not self._outer):

@@ -193,11 +193,11 @@ class BlockPasses(Uncopied):
             try:
                 with torch.inference_mode(False), torch.enable_grad():
                     passed = self._pass(forward, *as_constants(args, kwargs))
+                batch.prediction = passed._replace(condition=self._condition())
             except RuntimeError as error:  # such as of tensors made in inference mode that it gets from elsewhere
                 self._keeps = False
                 log.debug("'%s' is not run with gradients in predictions: %s", self.memory.name, error)
             else:
-                batch.prediction = passed._replace(condition=self._condition())
                 # A copy, for who gets it may edit it in place.
                 return tree_map_only(Tensor, lambda x: x.detach().clone(), passed.output)
             finally:

@@ -204,8 +204,11 @@ class Stepper:
         def again(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
             own_args, own_kwargs = (args, kwargs) if edit is None or args is None else edit(args, kwargs)
+            entered = None if self._memory is None else self._memory.current
             step = self._observe(own_args, own_kwargs, tokens)
             assert step is not None
+            if self._memory is not None:
+                self._memory.current = entered  # not what the method made of it
             return step
 
         made = self._method.gradients(step, again)

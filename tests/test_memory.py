@@ -4,17 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_abpem import passes
 from lightning_abpem.memory import TokenMemory
 from lightning_abpem.passes import BlockPasses
 
-pytestmark = pytest.mark.parametrize("least", [0, 2**62], ids=["apart", "together"])
-
-
-@pytest.fixture(autouse=True)
-def large(monkeypatch, least):
-    """From which size on batches pass the block by themselves."""
-    monkeypatch.setattr(passes, "LARGE", least)
+pytestmark = pytest.mark.usefixtures("batches_pass")
 
 
 class Remembering:
