@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_abpem import ABPEM
-from lightning_abpem import passes as block_passes
 from lightning_abpem.functional import dense_score_statistics, gaussian_kl, marginal_balance, principal_entropy
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.cavmae import Block
 from lightning_abpem.models.digits import DigitsModel
+from lightning_abpem.passes import is_large
 
 __all__ = ["Anatomy", "FusionAlone", "Inputs", "anatomy", "by_hand", "engine", "published_way"]
 
@@ -182,7 +182,7 @@ def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterato
     kept: _Passed | None = None
     for inputs in batches:
         tokens = own.encode(inputs)
-        goes_alone = tokens.nbytes >= block_passes.LARGE
+        goes_alone = is_large(tokens)
         if goes_alone:
             older = list(stored)[: -1 if kept else None]
             passes = [kept] * bool(kept) + [own.block.fused(x) for x in (*older, tokens)]

@@ -30,12 +30,15 @@ from lightning_abpem.modules import Uncopied, substituted
 from lightning_abpem.projections import FusionAttention
 from lightning_abpem.spans import Tokens
 
-__all__ = ["LARGE", "BlockPasses", "Pass"]
+__all__ = ["LARGE", "BlockPasses", "Pass", "is_large"]
 
 log = logging.getLogger(__name__)
 
-LARGE = 4 * 2**20
-"""Bytes of tokens from which on a batch passes the block by itself: below, the calls cost more than they spare."""
+LARGE = 2**20
+"""Bytes of tokens from which on a batch passes the block by itself: below, the calls cost more than they spare.
+
+Measured on a CPU (docs/performance); elsewhere, where a call costs launches, sixteen times that, by arithmetic.
+"""
 
 _AUDITED_PASSES = 2
 
@@ -115,7 +118,7 @@ class BlockPasses(Uncopied):
             is_trusted: asked at the block's call, whether the same arguments give the same tokens.
         """
         batch = self.memory.current
-        if batch is None or not (self._keeps and self._parts and _is_large(batch) and self.memory.verified):
+        if batch is None or not (self._keeps and self._parts and self.memory.verified and _any_large(batch)):
             return
         if not (self._carried.moves or self._unaudited or any(self._hooks) or torch.is_grad_enabled()):
             stand_in = partial(self._predict, self._block.forward, batch, is_trusted)
@@ -220,7 +223,7 @@ class BlockPasses(Uncopied):
     def _can_part(self, leaves: Sequence[Any]) -> bool:
         assert self.memory.current is not None
         is_constant = not any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-        return self._parts and is_constant and _is_large(self.memory.current)
+        return self._parts and is_constant and _any_large(self.memory.current)
 
     def _kept(self, batch: RememberedBatch) -> _Passed | None:
         """The pass of the batch's prediction, if one made now would be the same."""
@@ -233,8 +236,13 @@ class BlockPasses(Uncopied):
         return precision(state), versions(state), [x.data_ptr() for x in state]
 
 
-def _is_large(batch: RememberedBatch) -> bool:
-    return max(x.nbytes for x in batch.tensors.values()) >= LARGE
+def is_large(tokens: Tensor) -> bool:
+    """Whether a batch of these tokens is one to pass by itself."""
+    return tokens.nbytes >= LARGE * (1 if tokens.device.type == "cpu" else 16)
+
+
+def _any_large(batch: RememberedBatch) -> bool:
+    return any(map(is_large, batch.tensors.values()))
 
 
 def _arguments(
