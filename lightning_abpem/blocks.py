@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -62,11 +61,18 @@ def _parts(x: Tensor, tokens: Mapping[str, Tokens]) -> dict[str, Tensor]:
     """
     bounds = {name: own.span.indices(x.shape[1])[:2] for name, own in tokens.items()}
     ordered = sorted(bounds, key=lambda name: bounds[name])
-    cuts = [0, *(bound for name in ordered for bound in bounds[name]), x.shape[1]]
-    sizes = [stop - start for start, stop in pairwise(cuts)]
-    if min(sizes) < 0:
+    pieces: list[tuple[str | None, int]] = []  # whose it is, None for nobody, and how many tokens
+    end = 0
+    for name in ordered:
+        start, stop = bounds[name]
+        pieces += [(None, start - end), (name, stop - start)]
+        end = stop
+    pieces.append((None, x.shape[1] - end))
+    if min(size for _, size in pieces) < 0:
         return {name: x[:, own.span] for name, own in tokens.items()}
-    return dict(zip(ordered, x.split(sizes, 1)[1::2], strict=True))  # what is between them is nobody's
+    pieces = [(name, size) for name, size in pieces if name or size]  # backward would make zeros for the empty ones
+    parts = x.split([size for _, size in pieces], 1)
+    return {name: part for (name, _), part in zip(pieces, parts, strict=True) if name is not None}
 
 
 def _dense(call: FusedCall, q: Tensor, k: Tensor, rows: Tokens, columns: Tokens) -> ScoreStatistics:

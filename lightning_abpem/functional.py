@@ -120,7 +120,7 @@ def read_balance(logits: Tensor) -> Tensor:
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
     """KL( N(mean_p, std_p) || N(mean_q, std_q) ), elementwise: log(t/s) + (s^2 + (a-b)^2) / (2 t^2) - 1/2."""
     ratio = std_p / std_q
-    return -ratio.log() + (ratio.square() + ((mean_p - mean_q) / std_q).square() - 1) / 2
+    return (ratio.square() + ((mean_p - mean_q) / std_q).square() - 1) / 2 - ratio.log()
 
 
 def _root(variance: Tensor) -> Tensor:

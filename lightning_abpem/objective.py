@@ -22,7 +22,7 @@ from lightning_abpem.functional import (
 )
 from lightning_abpem.stream import StreamPredictions, shuffledness
 
-__all__ = ["Auto", "Balance", "Comparison", "Objective", "Pair", "Parts", "joined"]
+__all__ = ["Auto", "Balance", "Comparison", "Objective", "Pair", "Parts", "joined", "weighted"]
 
 Auto = Literal["auto"]
 Balance = Literal["stream", "marginal", "read"]
@@ -112,9 +112,9 @@ class Objective:
         compared = _compare([comparison for layers in attention.values() for comparison in layers])
         layers = [len(own) for own in attention.values()]
         # A part that does not count cannot spoil the loss either.
-        confidence = self.entropy_weight * principal if self.entropy_weight else torch.zeros_like(principal)
+        confidence = weighted(self.entropy_weight, principal) if self.entropy_weight else torch.zeros_like(principal)
         if self.balance_weight:
-            confidence = confidence - self.balance_weight * balance
+            confidence = confidence - weighted(self.balance_weight, balance)
         bootstrapping = _over_layers(compared.divergence, layers).sum()
         record = {"principal_entropy": principal.detach(), "balance": balance.detach()}
         with torch.no_grad():
@@ -149,6 +149,11 @@ class Objective:
         assert shuffled is not None
         share = shuffled * (1 - 1 / logits.shape[0])  # one sample has no balance of its own
         return share * marginal_balance(logits) + (1 - share) * stream_balance(logits, stream.counts)
+
+
+def weighted(weight: float, term: Tensor) -> Tensor:
+    """``weight * term``, which is the term itself for the usual weight of 1."""
+    return term if weight == 1 else weight * term
 
 
 def joined(parts: Sequence[Mapping[Pair, Sequence[Comparison]]]) -> Mapping[Pair, Sequence[Comparison]]:
@@ -210,6 +215,8 @@ def _compare(comparisons: Sequence[Comparison]) -> _Compared:
 
 def _over_layers(figure: Tensor, layers: Sequence[int]) -> Tensor:
     """The mean over each pair's layers, whose numbers are `layers`: (..., comparisons) to (..., pairs)."""
+    if max(layers) == 1:
+        return figure
     if len(set(layers)) == 1:
         return figure.unflatten(-1, (-1, layers[0])).mean(-1)
     return torch.stack([own.mean(-1) for own in figure.split(layers, -1)], -1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class AdaptedWeights:
         self._factory, self._before_writing = optimizer, before_writing
         self._source = [p.detach().clone() for p in self._params]
         self._sums = source_sums([whole(p) for p in self._source])
-        self._fate: LateBools | None = None
+        self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
         self.updates = self.skipped = self.updates_since_reset = 0
         self._start()
 
@@ -74,17 +75,14 @@ class AdaptedWeights:
         Returns:
             Whether the step was taken: a bool scalar. `settle` tells the host.
         """
-        finite = all_finite(loss, *gradients)
-        before = [master.clone() for master in self._masters]
-        for master, gradient in zip(self._masters, gradients, strict=True):
+        for old, master, gradient in zip(self._before, self._masters, gradients, strict=True):
+            old.copy_(master)
             master.grad = None if gradient is None else gradient.to(master)
-        self._step_if(finite)
+        step = self._step_on_device if answers_late(loss) else self._step_on_host
+        taken = step(loss, *gradients)
         for master in self._masters:
             master.grad = None
-        taken = finite & all_finite(*self._masters)
-        self._take_back_unless(taken, before)
         self._set(self._masters)
-        self._fate = LateBools(finite, taken)
         return taken
 
     def settle(self) -> bool | None:
@@ -92,7 +90,7 @@ class AdaptedWeights:
         fate, self._fate = self._fate, None
         if fate is None:
             return None
-        finite, taken = fate.read()
+        finite, taken = fate()
         if taken:
             self.updates += 1
             self.updates_since_reset += 1
@@ -128,35 +126,51 @@ class AdaptedWeights:
                 optimizer.load_state_dict(plain(state["optimizer"]))  # a copy: it would step with the state's tensors
         except (ValueError, KeyError, RuntimeError) as error:
             raise ValueError(f"The state's optimizer does not fit this one: {error}") from error
-        self._masters, self._optimizer = masters, optimizer
+        self._use(masters, optimizer)
         with torch.no_grad():
             for name, master in zip(self._names, masters, strict=True):
                 master.copy_(state["params"][name])
         self._set(masters)
         self.updates, self.skipped, self.updates_since_reset = state["counts"]
 
-    @torch.enable_grad()
-    def _step_if(self, finite: Tensor) -> None:
-        optimizer = self._optimizer
-        # "_step_supports_amp_scaling" is torch's name for what takes `found_inf`.
-        if not (answers_late(finite) and getattr(optimizer, "_step_supports_amp_scaling", False)):
-            if finite:
-                optimizer.step()
-            return
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
-
-    def _take_back_unless(self, taken: Tensor, before: Sequence[Tensor]) -> None:
-        is_known_taken = not answers_late(taken) and bool(taken)
-        for master, old in zip(self._masters, before, strict=True):
-            if is_known_taken:
+    def _step_on_host(self, *gradients: Tensor | None) -> Tensor:
+        """Where to look at a value costs nothing."""
+        finite = taken = _are_finite(*gradients)
+        if finite:
+            with torch.enable_grad():
+                self._optimizer.step()
+            taken = _are_finite(*self._masters)
+        for old, master in zip(self._before, self._masters, strict=True):
+            if taken:
                 increment_version(master)  # which fused kernels do not
             else:
-                master.copy_(master.where(taken, old))
+                master.copy_(old)
+        self._fate = lambda: (finite, taken)
+        return torch.tensor(taken)
+
+    def _step_on_device(self, *gradients: Tensor | None) -> Tensor:
+        """Where it means to wait for what is under way."""
+        optimizer, finite = self._optimizer, all_finite(*gradients)
+        with torch.enable_grad():
+            # "_step_supports_amp_scaling" is torch's name for what takes `found_inf`.
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+                optimizer.step()
+                del optimizer.grad_scale, optimizer.found_inf
+            elif finite:
+                optimizer.step()
+        taken = finite & all_finite(*self._masters)
+        for old, master in zip(self._before, self._masters, strict=True):
+            master.copy_(master.where(taken, old))
+        self._fate = LateBools(finite, taken).read
+        return taken
 
     def _start(self) -> None:
-        self._masters, self._optimizer = self._fresh()
+        self._use(*self._fresh())
+
+    def _use(self, masters: list[nn.Parameter], optimizer: Any) -> None:
+        self._masters, self._optimizer = masters, optimizer
+        self._before = [torch.empty_like(master, requires_grad=False) for master in masters]
 
     def _fresh(self) -> tuple[list[nn.Parameter], Any]:
         masters = [_master(p) for p in self._params]
@@ -213,14 +227,23 @@ def describe_run(
 
 
 def all_finite(*tensors: Tensor | None) -> Tensor:
-    """Whether no tensor holds NaN or infinity, a bool scalar; None counts as finite.
+    """Whether no tensor holds NaN or infinity, a bool scalar; None counts as finite."""
+    extremes = _extremes(tensors)
+    if not extremes:
+        return torch.tensor(True)
+    return (torch.stack(extremes) * 0).sum() == 0  # NaN, if one of them is not finite
 
-    By the least and the largest value, through which NaN passes: nothing of a tensor's size is written. `aminmax` is
-    several times slower than both alone where a tensor is not contiguous.
+
+def _are_finite(*tensors: Tensor | None) -> bool:
+    """The same, known to the host."""
+    return all(math.isfinite(extreme.item()) for extreme in _extremes(tensors))
+
+
+def _extremes(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """The least and the largest value of every tensor: NaN passes through them, and nothing of its size is written.
+
+    `aminmax` is several times slower than both alone where a tensor is not contiguous.
     """
     there = [x for x in tensors if x is not None and x.numel()]
-    if not there:
-        return torch.tensor(True)
     pairs = [x.aminmax() if x.is_contiguous() else (x.amin(), x.amax()) for x in there]
-    extremes = torch.stack([extreme for pair in pairs for extreme in pair])
-    return (extremes * 0).sum() == 0  # NaN, if one of them is not finite
+    return [extreme for pair in pairs for extreme in pair]

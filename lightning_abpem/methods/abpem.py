@@ -13,7 +13,7 @@ from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.functional import widen
 from lightning_abpem.fusion import FusionPatterns
 from lightning_abpem.method import Again, Gradients, Method, Record, Step
-from lightning_abpem.objective import Auto, Balance, Objective, Parts
+from lightning_abpem.objective import Auto, Balance, Objective, Parts, weighted
 from lightning_abpem.spans import Modalities
 from lightning_abpem.stream import StreamPredictions, extend_stream
 
@@ -60,7 +60,7 @@ class Bootstrapping(Method):
         parts, weight = self._parts(step), self.objective.attention_weight
         loss = parts.confidence
         if weight != "auto" and weight:
-            loss = loss + weight * parts.bootstrapping
+            loss = loss + weighted(weight, parts.bootstrapping)
         return loss, {"loss": loss.detach(), **parts.record}
 
     def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
