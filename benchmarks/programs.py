@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_abpem import ABPEM
+from lightning_abpem.engine.block_passes import is_large
 from lightning_abpem.functional import dense_score_statistics, gaussian_kl, marginal_balance, principal_entropy
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.cavmae import Block
 from lightning_abpem.models.digits import DigitsModel
-from lightning_abpem.passes import is_large
 
 __all__ = ["Anatomy", "FusionAlone", "Inputs", "anatomy", "by_hand", "engine", "published_way"]
 

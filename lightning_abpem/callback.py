@@ -12,14 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_abpem.adaptation import Adaptation
-from lightning_abpem.fusion import FusionPatterns
-from lightning_abpem.method import Method, Predicts
-from lightning_abpem.run import Run, Stage
-from lightning_abpem.saving import check_form, check_saved, read_state, write_state
-from lightning_abpem.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
-from lightning_abpem.spans import Modalities
-from lightning_abpem.strategies import check_strategy
+from lightning_abpem.attention.fusion import FusionPatterns
+from lightning_abpem.attention.spans import Modalities
+from lightning_abpem.engine.adaptation import Adaptation
+from lightning_abpem.engine.checkpoint import check_form, check_saved, read_state, write_state
+from lightning_abpem.engine.method import Method, Predicts
+from lightning_abpem.engine.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
+from lightning_abpem.trainer.run import Run, Stage
+from lightning_abpem.trainer.strategies import check_strategy
 
 __all__ = ["Options", "TestTimeAdaptation"]
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_abpem.attention.origins import SeenCall, joint_spans, short_names
+from lightning_abpem.attention.projections import find_attention
+from lightning_abpem.attention.statistics import Pair
+from lightning_abpem.attention.trace import tracing
 from lightning_abpem.display import inspection_table, plain_text
-from lightning_abpem.logits import read_logits
-from lightning_abpem.modules import find_modules
-from lightning_abpem.objective import Pair
-from lightning_abpem.projections import find_attention
-from lightning_abpem.seen import SeenCall, joint_spans, short_names
-from lightning_abpem.tracing import tracing
+from lightning_abpem.engine.logits import read_logits
+from lightning_abpem.modules.names import find_modules
 
 __all__ = ["Inspection", "inspect", "inspecting"]
 

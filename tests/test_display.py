@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from lightning_abpem.display import comparison_table
-from lightning_abpem.report import severity_figure
+from lightning_abpem.report.severity import severity_figure
 
 ROW = {
     "name": "image: fog",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_abpem import ABPEM, inspect
-from lightning_abpem.fusion import find_fusion
+from lightning_abpem.attention.fusion import find_fusion
 from tests.families import FAMILIES
 from tests.toy import CLASSES, WIDTH, FusedAttention, batches, make_toy
 

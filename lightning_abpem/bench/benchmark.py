@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_abpem.attention.fusion import FusionPatterns
+from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.bench.protocols import Kinds
 from lightning_abpem.data.corruptions import Corruption, Sensor
-from lightning_abpem.fusion import FusionPatterns
-from lightning_abpem.spans import Modalities
 
 __all__ = ["Benchmark"]
 

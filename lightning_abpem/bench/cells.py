@@ -14,11 +14,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_abpem.adaptation import Adaptation
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.protocols import Item, find_protocol
 from lightning_abpem.bench.settings import hyper_parameters
 from lightning_abpem.bench.variants import Variant
+from lightning_abpem.engine.adaptation import Adaptation
 
 __all__ = ["BINS", "Cell", "run_cell", "stream_of"]
 

@@ -13,7 +13,7 @@ import torch
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.data.corruptions import Sensor
-from lightning_abpem.method import check_range
+from lightning_abpem.engine.method import check_range
 from lightning_abpem.methods import ABPEM, EATA, MMTTA, READ, SAR, Source, SuMi, Tent
 
 __all__ = ["METHODS", "VARIANTS", "Variant", "find_variants"]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_abpem.attention.fusion import FusionPatterns
+from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.engine.method import Again, Gradients, Method, Record, Step
 from lightning_abpem.functional import widen
-from lightning_abpem.fusion import FusionPatterns
-from lightning_abpem.method import Again, Gradients, Method, Record, Step
-from lightning_abpem.objective import Auto, Balance, Objective, Parts, weighted
-from lightning_abpem.spans import Modalities
-from lightning_abpem.stream import StreamPredictions, extend_stream
+from lightning_abpem.methods.objective import Auto, Balance, Objective, Parts, weighted
+from lightning_abpem.methods.stream import StreamPredictions, extend_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

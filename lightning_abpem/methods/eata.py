@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.engine.method import Record, Step, check_range, record_of
 from lightning_abpem.functional import entropy, widen
-from lightning_abpem.method import Record, Step, check_range, record_of
 from lightning_abpem.methods.norms import NormMethod, running_mean
 
 if TYPE_CHECKING:

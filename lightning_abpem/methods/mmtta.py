@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.engine.method import Again, Gradients, Record, Step, record_of
 from lightning_abpem.functional import entropy, widen
-from lightning_abpem.method import Again, Gradients, Record, Step, record_of
 from lightning_abpem.methods.norms import NormMethod
 from lightning_abpem.methods.unimodal import Inputs, check_inputs, unimodal_logits
 

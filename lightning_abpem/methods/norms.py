@@ -9,8 +9,8 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_abpem.fusion import JointFusion, SeparateFusion
-from lightning_abpem.method import Method, Predicts
+from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
+from lightning_abpem.engine.method import Method, Predicts
 
 __all__ = ["NormMethod", "batch_statistics", "norm_params", "running_mean"]
 

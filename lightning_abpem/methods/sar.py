@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.engine.method import Again, Gradients, Record, Step, check_range, record_of
 from lightning_abpem.functional import entropy, widen
-from lightning_abpem.method import Again, Gradients, Record, Step, check_range, record_of
 from lightning_abpem.methods.norms import NormMethod, running_mean
 
 if TYPE_CHECKING:

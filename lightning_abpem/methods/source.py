@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
 from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.engine.method import Method, Record, Step, record_of
 from lightning_abpem.functional import entropy
-from lightning_abpem.fusion import JointFusion, SeparateFusion
-from lightning_abpem.method import Method, Record, Step, record_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

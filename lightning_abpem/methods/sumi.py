@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.engine.method import Again, Gradients, Predicts, Record, Step, check_range, record_of
 from lightning_abpem.functional import entropy, read_balance, widen
-from lightning_abpem.method import Again, Gradients, Predicts, Record, Step, check_range, record_of
 from lightning_abpem.methods.norms import NormMethod
 from lightning_abpem.methods.unimodal import Inputs, check_inputs, unimodal_logits
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.engine.method import Record, Step, record_of
 from lightning_abpem.functional import entropy
-from lightning_abpem.method import Record, Step, record_of
 from lightning_abpem.methods.norms import NormMethod
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_abpem.method import Again, Edit
+from lightning_abpem.engine.method import Again, Edit
 
 __all__ = ["Inputs", "check_inputs", "only", "unimodal_logits"]
 

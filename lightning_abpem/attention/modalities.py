@@ -1,0 +1,144 @@
+"""Whose tokens a batch has: as the user says, or as the concatenation ahead of the fusion shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_abpem.attention.calls import AttentionCall
+from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
+from lightning_abpem.attention.origins import SeenCall, joint_spans
+from lightning_abpem.attention.spans import TokenMask, Tokens, check_disjoint, select_tokens
+from lightning_abpem.modules.patches import normal_tensor
+
+__all__ = ["BatchTokens", "refuse_silence"]
+
+log = logging.getLogger(__name__)
+
+
+class BatchTokens:
+    """From the target's arguments to the tokens of each modality.
+
+    Args:
+        spans: what is known of them; None to read them off a forward, once for each shape of the arguments.
+        fusion: the attentions that they enter.
+        trace: the attention calls of a forward with these arguments.
+        report: told the spans that were read.
+    """
+
+    def __init__(
+        self,
+        spans: Mapping[str, Tokens | TokenMask] | None,
+        fusion: JointFusion | SeparateFusion,
+        trace: Callable[[Any, Any], list[SeenCall]],
+        report: Callable[[str], None],
+    ) -> None:
+        self._spans, self._fusion, self._trace, self._report = spans, fusion, trace, report
+        self._read: dict[tuple[Any, ...], dict[str, Tokens]] = {}
+        self._unchecked = True
+        ranges = [own for own in (spans or {}).values() if isinstance(own, Tokens) and own.of is None]
+        self._doubts_ranges = bool(ranges) and isinstance(fusion, JointFusion)
+        self._length: int | None = None  # of the first batch's sequence
+
+    def __call__(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+        """The tokens of each modality in this batch.
+
+        Raises:
+            ValueError: if they cannot be read, a mask is not one, or, in the first batch, two modalities share tokens.
+        """
+        if self._spans is None:
+            key = _describe(args, kwargs)
+            if key not in self._read:
+                self._read[key] = self._off_a_forward(args, kwargs)
+            return self._read[key]
+        if all(isinstance(span, Tokens) for span in self._spans.values()):
+            return cast(dict[str, Tokens], self._spans)
+        with torch.no_grad():
+            tokens = select_tokens(self._spans, *tree_map(normal_tensor, (args, kwargs)))
+        if self._unchecked and isinstance(self._fusion, JointFusion):
+            check_disjoint(tokens)
+            self._unchecked = False
+        return tokens
+
+    def check(
+        self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], args: Any, kwargs: Any
+    ) -> dict[str, Tokens]:
+        """Hold the tokens against the calls; those that were read off another batch are read again if they do not fit.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        if self._doubts_ranges:
+            self._warn_of_other_lengths(calls)
+        try:
+            self._fusion.check(calls, tokens)
+        except ValueError:
+            if self._spans is not None:
+                raise
+            tokens = self._read[_describe(args, kwargs)] = self._off_a_forward(args, kwargs)
+            self._fusion.check(calls, tokens)
+        return tokens
+
+    def _warn_of_other_lengths(self, calls: Sequence[AttentionCall]) -> None:
+        """Ranges fit any sequence that is long enough, but where its length varies they hold other tokens."""
+        length = calls[0].shape[2]
+        if self._length is None:
+            self._length = length
+        elif length != self._length:
+            log.warning(
+                "The ranges of `modalities` were first met by %d tokens in '%s' and now by %d. They stay as they are, "
+                "so that a token may count for another modality, or for none. Where numbers of tokens vary, give "
+                'functions from the arguments to masks, or "auto".',
+                *(self._length, calls[0].name, length),
+            )
+            self._doubts_ranges = False
+
+    def _off_a_forward(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+        seen = self._trace(args, kwargs)
+        own = [call for call in seen if any(_is_inside(call.name, x.name) for x in self._fusion.watched)]
+        if not own:
+            refuse_silence(self._fusion, (), seen)
+        within = list(dict.fromkeys(str(call) for call in own if call.shape != "joint"))
+        fitting = list(dict.fromkeys(call.name for call in own if call.shape == "joint"))
+        if within and fitting:
+            raise ValueError(
+                f"Expected `fusion` to match the attention over all modalities alone, but of its "
+                f"{len(within) + len(fitting)} matches {len(within)} see one module's tokens only: "
+                f"{', '.join(within)}. Name fewer: fusion={fitting!r}."
+            )
+        spans = joint_spans(own[0])
+        listed = ", ".join(f'"{name}": ({tokens.span.start}, {tokens.span.stop})' for name, tokens in spans.items())
+        self._report(f"ABPEM reads off this batch, of {own[0].queries} tokens: modalities={{{listed}}}")
+        return spans
+
+
+def refuse_silence(fusion: JointFusion | SeparateFusion, called: Collection[str], seen: Sequence[SeenCall]) -> NoReturn:
+    """Say which fusion attentions a forward did not call, and which calls it made.
+
+    Raises:
+        ValueError: always.
+    """
+    silent = [attention.name for attention in fusion.watched if attention.name not in called]
+    raise ValueError(
+        f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
+        f"Seen elsewhere: {'; '.join(dict.fromkeys(map(str, seen))) or 'none'}."
+    )
+
+
+def _describe(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """What the spans may depend on: the shapes of the arguments, less the batch, and what is no tensor."""
+    leaves, spec = tree_flatten((args, kwargs))
+    plain = (int, float, bool, str, type(None))
+    return (
+        spec,
+        *(x.shape[1:] if isinstance(x, Tensor) else x if isinstance(x, plain) else type(x) for x in leaves),
+    )
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")

@@ -1,0 +1,270 @@
+"""The engine: adapts a model at its call, without labels. It needs torch alone.
+
+While an `Adaptation` is open, a call of the target module first adapts parameters of the model, as a method says, to
+the batch it is called with, and then proceeds as it would have: the caller sees the adapted logits without any change.
+The way of a batch: `_before_call` -> `Stepper.adapt` (forward, gradients, step) -> the call itself, its frozen part
+replayed -> `_after_call`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_abpem.attention.fusion import find_fusion
+from lightning_abpem.engine.forward import Observer
+from lightning_abpem.engine.logits import check_head
+from lightning_abpem.engine.loss_scale import LossScale
+from lightning_abpem.engine.memory import find_memory
+from lightning_abpem.engine.method import Record, collected
+from lightning_abpem.engine.replay import FrozenReplay
+from lightning_abpem.engine.settings import Settings
+from lightning_abpem.engine.shards import check_shards, gathers_weights, modules_of_shards, reshard
+from lightning_abpem.engine.step import Stepper
+from lightning_abpem.engine.weights import AdaptedWeights, describe_run
+from lightning_abpem.modules.compiled import around_calls, check_entry
+from lightning_abpem.modules.names import named_module
+from lightning_abpem.modules.patches import (
+    Uncopied,
+    adapted_once,
+    check_eval,
+    only_trainable,
+    without_inference_tensors,
+)
+
+__all__ = ["Adaptation"]
+
+log = logging.getLogger(__name__)
+
+
+class Adaptation(Uncopied):
+    """Adapts `model` while its ``with`` block lasts; afterwards everything is as it was, bit by bit.
+
+    Args:
+        model: the model; names in the settings are relative to it.
+        settings: what to adapt and how.
+        on_step: called after each step with its record (detached scalars by name) and the number of samples.
+        report: told what adapts, and which spans were read off a batch.
+        scale: of the loss, where gradients pass through float16; default: as torch.amp.GradScaler begins.
+
+    Attributes:
+        params: the adapted parameters by name.
+        calls: calls of the target so far.
+        updates: steps taken.
+        skipped: steps not taken because the loss or a gradient was not finite.
+        record: the last step's figures, as the method names them, and `updated`: 1 if the step was taken.
+        state: what the method keeps of earlier batches.
+
+    Raises:
+        ValueError: on construction, with nothing changed: the names match no attention, a part of the model is in
+            training mode, or it is being adapted already. At a call, before any weight moves: spans, k or logits do not
+            fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        on_step: Callable[[dict[str, Tensor], int], None] | None = None,
+        report: Callable[[str], None] = log.info,
+        scale: LossScale | None = None,
+    ) -> None:
+        self.model, self.settings, self.on_step, self._report = model, settings, on_step, report
+        reshard(model)
+        self.target = model if settings.target is None else named_module(model, settings.target, "target")
+        self.method = settings.method
+        self.fusion = None if settings.patterns is None else find_fusion(model, settings.patterns)
+        self.params = collected(self.method, model, self.fusion)
+        self.watched = self.fusion.watched if self.fusion is not None and self.method.needs_attention else []
+        self.memory = None
+        if settings.memory_batches > 1:
+            names = [attention.name for attention in self.watched]
+            self.memory = find_memory(model, self.target, names, settings.memory_at, settings.memory_batches)
+        if settings.logits is None:
+            check_head(model)
+        check_entry(model, self.target)
+        check_eval(model)
+        self.calls = 0
+        self._outer: FrameType | None = None  # the call of the target that is under way
+        self._scale = LossScale() if scale is None else scale
+        self._observer = Observer(model, self.target, settings, self.fusion, self.watched, self.memory, report)
+        self._stack = ExitStack()
+
+    @property
+    def record(self) -> Record:
+        return self._stepper.record
+
+    @property
+    def updates(self) -> int:
+        self._stepper.settle()
+        return self._stepper.weights.updates
+
+    @property
+    def skipped(self) -> int:
+        self._stepper.settle()
+        return self._stepper.weights.skipped
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._stepper.state
+
+    def __enter__(self) -> Adaptation:
+        try:
+            with torch.inference_mode(False):
+                self.configure_model()
+            self._report(self.describe())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None = None, *_: Any) -> None:
+        try:
+            self.abandon() if kind else self.drain(is_last=True)
+        finally:
+            self.close()
+
+    def configure_model(self) -> None:
+        """Freeze all but the adapted parameters, keep their source values, attach the hooks; `close` undoes each."""
+        adapted = list(self.params.values())
+        if any(p.is_inference() for p in adapted):
+            raise ValueError(f"Parameters made inside torch.inference_mode() cannot adapt: {', '.join(self.params)}.")
+        self._observer.find_ranks()
+        self._stack.enter_context(adapted_once(self.model))
+        self._stack.enter_context(without_inference_tensors(self.model))
+        self._stack.enter_context(self.method.prepared(self.model))
+        self._stack.enter_context(only_trainable(self.model, adapted))
+        is_sharded = check_shards(self.params, self.method.name, self.method.reads_params)
+        letting_go = partial(reshard, self.model) if is_sharded else None
+        weights = AdaptedWeights(self.params, self.settings.optimizer, letting_go)
+        if self.settings.restore:
+            self._stack.callback(weights.restore)
+        in_memory = [] if self.memory is None else [self.memory.block]
+        hooked = [attention.module for attention in self.watched] + modules_of_shards(self.model)
+        self._replay = FrozenReplay(self.target, adapted, hooked, in_memory)
+        self._replay.enabled = self.settings.replay
+        if self._replay.enabled:
+            self._stack.enter_context(self._replay.attached())
+        self._stepper = Stepper(
+            *(self.settings, self.params, weights, self.memory, self._observer, self._replay, self._scale),
+            self._report_step,
+        )
+        self._stack.callback(self._stepper.settle)
+        self._stack.callback(self._observer.end_prediction)
+        first = gathers_weights(self.target)  # for a call of the engine's own, inside, lets go of them again
+        self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call, first))
+
+    def drain(self, is_last: bool = False, skipped: bool = False) -> bool:
+        """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one.
+
+        Args:
+            is_last: whether this one will have none any more.
+            skipped: whether it has no part, either, in what Lightning exchanges after the streams.
+
+        Returns:
+            whether all processes have a part in that.
+        """
+        ranks = self._observer.ranks
+        if ranks is None:
+            return True
+        if is_last:
+            ranks.leave(skipped)
+        ranks.resting = False
+        with torch.inference_mode(False), torch.enable_grad():
+            while not (ranks.over or (ranks.resting and not is_last)):
+                self._stepper.adapt(None, None)
+        return not ranks.some_skipped
+
+    def abandon(self) -> None:
+        """Tell the other processes that this one fails, so that they stop too."""
+        if self._observer.ranks is not None:
+            self._observer.ranks.abandon()
+
+    def close(self) -> None:
+        """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
+        with torch.inference_mode(False):
+            self._stack.close()
+        if self.memory is not None:
+            self.memory.clear()
+
+    def reset(self) -> None:
+        """Back to the source model: its weights, a fresh optimizer, an empty memory, nothing of earlier batches."""
+        with torch.inference_mode(False):
+            self._stepper.reset()
+
+    def reset_next(self) -> None:
+        """The same before the next batch, if there is one: with several processes, a batch of any."""
+        self._stepper.reset_next()
+
+    def state_dict(self, memory: bool = True) -> dict[str, Any]:
+        """What the stream needs to go on elsewhere, on the host: adapted values, optimizer, memory, random numbers.
+
+        The model itself is not in it. With several processes each has its own.
+
+        Args:
+            memory: whether the remembered tokens are wanted; without them a stream goes on with an empty memory.
+        """
+        return self._stepper.state_dict(memory)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a stream where `state_dict` was called, to the last bit.
+
+        Raises:
+            ValueError: if the state is damaged, or of another model, source, fusion pattern, method or optimizer;
+                nothing has changed then.
+        """
+        with torch.inference_mode(False):
+            self._stepper.load_state_dict(state)
+        self._report(f"{self.method.name} goes on from a state after {self.updates} updates.")
+
+    def describe(self) -> str:
+        """What adapts, by name, with counts."""
+        memory_at = None if self.memory is None else self.memory.name
+        return describe_run(self.settings, self.model, self.params, memory_at)
+
+    # ------------------------------------------------------------------------------------------- the way of a batch
+
+    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._observer.inside or self._is_nested():
+            return
+        self._outer = sys._getframe(1)
+        self.calls += 1
+        if self._observer.ranks is not None and self._observer.ranks.over:
+            return  # a call after the streams, in which the others have no part: it predicts
+        self._replay.start_batch()
+        self._observer.end_prediction()  # of a call that was interrupted
+        with torch.inference_mode(False), torch.enable_grad():
+            self._stepper.adapt(args, kwargs)
+        self._replay.start_pass()
+        self._observer.start_prediction(lambda: self._replay.enabled and self._is_nested())
+
+    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._observer.inside or (self._is_nested() and sys._getframe(1) is not self._outer):
+            return
+        self._outer = None
+        self._replay.end_batch()
+        self._observer.end_prediction()
+        with torch.inference_mode(False):
+            self._stepper.end_call(output)
+
+    def _is_nested(self) -> bool:
+        """Whether a call of the target is under way still, which called it again: that belongs to its prediction.
+
+        Told by the stack, for an interrupt ends a call without a word.
+        """
+        frame = None if self._outer is None else sys._getframe(1)
+        while frame is not None and frame is not self._outer:
+            frame = frame.f_back
+        return frame is not None
+
+    def _report_step(self, record: Record, samples: int) -> None:
+        if self.on_step is not None:
+            self.on_step(record, samples)

@@ -1,0 +1,214 @@
+"""The memory of the last batches, as the tokens that entered the fusion block: encoders are frozen, so never stale."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_abpem.attention.spans import Tokens
+from lightning_abpem.modules.names import named_module
+
+__all__ = ["ADVICE", "RememberedBatch", "TokenMemory", "find_memory"]
+
+log = logging.getLogger(__name__)
+
+ADVICE = "Name the fusion block with `memory_at`, or set memory_batches=1."
+
+
+@dataclass(eq=False)
+class RememberedBatch:
+    """One batch as it entered the block: its tensors by their place among the arguments.
+
+    `places` are those of all tensors, `tensors` those with a row for each sample; `masks` say whose tokens they are.
+    `prediction` is what its prediction left for the step after it, if anything.
+    """
+
+    places: frozenset[int]
+    tensors: dict[int, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    prediction: Any = None
+
+    @property
+    def samples(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def fits(self, other: RememberedBatch) -> bool:
+        """Whether both have the same arguments and numbers of tokens, so that they can be one batch."""
+        common = self.tensors.keys() & other.tensors.keys()
+        alike = all(self.tensors[i].shape[1:] == other.tensors[i].shape[1:] for i in common)
+        return self.places == other.places and alike
+
+
+class TokenMemory:
+    """First in, first out store of the tokens that entered the fusion block, the current batch included.
+
+    Stored batches with other numbers of tokens than the current one, or that came without a mask where it has one, are
+    left out of its step.
+
+    Args:
+        block: the fusion block. Everything after it must depend on the batch through its input alone.
+        name: its name, for messages.
+        batches: batches held, the current one included; at least 2.
+    """
+
+    def __init__(self, block: nn.Module, name: str, batches: int) -> None:
+        self.block, self.name = block, name
+        self._stored: deque[RememberedBatch | None] = deque(maxlen=batches - 1)
+        self._past: list[RememberedBatch] = []  # those of the stored batches that fit the current one
+        self.current: RememberedBatch | None = None
+        self._predicted: Tensor | None = None
+        self.verified = self._warned = False
+
+    def begin(self) -> None:
+        """A pass begins, in which a batch may enter."""
+        self.current, self._past = None, []
+
+    def enter(self, leaves: Sequence[Any], tokens: Mapping[str, Tokens]) -> list[RememberedBatch]:
+        """The current batch enters the block, as the leaves of its arguments; all that pass it, the oldest first.
+
+        Args:
+            leaves: what the block is called with.
+            tokens: whose tokens are whose.
+
+        Raises:
+            ValueError: if there is no tensor among them.
+        """
+        sizes = {i: x.shape[0] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim()}
+        if not sizes:
+            raise ValueError(f"Expected '{self.name}' to be called with tokens, but got {leaves}. {ADVICE}")
+        # What has as many rows as the tokens is batched; where one sample makes all look so, the other batches tell.
+        wide = [sizes[i] for i in sizes if sizes[i] > 1 and leaves[i].dim() > 2]
+        size = next(iter([*wide, *sizes.values()]))
+        # A copy, for a block may edit its input in place.
+        tensors = {i: leaves[i].detach().clone() for i in sizes if sizes[i] == size}
+        masks = {name: own.keep for name, own in tokens.items() if own.keep is not None}
+        self.current = RememberedBatch(frozenset(sizes), tensors, masks)
+        stored = [batch for batch in self._stored if batch is not None]
+        self._past = [batch for batch in stored if batch.fits(self.current)]
+        if len(self._past) < len(stored) and not self._warned:
+            self._warned = True
+            log.warning(
+                "Stored batches entered '%s' with other numbers of tokens, or with a mask where this one has none: "
+                "they are left out of its step. Pad the batches alike for a full memory.",
+                self.name,
+            )
+        return [*self._past, self.current]
+
+    def push(self) -> None:
+        """Store the current batch; the oldest one goes if the memory is full."""
+        if self.current is not None:
+            self._stored.append(self.current)
+
+    def push_nothing(self) -> None:
+        """What stands for a batch of other processes alone."""
+        self._stored.append(None)
+
+    def skip(self) -> None:
+        """The current batch is not to be stored."""
+        self._predicted = None
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The stored batches, oldest first; without places, that of others alone."""
+        nothing = RememberedBatch(frozenset(), {})
+        stored = [batch or nothing for batch in self._stored]
+        return [{"places": sorted(batch.places), "tensors": batch.tensors, "masks": batch.masks} for batch in stored]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Store these batches instead, the newest of them if there is not room for all."""
+        self.clear()
+        for batch in state:
+            own = RememberedBatch(frozenset(batch["places"]), dict(batch["tensors"]), dict(batch["masks"]))
+            self._stored.append(own if own.places else None)
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self._stored.clear()
+        self._past.clear()
+        self.current = self._predicted = None
+
+    def expect(self, prediction: Tensor) -> None:
+        """The logits that the model gave for the current batch, which `verify` finds again once it is stored."""
+        if not self.verified and len(prediction):
+            self._predicted = prediction.detach()
+
+    def verify(self, logits: Tensor) -> int:
+        """Hold the logits of memory and batch against the sizes and, once, against `expect`; the samples stored.
+
+        Raises:
+            ValueError: if what enters the block does not determine the logits, or the block was not called.
+        """
+        if self.current is None:
+            raise ValueError(f"Expected `memory_at` to name a module that the target calls, but got '{self.name}'.")
+        stored, size = self.samples, self.current.samples
+        if logits.shape[0] != stored + size:
+            raise ValueError(
+                f"Expected {stored} stored and {size} current samples to give as many logits, but got "
+                f"{logits.shape[0]}: '{self.name}' is not where the joint tokens enter batch-first. {ADVICE}"
+            )
+        if self._predicted is not None and self._past and self._past[-1] is self._stored[-1]:
+            again = logits[stored - self._past[-1].samples : stored].detach()
+            bound = (5e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3) * self._predicted.abs().max()
+            if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
+                raise ValueError(
+                    f"Expected the tokens that entered '{self.name}' to give the same logits again, but they differ: "
+                    f"something bypasses it. {ADVICE}"
+                )
+            self._predicted, self.verified = None, True
+        return stored
+
+    @property
+    def samples(self) -> int:
+        """Stored samples in front of the current ones."""
+        return sum(batch.samples for batch in self._past)
+
+
+def find_memory(
+    model: nn.Module, target: nn.Module, attentions: Sequence[str], at: str | None, batches: int
+) -> TokenMemory:
+    """The memory at the block named `at` or, if None, at the one around the fusion attentions.
+
+    Several layers may get masks from the module that calls them, so it is that one: the innermost around all. Around a
+    single attention it is the innermost numbered module, as in a ModuleList, or else its parent.
+
+    Raises:
+        ValueError: if there is no such block, or an attention is outside it.
+    """
+    name = at or _around(model, attentions) or _layer_of(attentions[0])
+    block = named_module(model, name, "memory_at")
+    if block is target or block is model:
+        raise ValueError(
+            f"Expected `memory_at` to name the module that the joint tokens enter, when memory_batches > 1, but "
+            f"'{attentions[0]}' has no block of its own around it. Wrap the attention, its residual and what follows "
+            "in a module, or set memory_batches=1."
+        )
+    inside = set(block.modules())
+    if outside := [attention for attention in attentions if model.get_submodule(attention) not in inside]:
+        raise ValueError(
+            f"Expected '{outside[0]}' to attend over stored samples too, but it is outside '{name}', where the memory "
+            "adds them. Name with `memory_at` a module that holds all attentions of `fusion`, or set memory_batches=1."
+        )
+    return TokenMemory(block, name, batches)
+
+
+def _around(model: nn.Module, attentions: Sequence[str]) -> str:
+    """The innermost module around several attentions; empty if it is the model, or there is one attention alone."""
+    if len(attentions) == 1:
+        return ""
+    columns = zip(*(name.split(".") for name in attentions), strict=False)
+    parts = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    while parts and isinstance(model.get_submodule(".".join(parts)), nn.ModuleList | nn.ModuleDict):
+        parts.pop()  # which nobody calls
+    return ".".join(parts)
+
+
+def _layer_of(attention: str) -> str:
+    parts = attention.split(".")
+    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[: numbered[-1] + 1] if numbered else parts[:-1])

@@ -1,0 +1,124 @@
+"""What to adapt and how: the engine's options, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_abpem.attention.fusion import FusionPatterns, fusion_patterns
+from lightning_abpem.attention.spans import Modalities, TokenMask, Tokens, own_spans, token_spans
+from lightning_abpem.attention.statistics import Pair
+from lightning_abpem.engine.method import Method, Predicts
+
+__all__ = ["OptimizerFactory", "Reset", "Settings", "Sync", "default_optimizer"]
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Reset = Literal["never", "batch", "dataloader"] | int
+Sync = Literal["global", "local"]
+default_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-4, fused=True)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of an `Adaptation`; `TestTimeAdaptation` and `ABPEM` document them.
+
+    Raises:
+        ValueError: naming the option, the value seen and what was expected.
+    """
+
+    method: Method
+    fusion: FusionPatterns | None = None
+    modalities: Modalities | Sequence[str] = "auto"
+    memory_batches: int = 1
+    memory_at: str | None = None
+    steps: int = 1
+    optimizer: OptimizerFactory = default_optimizer
+    target: str | None = None
+    logits: Callable[..., Any] | None = None
+    reset: Reset = "never"
+    restore: bool = True
+    replay: bool = True
+    predicts: Predicts | None = None
+    sync: Sync = "global"
+    patterns: list[str] | dict[Pair, list[str]] | None = field(init=False)
+    spans: dict[str, Tokens | TokenMask] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method) or not isinstance(getattr(self.method, "name", None), str):
+            raise ValueError(f"Expected `method` to be an instance of a Method with a `name`, but got {self.method!r}.")
+        for name, least in (("memory_batches", 1), ("steps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Expected `{name}` to be an integer >= {least}, but got {value!r}.")
+        if self.reset not in ("never", "batch", "dataloader") and not self._counted_reset():
+            raise ValueError(
+                f'Expected `reset` to be "never", "batch", "dataloader" or a number of updates >= 1, '
+                f"but got {self.reset!r}."
+            )
+        if self.memory_batches > 1 and self.reset == "batch":
+            raise ValueError(
+                'Expected `memory_batches` to be 1 with reset="batch", which empties the memory before every batch, '
+                f"but got {self.memory_batches}."
+            )
+        if self.predicts not in (None, "after", "before"):
+            raise ValueError(f'Expected `predicts` to be "after" or "before" the update, but got {self.predicts!r}.')
+        if self.sync not in ("global", "local"):
+            raise ValueError(f'Expected `sync` to be "global" or "local", but got {self.sync!r}.')
+        if self.predicts is None:
+            object.__setattr__(self, "predicts", self.method.predicts)
+        for name in ("steps", "memory_batches"):
+            if self.predicts == "before" and getattr(self, name) > 1:
+                raise ValueError(f'Expected `{name}` to be 1 with predicts="before", but got {getattr(self, name)}.')
+        if self.fusion is None and (self.method.needs_attention or self.memory_batches > 1):
+            raise ValueError(f"Expected `fusion` to name the attention that {self.method.name} watches, but got None.")
+        if self.memory_batches > 1 and not self.method.needs_attention:
+            raise ValueError(f"Expected `memory_batches` to be 1: {self.method.name} has no memory.")
+        if not callable(self.optimizer):
+            raise ValueError(
+                "Expected `optimizer` to be a function from parameters to a torch optimizer, such as "
+                f"functools.partial(torch.optim.Adam, lr=1e-4), but got {self.optimizer!r}."
+            )
+        self._read_modalities()
+
+    @property
+    def updates_per_reset(self) -> int | None:
+        """After how many updates the source model returns before the next call; None if updates do not decide."""
+        if self.reset == "batch":
+            return 1
+        return self.reset if isinstance(self.reset, int) else None
+
+    def _read_modalities(self) -> None:
+        """Set `patterns`, and `spans`: None where the first batch has to show them."""
+        given = self.modalities
+        if self.fusion is None:
+            object.__setattr__(self, "patterns", None)
+            object.__setattr__(self, "spans", None)
+            return
+        if not isinstance(given, Mapping) and (isinstance(given, str) and given != "auto"):
+            raise ValueError(f'Expected `modalities` to map names to tokens, or "auto", but got {given!r}.')
+        names = [] if given == "auto" else list(given)
+        patterns = fusion_patterns(self.fusion, names)
+        spans: dict[str, Tokens | TokenMask] | None = None
+        if isinstance(patterns, dict):
+            names = list(dict.fromkeys(name for pair in patterns for name in pair))
+            own = own_spans(given) if isinstance(given, Mapping) else dict.fromkeys(names, Tokens(slice(None)))
+            if missing := [name for name in names if name not in own]:
+                raise ValueError(f"Expected `modalities` to hold {missing}, which `fusion` names, but got {given!r}.")
+            spans = {name: own[name] for name in names}
+        elif isinstance(given, Mapping):
+            spans = token_spans(given)
+        elif given != "auto":
+            raise ValueError(
+                f"Expected `modalities` to say how many tokens of the joint sequence each has, but got {given!r}. "
+                'With "auto" the first batch shows it, where the encoders\' outputs are concatenated.'
+            )
+        object.__setattr__(self, "patterns", patterns)
+        object.__setattr__(self, "spans", spans)
+
+    def _counted_reset(self) -> bool:
+        return isinstance(self.reset, int) and not isinstance(self.reset, bool) and self.reset >= 1

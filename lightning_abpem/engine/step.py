@@ -1,0 +1,259 @@
+"""The steps of an adaptation: from a batch to weights that moved, or to a step that is not taken."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_abpem.attention.spans import Tokens
+from lightning_abpem.engine.checkpoint import FORMAT, check_form, placed, plain, random_state, set_random_state
+from lightning_abpem.engine.forward import Observer, Seen
+from lightning_abpem.engine.logits import read_logits
+from lightning_abpem.engine.loss_scale import LossScale
+from lightning_abpem.engine.memory import TokenMemory
+from lightning_abpem.engine.method import Edit, Gradients, Record, Step, check_record
+from lightning_abpem.engine.ranks import Ranks, process
+from lightning_abpem.engine.replay import FrozenReplay
+from lightning_abpem.engine.settings import Settings
+from lightning_abpem.engine.weights import AdaptedWeights
+
+__all__ = ["Stepper"]
+
+log = logging.getLogger(__name__)
+
+
+class _Computed(NamedTuple):
+    """A step that can be taken: gradients, None for no step, its figures, its samples; what is remembered if it is.
+
+    `has_batch` says whether this process has one; `is_last`, whether no other step for the same batch follows.
+    """
+
+    gradients: Gradients | None
+    record: Record
+    samples: int
+    has_batch: bool
+    state: dict[str, Any]
+    is_last: bool = True
+
+
+class Stepper:
+    """Takes a method's steps, one or several for each batch.
+
+    Args:
+        settings: what to adapt and how.
+        params: the adapted parameters by name.
+        weights: the same, as they move.
+        memory: the tokens of earlier batches, if they are remembered.
+        observer: runs the forwards.
+        replay: told where one begins.
+        scale: of the loss, where gradients pass through float16.
+        on_step: called after each step with its record and the number of samples.
+
+    Attributes:
+        record: the last step's figures, and `updated`: 1 if the step was taken.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        params: Mapping[str, nn.Parameter],
+        weights: AdaptedWeights,
+        memory: TokenMemory | None,
+        observer: Observer,
+        replay: FrozenReplay,
+        scale: LossScale,
+        on_step: Callable[[Record, int], None],
+    ) -> None:
+        self._settings, self._method, self._params = settings, settings.method, params
+        self.weights, self._memory, self._observer, self._replay = weights, memory, observer, replay
+        self._scale, self._on_step = scale, on_step
+        self._device = next((p.device for p in params.values()), torch.device("cpu"))
+        self.record: Record = {}
+        self._state: dict[str, Any] = {}
+        self._source: Mapping[str, Any] | None = None  # what the method measured on the source model
+        self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
+        self._is_first, self._resets_next = True, False
+        self._pending: _Computed | None = None  # a step that is due after the prediction
+        self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the method keeps of earlier batches."""
+        self.settle()
+        return self._state
+
+    def adapt(self, args: Any, kwargs: Any) -> None:
+        """Adapt to one batch, the target's arguments: `steps` times forward, gradients and step.
+
+        A step that is due before the prediction is taken; one that is due after it is kept for `end_call`. Without a
+        batch, None, the step is that of the other processes.
+        """
+        self._pending = None  # what a call that was broken off left
+        self._resets_next = self._resets_next or self._reset_is_due()
+        if self._resets_next and args is not None:
+            self.reset()
+        tokens = {} if args is None else self._observer.tokens_of(args, kwargs)
+        if self._source is None:
+            self._draft = {}
+            self._source = self._method.measure_source(self._observe_source)
+            self._replay.end_batch()
+        for i in range(max(self._settings.steps, 1)):
+            self.settle()
+            self._is_first = i == 0
+            computed = self._compute(args, kwargs, tokens)
+            if computed is None:
+                return
+            if self._settings.predicts == "before" and args is not None:
+                self._pending = computed
+            else:
+                self._apply(computed._replace(is_last=i + 1 >= self._settings.steps))
+
+    def end_call(self, output: Any) -> None:
+        """The target's call ended with this output, None if it failed: take the step that is due after it."""
+        if self._memory is not None and self._unsettled is not None and output is not None:
+            self._memory.expect(read_logits(output, self._settings.logits))
+        computed, self._pending = self._pending, None
+        if computed is not None and output is not None:
+            self._apply(computed)
+
+    def settle(self) -> None:
+        """What follows from the last step, as soon as somebody needs to know whether it was taken."""
+        last, self._unsettled = self._unsettled, None
+        if last is None:
+            return
+        taken = self.weights.settle()
+        if taken:
+            self._state = last.state
+        if self._memory is not None:
+            if not taken:  # of a step that failed nothing is remembered
+                self._memory.skip()
+            elif last.is_last and last.has_batch:
+                self._memory.push()
+            elif last.is_last:
+                self._memory.push_nothing()
+
+    def reset_next(self) -> None:
+        """Back to the source model before the next batch, if there is one, of any process."""
+        self._resets_next = True
+
+    def reset(self) -> None:
+        """Back to the source model."""
+        self.settle()
+        self.weights.reset()
+        self._state, self._draft, self._resets_next = {}, {}, False
+        if self._memory is not None:
+            self._memory.clear()
+
+    def state_dict(self, memory: bool) -> dict[str, Any]:
+        """See `Adaptation.state_dict`."""
+        self.settle()
+        parts = {
+            "weights": self.weights.state_dict(),
+            "scale": self._scale.state_dict(),
+            "state": self._state,
+            "measured": self._source,
+            "resets_next": self._resets_next,
+            "memory": self._memory.state_dict() if memory and self._memory is not None else [],
+            "random": random_state(self._device),
+        }
+        return {"format": FORMAT, "method": self._method.name, "process": list(process()), **plain(parts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Adaptation.load_state_dict`."""
+        self.settle()
+        check_form(state, self._method.name)
+        kept, source, scale = (placed(state[part], self._device) for part in ("state", "measured", "scale"))
+        self.weights.load_state_dict(state["weights"])
+        self._state, self._source, self._resets_next = kept, source, state["resets_next"]
+        self._scale.load_state_dict(scale)
+        set_random_state(state["random"], self._device)
+        if self._memory is not None:
+            is_own = list(state["process"]) == list(process())
+            self._memory.load_state_dict(placed(state["memory"], self._device) if is_own else [])
+            if state["memory"] and not is_own:
+                log.warning("The memory of the loaded state is another process's: this one begins with an empty one.")
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
+        """The method's gradients for one batch; None if it is empty."""
+        self._draft = dict(self._state)
+        ranks = self._observer.ranks
+        if ranks is not None:
+            ranks.updates = self.weights.updates
+        step = self._observe(args, kwargs, tokens)
+        if step is None:
+            return None
+        computed = self._of_step(step, args, kwargs, tokens) if step.samples else None
+        if ranks is not None:
+            ranks.end_step()
+        return computed
+
+    def _of_step(self, step: Step, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed:
+        has_batch = args is not None
+        if self._settings.steps == 0:
+            observed = self._method.loss(step)
+            check_record(self._method, observed)
+            return _Computed(None, observed[1], step.samples, has_batch, self._draft)
+
+        def again(edit: Edit | None = None) -> Step:
+            torch.clear_autocast_cache()  # the method may have moved weights
+            own_args, own_kwargs = (args, kwargs) if edit is None or args is None else edit(args, kwargs)
+            entered = None if self._memory is None else self._memory.current
+            step = self._observe(own_args, own_kwargs, tokens)
+            assert step is not None
+            if self._memory is not None:
+                self._memory.current = entered  # not what the method made of it
+            return step
+
+        made = self._method.gradients(step, again)
+        check_record(self._method, made)
+        return _Computed(*made, step.samples, has_batch, self._draft)
+
+    def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
+        """One forward over memory and batch, as the method sees it; None if no process has a batch."""
+        self._replay.start_pass()
+        seen = self._observer.observe_all(args, kwargs, tokens)
+        if seen is None:
+            return None
+        if self._resets_next:  # due before the batch of other processes
+            self.reset()
+        return self._step_of(seen, self._observer.ranks)
+
+    def _observe_source(self, args: Any) -> Step:
+        """A forward of this process alone, for what is measured on the source."""
+        self._replay.start_pass()
+        args = tree_map_only(torch.Tensor, lambda x: x.to(self._device), args)
+        return self._step_of(self._observer.observe(args, {}, {}))
+
+    def _step_of(self, seen: Seen, ranks: Ranks | None = None) -> Step:
+        return Step(
+            *(seen.logits, seen.samples, seen.attention, seen.outputs),
+            *(self._params, self._draft, self._source or {}, self._is_first),
+            *(self._scale.of(seen.logits.device), ranks, seen.is_local),
+        )
+
+    def _apply(self, computed: _Computed) -> None:
+        """Step, or not if the loss or a gradient is not finite; then record."""
+        record = computed.record
+        if computed.gradients is None:
+            updated = record["loss"].new_zeros(())
+            if self._settings.steps:  # who only observes sees each batch by itself
+                self._state = computed.state
+        else:
+            updated = self.weights.step(computed.gradients, record["loss"])
+            self._scale.update(updated)
+            self._unsettled = computed
+        self.record = record | {"updated": updated.to(record["loss"])}
+        self._on_step(self.record, computed.samples)
+
+    def _reset_is_due(self) -> bool:
+        self.settle()
+        limit = self._settings.updates_per_reset
+        is_counted = limit is not None and self.weights.updates_since_reset >= limit
+        return is_counted or self._method.wants_reset(self._state)

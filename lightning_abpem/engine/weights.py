@@ -1,0 +1,249 @@
+"""The weights that move: their source values, their optimizer, a step that is taken back if it ruins them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from lightning_abpem.engine.checkpoint import check_weights, plain, source_sums
+from lightning_abpem.engine.late import LateBools, answers_late
+from lightning_abpem.engine.settings import OptimizerFactory, Settings
+from lightning_abpem.engine.shards import assign, is_sharded, whole
+from lightning_abpem.modules.names import plain_name
+
+__all__ = ["AdaptedWeights", "all_finite", "describe_run"]
+
+log = logging.getLogger(__name__)
+
+
+class AdaptedWeights:
+    """Parameters with an optimizer of their own and the way back to where they came from.
+
+    Parameters narrower than float32 move by way of float32 masters: Adam at 1e-4 would not move a bfloat16 weight of 1,
+    and its epsilon is 0 in float16. Those cut into shards move by way of whole ones, the same in every process.
+
+    Args:
+        params: what moves, by name; their present values are the source.
+        optimizer: from parameters to a torch optimizer.
+        before_writing: called before values are written to them.
+
+    Attributes:
+        updates: steps taken.
+        skipped: steps not taken because something was not finite.
+        updates_since_reset: steps taken since the last reset.
+
+    Raises:
+        ValueError: if the factory makes no optimizer, or one that needs a closure.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        optimizer: OptimizerFactory,
+        before_writing: Callable[[], None] | None = None,
+    ) -> None:
+        self._names, self._params = list(params), list(params.values())
+        self._factory, self._before_writing = optimizer, before_writing
+        self._source = [p.detach().clone() for p in self._params]
+        self._sums = source_sums([whole(p) for p in self._source])
+        self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
+        self.updates = self.skipped = self.updates_since_reset = 0
+        self._start()
+
+    def restore(self) -> None:
+        """Back to the source values, bit by bit."""
+        self._set(self._source)
+
+    def reset(self) -> None:
+        """Back to the source values, with a fresh optimizer."""
+        self._set(self._source)
+        self._start()
+        self.updates_since_reset = 0
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None], loss: Tensor) -> Tensor:
+        """One step of the optimizer if the loss and its gradients are finite, and the weights stay so.
+
+        Nothing here waits for the device if the optimizer can skip a step by itself, as torch's do with fused=True.
+
+        Returns:
+            Whether the step was taken: a bool scalar. `settle` tells the host.
+        """
+        for old, master, gradient in zip(self._before, self._masters, gradients, strict=True):
+            old.copy_(master)
+            master.grad = None if gradient is None else gradient.to(master)
+        step = self._step_on_device if answers_late(loss) else self._step_on_host
+        taken = step(loss, *gradients)
+        for master in self._masters:
+            master.grad = None
+        self._set(self._masters)
+        return taken
+
+    def settle(self) -> bool | None:
+        """Whether the last step was taken; None if that was said before, or there was none."""
+        fate, self._fate = self._fate, None
+        if fate is None:
+            return None
+        finite, taken = fate()
+        if taken:
+            self.updates += 1
+            self.updates_since_reset += 1
+            return True
+        self.skipped += 1
+        if self.skipped == 1:
+            log.warning("The loss, a gradient or the step is not finite. Such steps are skipped.")
+        if finite:  # the optimizer's moments took the weights out of range
+            self._start()
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapted values, the optimizer and the counters; the source by its checksums alone."""
+        return {
+            "params": dict(zip(self._names, self._masters, strict=True)),
+            "source": self._sums,
+            "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+            "optimizer_class": type(self._optimizer).__name__,
+            "counts": [self.updates, self.skipped, self.updates_since_reset],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run stopped, if it began with the same source.
+
+        Raises:
+            ValueError: if it did not, or if something else does not fit; nothing has changed then.
+        """
+        self.settle()
+        check_weights(state, self.state_dict())
+        masters, optimizer = self._fresh()
+        try:
+            if masters:
+                optimizer.load_state_dict(plain(state["optimizer"]))  # a copy: it would step with the state's tensors
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"The state's optimizer does not fit this one: {error}") from error
+        self._use(masters, optimizer)
+        with torch.no_grad():
+            for name, master in zip(self._names, masters, strict=True):
+                master.copy_(state["params"][name])
+        self._set(masters)
+        self.updates, self.skipped, self.updates_since_reset = state["counts"]
+
+    def _step_on_host(self, *gradients: Tensor | None) -> Tensor:
+        """Where to look at a value costs nothing."""
+        finite = taken = _are_finite(*gradients)
+        if finite:
+            with torch.enable_grad():
+                self._optimizer.step()
+            taken = _are_finite(*self._masters)
+        for old, master in zip(self._before, self._masters, strict=True):
+            if taken:
+                increment_version(master)  # which fused kernels do not
+            else:
+                master.copy_(old)
+        self._fate = lambda: (finite, taken)
+        return torch.tensor(taken)
+
+    def _step_on_device(self, *gradients: Tensor | None) -> Tensor:
+        """Where it means to wait for what is under way."""
+        optimizer, finite = self._optimizer, all_finite(*gradients)
+        with torch.enable_grad():
+            # "_step_supports_amp_scaling" is torch's name for what takes `found_inf`.
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+                optimizer.step()
+                del optimizer.grad_scale, optimizer.found_inf
+            elif finite:
+                optimizer.step()
+        taken = finite & all_finite(*self._masters)
+        for old, master in zip(self._before, self._masters, strict=True):
+            master.copy_(master.where(taken, old))
+        self._fate = LateBools(finite, taken).read
+        return taken
+
+    def _start(self) -> None:
+        self._use(*self._fresh())
+
+    def _use(self, masters: list[nn.Parameter], optimizer: Any) -> None:
+        self._masters, self._optimizer = masters, optimizer
+        self._before = [torch.empty_like(master, requires_grad=False) for master in masters]
+
+    def _fresh(self) -> tuple[list[nn.Parameter], Any]:
+        masters = [_master(p) for p in self._params]
+        if not masters:  # the source model: nothing moves
+            return masters, None
+        optimizer = self._factory(masters)
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                f"Expected `optimizer` to make a torch optimizer that steps without a closure, but got {optimizer!r}."
+            )
+        return masters, optimizer
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        if self._before_writing is not None:
+            self._before_writing()
+        for parameter, value in zip(self._params, values, strict=True):
+            if value is not parameter:
+                assign(parameter, value)
+        torch.clear_autocast_cache()  # a surrounding autocast would go on with the casts of the old values
+
+
+def _master(p: nn.Parameter) -> nn.Parameter:
+    """What the optimizer moves: the parameter itself if it is whole and wide enough."""
+    is_narrow = p.dtype in (torch.float16, torch.bfloat16)
+    if not is_narrow and not is_sharded(p):
+        return p
+    value = whole(p.detach())
+    return nn.Parameter(value.float() if is_narrow else value.clone())
+
+
+def describe_run(
+    settings: Settings, model: nn.Module, params: Mapping[str, nn.Parameter], memory_at: str | None
+) -> str:
+    """What adapts, by name, with counts, a line each; what is tied to it moves as well; what is remembered."""
+    method = settings.method.name
+    if settings.steps == 0:
+        return f"{method} observes, with steps=0: no weight moves."
+    count = sum(p.numel() for p in params.values())
+    share = count / max(sum(p.numel() for p in model.parameters()), 1)
+    adapted = {id(p) for p in params.values()}
+    everywhere = model.named_parameters(remove_duplicate=False)
+    named = {plain_name(name) for name in params}  # torch.compile puts in other ones
+    tied = [name for name, p in everywhere if id(p) in adapted and plain_name(name) not in named]
+    lines = [
+        f"{method} adapts {count:,} values in {len(params)} tensors, {share:.2%} of {type(model).__name__}:",
+        *(f"  {name} {tuple(p.shape)}" for name, p in params.items()),
+        *(f"  {name} is the same tensor, so it moves as well" for name in tied),
+    ]
+    if memory_at is not None:
+        lines.append(f"The last {settings.memory_batches} batches are remembered as they enter '{memory_at}'.")
+    fate = "return" if settings.restore else "do not return (restore=False)"
+    return "\n".join([*lines, f"Their source values {fate} after the run."])
+
+
+def all_finite(*tensors: Tensor | None) -> Tensor:
+    """Whether no tensor holds NaN or infinity, a bool scalar; None counts as finite."""
+    extremes = _extremes(tensors)
+    if not extremes:
+        return torch.tensor(True)
+    return (torch.stack(extremes) * 0).sum() == 0  # NaN, if one of them is not finite
+
+
+def _are_finite(*tensors: Tensor | None) -> bool:
+    """The same, known to the host."""
+    return all(math.isfinite(extreme.item()) for extreme in _extremes(tensors))
+
+
+def _extremes(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """The least and the largest value of every tensor: NaN passes through them, and nothing of its size is written.
+
+    `aminmax` is several times slower than both alone where a tensor is not contiguous.
+    """
+    there = [x for x in tensors if x is not None and x.numel()]
+    pairs = [x.aminmax() if x.is_contiguous() else (x.amin(), x.amax()) for x in there]
+    return [extreme for pair in pairs for extreme in pair]

@@ -1,0 +1,202 @@
+"""ABPEM's loss: from logits and attention score statistics to one scalar and the figures worth recording."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_abpem.attention.statistics import Comparison, Pair
+from lightning_abpem.functional import (
+    entropy,
+    gaussian_kl,
+    marginal_balance,
+    principal_entropy,
+    read_balance,
+    stream_balance,
+)
+from lightning_abpem.methods.stream import StreamPredictions, shuffledness
+
+__all__ = ["Auto", "Balance", "Objective", "Parts", "weighted"]
+
+Auto = Literal["auto"]
+Balance = Literal["stream", "marginal", "read"]
+
+
+_BATCH_BALANCES = {"marginal": marginal_balance, "read": read_balance}
+
+
+class Parts(NamedTuple):
+    """entropy_weight * principal entropy - balance_weight * balance; the bootstrapping; all figures, detached."""
+
+    confidence: Tensor
+    bootstrapping: Tensor
+    record: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """entropy_weight * principal entropy - balance_weight * balance + attention_weight * bootstrapping.
+
+    Bootstrapping pulls the Gaussian of each cross block's scores towards that of the key modality's self block, which
+    is a constant here: the sum over ordered pairs of modalities of the batch-mean KL divergence.
+
+    Args:
+        k: classes the principal entropy keeps, in [1, C]; "auto" for the square root of C, 2 at least.
+        attention_weight: weight of the bootstrapping, >= 0, or "auto", left to who has the gradients.
+        balance_weight: weight of the balance, >= 0.
+        balance: "marginal", the entropy of the batch-mean prediction; "stream", that as far as the stream looks
+            shuffled, and for the rest the batch against the classes predicted so far; or "read", READ's form.
+        entropy_weight: weight of the principal entropy, >= 0; 1 in the paper.
+    """
+
+    k: int | Auto = "auto"
+    attention_weight: float | Auto = "auto"
+    balance_weight: float = 1.0
+    balance: Balance = "stream"
+    entropy_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.k != "auto" and (isinstance(self.k, bool) or not isinstance(self.k, Integral) or self.k < 1):
+            raise ValueError(f'Expected `k` to be an integer in [1, number of classes] or "auto", but got {self.k!r}.')
+        for name in ("attention_weight", "balance_weight", "entropy_weight"):
+            weight = getattr(self, name)
+            if name == "attention_weight" and weight == "auto":
+                continue
+            if not isinstance(weight, Real) or not 0 <= weight < math.inf:  # type: ignore[operator]
+                raise ValueError(f"Expected `{name}` to be a finite number >= 0, but got {weight!r}.")
+        if not (self.balance_weight or self.entropy_weight):
+            if self.attention_weight == "auto":
+                raise ValueError('Expected a number for `attention_weight`: "auto" is relative to the other parts.')
+            if not self.attention_weight:
+                raise ValueError(
+                    "Expected a part of the loss to have a weight, but all are 0. To observe, set steps=0."
+                )
+        if self.balance not in ("stream", *_BATCH_BALANCES):
+            known = ["stream", *_BATCH_BALANCES]
+            raise ValueError(f"Expected `balance` to be one of {known}, but got {self.balance!r}.")
+
+    def __call__(
+        self,
+        logits: Tensor,
+        attention: Mapping[Pair, Sequence[Comparison]],
+        stream: StreamPredictions | None = None,
+    ) -> Parts:
+        """The loss's parts, and as detached scalars (nats; scores for the gap) all figures.
+
+        The figures are `principal_entropy`, `entropy`, `balance`, with a stream its `shuffledness` and, for queries of
+        m and keys of n, `attention_gap/m_to_n` and `divergence/m_to_n`.
+
+        Args:
+            logits: (B, C).
+            attention: by (query, key) modality, for each layer, the statistics of the cross block and of the key
+                modality's self block, the latter detached. Bootstrapping and the figures are averaged over layers.
+                Samples of which a mask hides a block do not count there; a figure without any is NaN.
+            stream: the stream's predictions, this batch's included; for balance="stream".
+
+        Raises:
+            ValueError: if k exceeds the number of classes.
+        """
+        principal = principal_entropy(logits, self.classes_kept(logits.shape[1])).mean()
+        shuffled = None if stream is None else shuffledness(stream)
+        balance = self._balance(logits, stream, shuffled)
+        compared = _compare([comparison for layers in attention.values() for comparison in layers])
+        layers = [len(own) for own in attention.values()]
+        # A part that does not count cannot spoil the loss either.
+        confidence = weighted(self.entropy_weight, principal) if self.entropy_weight else torch.zeros_like(principal)
+        if self.balance_weight:
+            confidence = confidence - weighted(self.balance_weight, balance)
+        bootstrapping = _over_layers(compared.divergence, layers).sum()
+        record = {"principal_entropy": principal.detach(), "balance": balance.detach()}
+        with torch.no_grad():
+            record["entropy"] = entropy(logits).mean()
+            *figures, counts = _over_layers(torch.stack(compared), layers)  # (pairs,) each
+            for name, figure in zip(("attention_gap", "divergence"), figures, strict=True):
+                values = (figure / counts).unbind()
+                record |= {f"{name}/{m}_to_{n}": value for (m, n), value in zip(attention, values, strict=True)}
+        if shuffled is not None:
+            record["shuffledness"] = shuffled
+        return Parts(confidence, bootstrapping, record)
+
+    def classes_kept(self, classes: int) -> int:
+        """k, for that many classes.
+
+        Raises:
+            ValueError: if it exceeds them.
+        """
+        if self.k == "auto":
+            return min(max(round(math.sqrt(classes)), 2), classes)
+        if self.k > classes:
+            raise ValueError(
+                f"Expected `k` to be an integer in [1, number of classes], but got {self.k} and logits of {classes} "
+                "classes."
+            )
+        return self.k
+
+    def _balance(self, logits: Tensor, stream: StreamPredictions | None, shuffled: Tensor | None) -> Tensor:
+        if self.balance != "stream":
+            return _BATCH_BALANCES[self.balance](logits)
+        assert stream is not None
+        assert shuffled is not None
+        share = shuffled * (1 - 1 / logits.shape[0])  # one sample has no balance of its own
+        return share * marginal_balance(logits) + (1 - share) * stream_balance(logits, stream.counts)
+
+
+def weighted(weight: float, term: Tensor) -> Tensor:
+    """``weight * term``, which is the term itself for the usual weight of 1."""
+    return term if weight == 1 else weight * term
+
+
+class _Compared(NamedTuple):
+    """Of each comparison, means over the samples that count, 0 if none does: (comparisons,) each.
+
+    `counts` is 1 where any does, else 0.
+    """
+
+    gap: Tensor
+    divergence: Tensor
+    counts: Tensor
+
+
+def _compare(comparisons: Sequence[Comparison]) -> _Compared:
+    """Divergence and gap of all comparisons at once.
+
+    A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
+    silent sensor may be, and no Gaussian is near that.
+    """
+    cross, own = zip(*comparisons, strict=True)
+    mean_p, std_p = torch.stack([block.mean for block in cross]), torch.stack([block.std for block in cross])
+    mean_q, std_q = torch.stack([block.mean for block in own]), torch.stack([block.std for block in own])
+    with torch.no_grad():
+        out = _is_flat(mean_p, std_p) | _is_flat(mean_q, std_q)
+        for blocks in (cross, own):
+            if any(block.seen is not None for block in blocks):
+                out |= torch.stack([out[i] if s.seen is None else ~s.seen for i, s in enumerate(blocks)])
+        total = (~out).sum(1)
+        divisor = total.clamp(min=1)
+
+    def average(figure: Tensor) -> Tensor:
+        return figure.masked_fill(out, 0).sum(1) / divisor
+
+    divergence = average(gaussian_kl(mean_p, std_p.masked_fill(out, 1), mean_q, std_q.masked_fill(out, 1)))
+    with torch.no_grad():
+        return _Compared(average(mean_q - mean_p), divergence, total.clamp(max=1).to(divergence))
+
+
+def _over_layers(figure: Tensor, layers: Sequence[int]) -> Tensor:
+    """The mean over each pair's layers, whose numbers are `layers`: (..., comparisons) to (..., pairs)."""
+    if max(layers) == 1:
+        return figure
+    if len(set(layers)) == 1:
+        return figure.unflatten(-1, (-1, layers[0])).mean(-1)
+    return torch.stack([own.mean(-1) for own in figure.split(layers, -1)], -1)
+
+
+def _is_flat(mean: Tensor, std: Tensor) -> Tensor:
+    """Whether the scores of a sample differ by no more than rounding; NaN, which is not to pass unnoticed, is not."""
+    return std <= 64 * torch.finfo(std.dtype).eps * mean.abs()

@@ -1,0 +1,1 @@
+"""Plumbing around nn.Module: names, changes that are put back, torch.compile."""

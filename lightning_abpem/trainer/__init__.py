@@ -1,0 +1,1 @@
+"""Lightning's side: a run of the Trainer, its strategies, its log."""

@@ -1,0 +1,212 @@
+"""Whose tokens a batch has: masks made from it, spans read off it."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_abpem import ABPEM
+from tests.attention.test_torch_models import CrossDecoder
+from tests.toy import AUDIO, CLASSES, VIDEO, WIDTH, FusedAttention, batches, make_toy
+
+
+def adapt(model, stream, **options):
+    with torch.inference_mode(), ABPEM(**({"fusion": "fusion.*.attn", "k": 2} | options)).attach(model) as adaptation:
+        return torch.stack([model(*args) for args in stream]), adaptation
+
+
+@pytest.mark.usefixtures("batches_pass")
+@pytest.mark.parametrize("memory", [1, 3])
+def test_auto_is_the_spans_written_out(memory, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    read, _ = adapt(make_toy(), batches(), modalities="auto", memory_batches=memory)
+    given, _ = adapt(make_toy(), batches(), modalities={"audio": AUDIO, "video": VIDEO}, memory_batches=memory)
+    assert torch.equal(read, given)
+    assert 'off this batch, of 10 tokens: modalities={"audio": (0, 6), "video": (6, 10)}' in caplog.text
+    assert caplog.text.count("off this batch") == 1
+
+
+def test_auto_reads_every_new_shape(caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    short = [(audio[:, :5], video) for audio, video in batches()]
+    _, adaptation = adapt(make_toy(), [*batches(2), *short[:2], *batches(1)], modalities="auto")
+    assert adaptation.updates == 5
+    assert caplog.text.count("off this batch") == 2
+    assert '"audio": (0, 5), "video": (5, 9)' in caplog.text
+
+
+class Trimmed(nn.Module):
+    """Drops as many tokens of the video as the batch says."""
+
+    def __init__(self):
+        super().__init__()
+        self.toy = make_toy()
+
+    def forward(self, audio, video, keep):
+        return self.toy(audio, video[:, : int(keep)])
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_auto_reads_again_what_does_not_fit(as_tensor):
+    kept = [torch.tensor(n) if as_tensor else n for n in (4, 4, 2, 2, 4)]
+    stream = [(*args, keep) for args, keep in zip(batches(5), kept, strict=True)]
+    read, adaptation = adapt(Trimmed().eval(), stream, fusion="toy.fusion.*.attn", modalities="auto", reset="batch")
+    assert adaptation.updates == 5
+    for keep in (4, 2):
+        chosen = [i for i, n in enumerate(kept) if n == keep]
+        trimmed = [(stream[i][0], stream[i][1][:, :keep]) for i in chosen]
+        given, _ = adapt(make_toy(), trimmed, modalities={"audio": AUDIO, "video": keep}, reset="batch")
+        torch.testing.assert_close(read[chosen], given, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_auto_and_compiled_code(whole):
+    model = make_toy()
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        model.fusion = torch.compile(model.fusion, backend="eager")
+    read, _ = adapt(model, batches(), modalities="auto")
+    torch.testing.assert_close(read, adapt(make_toy(), batches())[0], rtol=0, atol=1e-6)
+
+
+def test_masks_of_sequences_of_their_own():
+    """In modules of their own the modalities' masks are of different sequences: nothing to overlap."""
+    torch.manual_seed(0)
+    model = CrossDecoder().eval()
+    sound, words = torch.randn(3, AUDIO, 3), torch.randn(3, VIDEO, 3)
+    fusion = {"words->sound": "decoder.layers.*.multihead_attn", "sound->sound": "encoder.layers.0.self_attn"}
+    functions = {
+        "words": lambda sound, words: torch.ones(3, VIDEO, dtype=torch.bool),
+        "sound": lambda sound, words: torch.ones(3, AUDIO, dtype=torch.bool),
+    }
+    for args in ((sound, words), (sound[:, :VIDEO], words)):
+        lengths = {"words": VIDEO, "sound": args[0].shape[1]}
+        if args[0].shape[1] == VIDEO:
+            functions["sound"] = functions["words"]
+        masked, _ = adapt(model, [args], fusion=fusion, modalities=functions)
+        given, _ = adapt(model, [args], fusion=fusion, modalities=lengths)
+        torch.testing.assert_close(masked, given, rtol=0, atol=1e-6)
+
+
+class WithEncoders(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.audio, self.video = (nn.Sequential(nn.Linear(3, WIDTH), FusedAttention()) for _ in range(2))
+        self.attn, self.head = FusedAttention(), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, audio, video):
+        return self.head(self.attn(torch.cat([self.audio(audio), self.video(video)], 1)).mean(1))
+
+
+def test_auto_where_the_pattern_matches_encoders_too():
+    with pytest.raises(ValueError, match=r"of its 3 matches 2 see one module's tokens only: audio.1 .*=\['attn'\]"):
+        adapt(WithEncoders().eval(), batches(), fusion=["*.1", "attn"], modalities="auto")
+
+
+def test_auto_where_nothing_is_concatenated():
+    with pytest.raises(ValueError, match=r"but its tokens are seen to come from \['audio.0'\]"):
+        adapt(WithEncoders().eval(), batches(), fusion="audio.1", modalities="auto")
+
+
+class Interleaved(nn.Module):
+    """Tokens of two kinds in any order, as many as there are, padded at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.fusion = nn.ModuleList([nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, 3, batch_first=True)})])
+
+    def forward(self, ids, padded):
+        x = self.embed(ids)
+        x = x + self.fusion[0]["attn"](x, x, x, key_padding_mask=padded)[0]
+        return self.head((x * ~padded[..., None]).sum(1) / (~padded).sum(1, keepdim=True))
+
+
+KINDS = {"words": lambda ids, padded: ids < 10, "sounds": lambda ids, padded: ids >= 10}
+
+
+def interleaved(size=3):
+    torch.manual_seed(size)
+    padded = torch.arange(8) >= torch.randint(5, 9, (size, 1))
+    return torch.randint(20, (size, 8)), padded
+
+
+def test_masks_are_the_tokens_one_by_one():
+    torch.manual_seed(0)
+    model = Interleaved().eval()
+    ids, padded = interleaved()
+    options = {"steps": 0, "modalities": KINDS}
+    _, adaptation = adapt(model, [(ids, padded)], **options)
+    mha, divergences = model.fusion[0]["attn"], []
+    for sample in range(3):
+        x = model.embed(ids[sample])[~padded[sample]].double()
+        kinds = ids[sample][~padded[sample]] < 10
+        (w_q, w_k, _), (b_q, b_k, _) = mha.in_proj_weight.double().chunk(3), mha.in_proj_bias.double().chunk(3)
+        scores = (x @ w_q.T + b_q) @ (x @ w_k.T + b_k).T * 4**-0.5 / 3
+        cross, own = scores[kinds][:, ~kinds], scores[~kinds][:, ~kinds]
+        if min(cross.numel(), own.numel()) > 1:
+            p, q = (torch.distributions.Normal(block.mean(), block.std()) for block in (cross, own))
+            divergences.append(torch.distributions.kl_divergence(p, q))
+    expected = torch.stack(divergences).mean().item()
+    assert adaptation.record["divergence/words_to_sounds"].item() == pytest.approx(expected, rel=1e-4)
+
+
+class Remembering(Interleaved):
+    """Its block gets the tokens and their padding, and gives logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Interleaved()
+
+    def forward(self, ids, padded):
+        return self.block(ids, padded)
+
+
+def test_masks_are_remembered_with_the_tokens():
+    """With the same batch twice, memory holds it twice: the figures are those of the batch alone."""
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    one, two = interleaved(3), interleaved(2)
+    options = {"fusion": "block.fusion.0.attn", "modalities": KINDS, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
+    options |= {"memory_at": "block"}
+    _, alone = adapt(model, [tuple(map(torch.cat, zip(one, two, strict=True)))], **options)
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    with torch.no_grad(), ABPEM(k=2, memory_batches=2, **options).attach(model) as adaptation:
+        model(*one)
+        model(*two)
+    for name, value in adaptation.record.items():
+        torch.testing.assert_close(value, alone.record[name], msg=name)
+
+
+def test_masks_that_overlap():
+    modalities = KINDS | {"sounds": lambda ids, padded: ids >= 9}
+    with pytest.raises(ValueError, match="'words' and 'sounds' share some"):
+        adapt(
+            Interleaved().eval(), [(torch.full((2, 8), 9), torch.zeros(2, 8, dtype=torch.bool))], modalities=modalities
+        )
+
+
+def test_a_modality_that_is_missing_everywhere():
+    """No cross block is left: the bootstrapping says nothing, entropy still adapts."""
+    torch.manual_seed(0)
+    ids = torch.randint(10, (3, 8))
+    _, adaptation = adapt(Interleaved().eval(), [(ids, torch.zeros(3, 8, dtype=torch.bool))], modalities=KINDS)
+    assert adaptation.updates == 1
+    assert adaptation.record["divergence/words_to_sounds"].isnan()
+    assert adaptation.record["loss"].isfinite()
+
+
+def test_ranges_are_doubted_once_where_the_number_of_tokens_varies(caplog):
+    longer = [(torch.cat((audio, audio[:, :2]), 1), video) for audio, video in batches(3)]
+    words = "The ranges of `modalities` were first met by 10 tokens in 'fusion.0.attn' and now by 12"
+    ranges = {"audio": (0, AUDIO), "video": (AUDIO, AUDIO + VIDEO)}
+    adapt(make_toy(), batches(3), modalities=ranges)
+    assert "The ranges of" not in caplog.text
+    adapt(make_toy(), [*batches(2), *longer], modalities=ranges)
+    assert caplog.text.count(words) == 1
+    caplog.clear()
+    adapt(make_toy(), [*batches(2), *longer], modalities="auto")
+    assert "The ranges of" not in caplog.text

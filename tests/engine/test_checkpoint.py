@@ -1,0 +1,404 @@
+"""A stream that is cut and goes on elsewhere predicts, to the last bit, what it would have uncut."""
+
+import io
+import zipfile
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_abpem import ABPEM
+from lightning_abpem.methods import EATA, MMTTA, READ, SAR, Tent
+from tests.ranks import in_two_processes
+from tests.reference import same_state
+from tests.toy import MODALITIES, FusedAttention, batches, loader, make_toy
+from tests.trainer.test_callback import trainer
+
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+CUT, LENGTH = 3, 6
+METHODS = {
+    "abpem": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3),
+    "abpem, momentum": partial(
+        ABPEM, "fusion.*.attn", MODALITIES, optimizer=partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
+    ),
+    "abpem, reset": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=4),
+    "tent": Tent,
+    "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0, fisher_batches=batches(2, seed=7)),
+    "sar": partial(SAR, entropy_margin=1.0),
+    "mm-tta": partial(MMTTA, {"audio": 0, "video": 1}),
+    "read": partial(READ, "fusion.*.attn"),
+}
+
+
+def predict(callback, model, stream):
+    with torch.no_grad(), callback.attach(model):
+        return [model(*batch) for batch in stream]
+
+
+def made(name):
+    return METHODS[name](**({"optimizer": ADAM} if "momentum" not in name else {}))
+
+
+@pytest.mark.usefixtures("batches_pass")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stream_that_is_cut_goes_on(tmp_path, name, dtype):
+    stream = [tuple(x.to(dtype) for x in batch) for batch in batches(LENGTH)]
+    model = make_toy().to(dtype)
+    if name == "eata" and dtype != torch.float32:
+        pytest.skip("its Fisher batches are float32")
+    whole = predict(made(name), model, stream)
+    first, second = made(name), made(name)
+    start = predict(first, model, stream[:CUT])
+    path = first.save(tmp_path / "state.pt")
+    torch.manual_seed(99)
+    second.load(path)
+    rest = predict(second, make_toy().to(dtype), stream[CUT:])
+    assert all(torch.equal(a, b) for a, b in zip(whole, start + rest, strict=True))
+    anew = predict(made(name), model, stream[CUT:])
+    assert not all(torch.equal(a, b) for a, b in zip(rest, anew, strict=True))
+
+
+@pytest.mark.usefixtures("batches_pass")
+def test_batches_with_gaps_in_memory():
+    """Of which every other row is a sample: the first batch after the cut is rounded as in the middle of a stream."""
+    stream = [tuple(x[::2] for x in batch) for batch in batches(LENGTH)]
+    whole, first, second = predict(made("abpem"), make_toy(), stream), made("abpem"), made("abpem")
+    predict(first, make_toy(), stream[:CUT])
+    second.load_state_dict(first.state_dict())
+    rest = predict(second, make_toy(), stream[CUT:])
+    assert all(torch.equal(a, b) for a, b in zip(whole[CUT:], rest, strict=True))
+
+
+@pytest.mark.usefixtures("batches_pass")
+def test_through_a_trainer_and_its_checkpoint(tmp_path):
+    whole, rest = make_toy(), make_toy()
+    trainer(made("abpem")).test(whole, loader(LENGTH), verbose=False)
+    first = made("abpem")
+    trainer(first, limit_test_batches=CUT).test(make_toy(), loader(LENGTH), verbose=False)
+    assert first.updates == CUT
+    first.save(tmp_path / "state.pt")
+    second = made("abpem")
+    second.load(tmp_path / "state.pt")
+    data = loader(LENGTH).dataset
+    later = torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(4 * CUT, 4 * LENGTH)), batch_size=4)
+    trainer(second).test(rest, later, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.seen[CUT:], rest.seen, strict=True))
+    assert second.updates == LENGTH
+    assert same_state(rest.state_dict(), make_toy().state_dict())
+
+    runner = trainer(first, limit_test_batches=CUT)
+    runner.test(make_toy(), loader(LENGTH), verbose=False)
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    third, again = made("abpem"), make_toy()
+    trainer(third).test(again, later, ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(rest.seen, again.seen, strict=True))
+
+
+def test_a_checkpoint_of_adapted_weights_is_no_source(tmp_path):
+    """Written in the middle of a run it has the adapted weights for the model's own."""
+
+    class Writes(Callback):
+        def on_test_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "model.ckpt")
+
+    trainer(made("abpem"), Writes()).test(make_toy(), loader(2), verbose=False)
+    with pytest.raises(ValueError, match="Load the source model's checkpoint, not one that was written while"):
+        trainer(made("abpem")).test(
+            make_toy(), loader(2), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True
+        )
+
+
+@pytest.mark.usefixtures("batches_pass")
+def test_a_run_that_crashed_can_be_saved(tmp_path):
+    """The state is that of the last step that was taken."""
+
+    class Breaks(type(make_toy())):
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == CUT:
+                raise OSError("the sensor is gone")
+            super().test_step(batch, batch_idx, dataloader_idx)
+
+    model, first = Breaks().eval(), made("abpem")
+    model.load_state_dict(make_toy().state_dict())
+    with pytest.raises(OSError, match="sensor"):
+        trainer(first).test(model, loader(LENGTH), verbose=False)
+    first.save(tmp_path / "state.pt")
+    second = made("abpem")
+    second.load(tmp_path / "state.pt")
+    rest = predict(second, make_toy(), batches(LENGTH)[CUT:])
+    whole = predict(made("abpem"), make_toy(), batches(LENGTH))
+    assert all(torch.equal(a, b) for a, b in zip(whole[CUT:], rest, strict=True))
+
+
+def test_only_what_adapts_is_saved():
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    state = first.state_dict()
+    assert list(state["weights"]["params"]) == ["fusion.0.attn.qkv.weight", "fusion.0.attn.qkv.bias"]
+    assert len(state["memory"]) == 2
+    assert first.state_dict(memory=False)["memory"] == []
+
+
+def test_a_state_is_used_once():
+    first = made("abpem")
+    source = predict(made("abpem"), make_toy(), batches(2))
+    predict(first, make_toy(), batches(2))
+    first.load_state_dict(first.state_dict())
+    assert not torch.equal(predict(first, make_toy(), batches(2))[0], source[0])
+    assert torch.equal(predict(first, make_toy(), batches(2))[0], source[0])
+
+
+def test_a_loaded_state_stays_as_it_is():
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    state, rest = first.state_dict(), []
+    for _ in range(2):
+        second = made("abpem")
+        second.load_state_dict(state)
+        rest.append(torch.stack(predict(second, make_toy(), batches(3, seed=5))))
+    assert torch.equal(*rest)
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="nothing has been adapted yet"):
+        made("abpem").save(tmp_path / "state.pt")
+    assert made("abpem").state_dict() == {}
+    with pytest.raises(FileNotFoundError, match=r"no '.*none\.pt'"):
+        made("abpem").load(tmp_path / "none.pt")
+
+
+def test_a_damaged_file(tmp_path):
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    path = first.save(tmp_path / "state.pt")
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"not a state", content[:-2000] + b"\0" * 2000):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"Expected '.*state\.pt' to hold the state of an adaptation, but it can"):
+            first.load(path)
+    values = content.index(first.state_dict()["weights"]["params"]["fusion.0.attn.qkv.weight"].numpy().tobytes())
+    path.write_bytes(content[: values + 5] + bytes([content[values + 5] ^ 1]) + content[values + 6 :])
+    with pytest.raises(ValueError, match="but it is damaged at '.*/data/"):
+        first.load(path)
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        [pickled] = [info for info in file.infolist() if info.filename.endswith("/data.pkl")]
+    for i in range(pickled.header_offset + 100, pickled.header_offset + pickled.file_size, 29):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :])
+        with pytest.raises(ValueError, match="Expected"):
+            first.load(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match=r"as `state_dict` makes it, but got \['state_dict'\]"):
+        first.load(path)
+    with pytest.raises(ValueError, match="but got list"):
+        first.load_state_dict([1])
+    assert not list(tmp_path.glob(".*"))
+
+
+class Trained(type(make_toy())):
+    def training_step(self, batch, batch_idx):
+        return self(*batch[:2]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = FusedAttention()
+        self.attn.qkv = nn.Linear(12, 48)
+
+
+def other_weights():
+    torch.manual_seed(5)
+    return type(make_toy())().eval()
+
+
+BAD = {
+    "method": (lambda: READ("fusion.*.attn"), make_toy, "Expected a state of READ, but got one of ABPEM"),
+    "pattern": (
+        lambda: ABPEM("fusion.1.attn", MODALITIES),
+        partial(make_toy, depth=2),
+        r"fusion\.0\.attn\.qkv\.weight \(36, 12\) instead of nothing",
+    ),
+    "model": (
+        lambda: ABPEM("fusion.*.attn", MODALITIES),
+        partial(make_toy, depth=2),
+        r"fusion\.1\.attn\.qkv\.weight missing instead of \(36, 12\)",
+    ),
+    "source": (lambda: ABPEM("fusion.*.attn", MODALITIES), other_weights, "began with this model's weights"),
+    "optimizer": (
+        lambda: ABPEM("fusion.*.attn", MODALITIES, optimizer=partial(torch.optim.SGD, lr=1e-2)),
+        make_toy,
+        "Expected a state of SGD, but got one of Adam",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_state_that_does_not_fit(bad):
+    make, model, message = BAD[bad]
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    second, model = make(), model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def go_on():
+        second.load_state_dict(first.state_dict())
+        predict(second, model, batches(1))
+
+    with pytest.raises(ValueError, match=message):
+        go_on()
+    assert same_state(before, model.state_dict())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match=message):  # nor is it forgotten, so that a run would begin at the source
+        predict(second, model, batches(1)) if bad != "method" else go_on()
+    predict(make(), model, batches(1))
+
+
+def test_a_state_that_does_not_fit_changes_nothing_of_an_open_adaptation():
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    state = first.state_dict()
+    state["weights"]["optimizer"]["param_groups"] = []
+    whole = predict(made("abpem"), make_toy(), batches(4))
+    model = make_toy()
+    with torch.no_grad(), made("abpem").attach(model) as adaptation:
+        start = [model(*batch) for batch in batches(4)[:2]]
+        with pytest.raises(ValueError, match="optimizer does not fit"):
+            adaptation.load_state_dict(state)
+        rest = [model(*batch) for batch in batches(4)[2:]]
+    assert all(torch.equal(a, b) for a, b in zip(whole, start + rest, strict=True))
+
+
+def test_checksums_are_written_whatever_the_setting(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        first = made("abpem")
+        predict(first, make_toy(), batches(1))
+        first.load(first.save(tmp_path / "state.pt"))
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+class TakeAtDataloader(Callback):
+    """Takes the state before the first batch of the second dataloader."""
+
+    def __init__(self, callback):
+        self.callback, self.state, self.logits = callback, None, []
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if (dataloader_idx, batch_idx) == (1, 0):
+            self.state = self.callback.state_dict()
+            self.weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+def test_a_stream_is_cut_between_dataloaders():
+    """With reset="dataloader" the source is back when the hooks of its first batch run, and in a state taken there."""
+    first = ABPEM("fusion.*.attn", MODALITIES, optimizer=ADAM, reset="dataloader")
+    taken, model = TakeAtDataloader(first), make_toy()
+    trainer(first, taken).test(model, [loader(2), loader(3, seed=5)], verbose=False)
+    assert same_state(taken.weights, dict(make_toy().named_parameters()))
+    second, again = ABPEM("fusion.*.attn", MODALITIES, optimizer=ADAM, reset="dataloader"), make_toy()
+    second.load_state_dict(taken.state)
+    trainer(second).test(again, loader(3, seed=5), verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.seen[2:], again.seen, strict=True))
+
+
+def test_a_loaded_state_is_not_reset_by_a_dataloader_without_batches():
+    options = {"optimizer": ADAM, "reset": "dataloader"}
+    first = ABPEM("fusion.*.attn", MODALITIES, **options)
+    trainer(first).test(make_toy(), loader(2), verbose=False)
+    seen = []
+    for loaders in ([loader(2, seed=5)], [DataLoader([], batch_size=4), loader(2, seed=5)]):
+        second, model = ABPEM("fusion.*.attn", MODALITIES, **options), make_toy()
+        second.load_state_dict(first.state_dict())
+        trainer(second).test(model, loaders, verbose=False)
+        seen.append(torch.cat(model.seen))
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"), [("scale", "`state` has no scale"), ("weights", "`weights` has no params, source, optimizer")]
+)
+def test_a_state_with_something_missing(part, message):
+    first = made("abpem")
+    predict(first, make_toy(), batches(1))
+    state = first.state_dict()
+    broken = {key: value for key, value in state.items() if key != part} if part == "scale" else {**state, part: {}}
+    with pytest.raises(ValueError, match=message):
+        first.load_state_dict(broken)
+
+
+def test_a_fit_begins_anew(tmp_path):
+    """Checkpoints that `fit` writes hold nothing of an earlier run, whose source they are not."""
+    first, model = made("abpem"), Trained()
+    trainer(first).test(model, loader(2), verbose=False)
+    assert first.state_dict()
+    runner = trainer(first, max_epochs=1)
+    runner.fit(model, loader(2))
+    assert first.state_dict() == {}
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    trainer(first).test(Trained(), loader(2), ckpt_path=tmp_path / "model.ckpt", verbose=False)
+    assert first.updates == 2
+
+
+def test_a_checkpoint_that_training_goes_on_from_says_nothing_of_the_next_run(tmp_path):
+    """Its state is of the weights that it was tested with, and training moves them."""
+    first, model = made("abpem"), Trained()
+    runner = trainer(first, max_epochs=1)
+    runner.fit(model, loader(2))
+    runner.test(model, loader(2), verbose=False)
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    second, model = made("abpem"), Trained()
+    runner = trainer(second, max_epochs=2)
+    runner.fit(model, loader(2), ckpt_path=tmp_path / "model.ckpt")
+    runner.test(model, loader(2), verbose=False)
+    assert second.updates == 2
+
+
+def test_of_another_version():
+    first = made("abpem")
+    predict(first, make_toy(), batches(1))
+    with pytest.raises(ValueError, match="of form 1, but got 7"):
+        first.load_state_dict({**first.state_dict(), "format": 7})
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def cut_in_two(rank, folder):
+    """The stream uncut, and cut, saved, loaded."""
+    stream = [tuple(x[rank::2] for x in batch) for batch in batches(LENGTH)]
+    whole = predict(made("abpem"), make_toy(), stream)
+    first, second = made("abpem"), made("abpem")
+    start = predict(first, make_toy(), stream[:CUT])
+    written = first.save(folder / "state.pt")
+    torch.distributed.barrier()
+    second.load(folder / "state.pt")
+    rest = predict(second, make_toy(), stream[CUT:])
+    return written.name, whole, start + rest
+
+
+def test_two_processes_go_on(tmp_path):
+    results = in_two_processes(cut_in_two, tmp_path)
+    for rank, (name, whole, parts) in enumerate(results):
+        assert name == f"state-{rank}-of-2.pt"
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    alone = made("abpem")
+    alone.load(tmp_path / "state.pt")  # which is there, but not for one process
+    with pytest.raises(FileNotFoundError, match=r"no '.*state\.pt'"):
+        predict(alone, make_toy(), batches(1))
+
+
+def test_the_memory_of_another_process_is_left_out(caplog):
+    first = made("abpem")
+    predict(first, make_toy(), batches(2))
+    first.load_state_dict({**first.state_dict(), "process": [1, 2]})
+    predict(first, make_toy(), batches(1))
+    assert "memory of the loaded state is another process's" in caplog.text

@@ -1,0 +1,116 @@
+"""Finding the logits in what a model returns."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
+
+from lightning_abpem import ABPEM
+from lightning_abpem.engine.logits import check_head, read_logits, refuse_probabilities
+from tests.toy import MODALITIES, batches, make_toy
+
+
+@pytest.mark.parametrize(
+    ("wrap", "how"),
+    [
+        (lambda x: x, None),
+        (lambda x: {"loss": 0.0, "logits": x}, None),
+        (lambda x: SimpleNamespace(logits=x), None),
+        (lambda x: (x, "hidden"), None),
+        (lambda x: (torch.tensor(0.5), torch.zeros(2, 3, dtype=torch.long), x), None),
+        (lambda x: {"scores": [x]}, lambda output: output["scores"][0]),
+    ],
+)
+def test_forms_of_output(wrap, how):
+    x = torch.randn(2, 3)
+    assert read_logits(wrap(x), how) is x
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"scores": torch.ones(2, 3)}, "none in a dict with keys \\['scores'\\]. Pass `logits`"),
+        (("text",), "none in a tuple"),
+        (None, "none in a NoneType"),
+        (torch.ones(2, 3, 4), r"shape \(batch, classes\) .* got \(2, 3, 4\)"),
+        (torch.ones(2), r"got \(2,\).* One number for a sample is a regression, .* or a binary logit z"),
+        (torch.ones(2, 1), r"at least two classes, but got \(2, 1\) .* regression"),
+        (torch.ones(2, 3, dtype=torch.long), "torch.int64"),
+    ],
+)
+def test_no_logits(output, message):
+    with pytest.raises(ValueError, match=message):
+        read_logits(output)
+
+
+def test_several_candidates_for_the_logits():
+    with pytest.raises(ValueError, match="2 that could be"):
+        read_logits((torch.ones(2, 7), torch.ones(2, 3)))
+    assert read_logits((torch.ones(2, 7, 4), logits := torch.ones(2, 3))) is logits
+
+
+def test_a_function_that_gives_no_tensor():
+    with pytest.raises(ValueError, match="`logits` to return a .* tensor, but got a NoneType"):
+        read_logits(torch.ones(2, 3), lambda output: None)
+
+
+def with_module(module):
+    model = make_toy()
+    model.extra = module
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.BCEWithLogitsLoss(), "its BCEWithLogitsLoss is for several labels at once"),
+        (nn.MultiLabelSoftMarginLoss(), "its MultiLabelSoftMarginLoss is for several labels at once"),
+        (MultilabelAccuracy(num_labels=5), "its MultilabelAccuracy is for several labels at once"),
+        (nn.MSELoss(), "its MSELoss is for regression"),
+        (nn.SmoothL1Loss(), "its SmoothL1Loss is for regression"),
+    ],
+)
+def test_heads_that_are_no_distribution(module, message):
+    model = with_module(module)
+    with pytest.raises(ValueError, match=f"{message}: ABPEM minimises the entropy of one distribution"):
+        check_head(model)
+    options = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2}
+    with pytest.raises(ValueError, match=message), ABPEM(**options).attach(model):
+        pass
+    with torch.no_grad(), ABPEM(**options, logits=lambda output: output).attach(model) as adaptation:  # one's own word
+        model(*batches(1)[0])
+    assert adaptation.updates == 1
+
+
+@pytest.mark.parametrize("module", [nn.CrossEntropyLoss(), MulticlassAccuracy(num_classes=5)])
+def test_a_reconstruction_loss_beside_a_classification(module):
+    model = with_module(module)
+    model.reconstruction = nn.MSELoss()
+    check_head(model)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_the_problem_type_of_hugging_face(problem):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    )
+    model = nn.Sequential(transformers.BertForSequenceClassification(config))
+    check_head(model)
+    config.problem_type = problem
+    with pytest.raises(ValueError, match=f"its problem_type='{problem}' is for"):
+        check_head(model)
+
+
+def test_probabilities_are_no_logits():
+    refuse_probabilities(torch.tensor([[0.5, 0.4], [0.5, 0.5]]))
+    refuse_probabilities(torch.tensor([[1.5, -0.5]]))
+    model = make_toy()
+    options = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2}
+    with (
+        pytest.raises(ValueError, match="adds up to 1: these are probabilities"),
+        ABPEM(**options, logits=lambda output: output.softmax(-1)).attach(model),
+    ):
+        model(*batches(1)[0])

@@ -1,0 +1,326 @@
+"""Replaying the frozen part: the same bits with fewer runs, and recomputing wherever that might not hold."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_abpem.engine.replay import FrozenReplay
+from tests.toy import WIDTH, Encoder, batches, make_toy
+
+
+def passes(model, replay, *args, count=2):
+    """Outputs of `count` passes over one batch."""
+    outputs = []
+    for _ in range(count):
+        replay.start_pass()
+        outputs.append(model(*args))
+    replay.end_batch()
+    return outputs
+
+
+def attach(model, adapted, **options):
+    return FrozenReplay(model, list(adapted.parameters()), **options)
+
+
+def test_frozen_modules_run_once_per_batch():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        for args in batches(3):
+            first, second, third = passes(model, replay, *args, count=3)
+            assert torch.equal(first, second)
+            assert torch.equal(first, third)
+    assert model.audio.runs == model.video.runs == 3
+
+
+def test_the_first_batches_are_audited():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=2)
+    with replay.attached(), torch.no_grad():
+        for args in batches(5):
+            passes(model, replay, *args)
+    assert model.audio.runs == 5 + 2
+
+
+class OneOrTwo(nn.Module):
+    """Two encoders, of which the second is not always called, and a head behind what adapts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Encoder(), Encoder()
+        self.adapted, self.head = nn.Linear(12, 12), nn.Linear(12, 2).requires_grad_(False)
+        self.first.requires_grad_(False), self.second.requires_grad_(False)
+
+    def forward(self, x, y=None):
+        tokens = self.first(x) if y is None else self.first(x) + self.second(y)
+        return self.head(self.adapted(tokens))
+
+
+def test_what_was_of_no_use_in_the_audit_is_let_alone():
+    torch.manual_seed(0)
+    model = OneOrTwo()
+    replay = attach(model, model.adapted, audited_batches=2)
+
+    def recorded(module):
+        return "forward" in module.__dict__
+
+    with replay.attached():
+        for _ in range(2):
+            assert recorded(model.first)
+            assert recorded(model.head)
+            passes(model, replay, torch.randn(2, 6, 3))
+        assert recorded(model.first)
+        assert not recorded(model.head)
+        assert not recorded(model.first.embed)
+        x, y = torch.randn(2, 2, 6, 3)
+        first, second = passes(model, replay, x, y)
+        assert torch.equal(first, second)
+        assert model.second.runs == 2  # not called before, so nothing was known of it: its first replay is audited
+        passes(model, replay, x, y)
+        assert model.second.runs == 3
+    assert not any(recorded(module) for module in model.modules())
+
+
+def test_forwards_are_put_back():
+    model = make_toy()
+    model.audio.forward = own = lambda x: model.audio.norm(model.audio.embed(x))
+    with pytest.raises(KeyError), attach(model, model.fusion[0].attn).attached():
+        assert model.audio.forward is not own
+        raise KeyError
+    assert model.audio.forward is own
+    assert not any("forward" in m.__dict__ for m in model.modules() if m is not model.audio)
+
+
+def test_new_inputs_are_computed():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    (audio, video), (other, _) = batches(2)
+    with replay.attached(), torch.no_grad():
+        replay.start_pass()
+        model(audio, video)
+        replay.start_pass()
+        assert torch.equal(model(other, video), make_toy()(other, video))
+        replay.end_batch()
+    assert (model.audio.runs, model.video.runs) == (2, 1)
+
+
+class InPlace(nn.Module):
+    """Edits what its frozen part gave it."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Linear(12, 2)
+
+    def forward(self, x):
+        tokens = self.encoder(x)
+        tokens += 1
+        return self.head(tokens)
+
+
+def test_outputs_edited_in_place_are_computed_again():
+    torch.manual_seed(0)
+    model = InPlace()
+    replay = attach(model, model.head, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        first, second = passes(model, replay, torch.randn(2, 6, 3))
+    assert torch.equal(first, second)
+    assert model.encoder.runs == 2
+
+
+def test_inputs_edited_in_place_are_computed_again():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    audio, video = batches(1)[0]
+    with replay.attached(), torch.no_grad():
+        replay.start_pass()
+        model(audio, video)
+        audio += 1
+        replay.start_pass()
+        assert torch.equal(model(audio, video), make_toy()(audio, video))
+        replay.end_batch()
+
+
+def test_equal_copies_are_replayed():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    audio, video = batches(1)[0]
+    with replay.attached(), torch.no_grad():
+        replay.start_pass()
+        first = model(audio, video)
+        replay.start_pass()
+        assert torch.equal(model(audio.clone(), video.clone()), first)
+        replay.end_batch()
+    assert model.audio.runs == 1
+
+
+def test_a_module_called_twice_is_replayed_call_by_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = Encoder(), nn.Linear(12, 2)
+
+        def forward(self, x, y):
+            return self.head(self.encoder(x) - self.encoder(y))
+
+    model = Twice()
+    replay = attach(model, model.head, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        first, second = passes(model, replay, torch.randn(2, 6, 3), torch.randn(2, 6, 3))
+    assert torch.equal(first, second)
+    assert model.encoder.runs == 2
+
+
+class Random(Encoder):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+def test_a_model_random_in_eval_is_refused():
+    model = make_toy()
+    model.audio = Random()
+    replay = attach(model, model.fusion[0].attn)
+    with replay.attached(), torch.no_grad():
+        with pytest.warns(UserWarning, match="random numbers in eval mode"):
+            passes(model, replay, *batches(1)[0])
+        assert not replay.enabled
+        first, second = passes(model, replay, *batches(1)[0])
+        assert not torch.equal(first, second)
+
+
+def test_nan_outputs_pass_the_audit():
+    model = make_toy()
+    replay = attach(model, model.fusion[0].attn)
+    audio, video = batches(1)[0]
+    with replay.attached(), torch.no_grad():
+        passes(model, replay, audio * float("nan"), video)
+    assert replay.enabled
+
+
+def test_modules_that_share_adapted_parameters_are_not_frozen():
+    model = make_toy()
+    model.audio.tied = model.fusion[0].attn.qkv
+    replay = attach(model, model.fusion[0].attn, audited_batches=0)
+    with replay.attached(), torch.no_grad():
+        passes(model, replay, *batches(1)[0])
+    assert (model.audio.runs, model.video.runs) == (2, 1)
+
+
+class Glued(nn.Module):
+    """An encoder whose input is not a module's output, so that its passes have to be compared."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head, self.shift = Encoder(), nn.Linear(WIDTH, 3), 0.0
+
+    def forward(self, x):
+        return self.head(self.encoder(x + self.shift).mean(1))
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_on_a_slow_device_a_comparison_is_read_one_batch_later(monkeypatch, moves):
+    monkeypatch.setattr("lightning_abpem.engine.replay.answers_late", lambda x: isinstance(x, torch.Tensor))
+    model = Glued()
+    replay = attach(model, model.head, audited_batches=1)
+    x = torch.randn(2, 5, 3)
+    x[0, 0, 0] = torch.nan
+    with replay.attached(), torch.no_grad():
+        for batch in range(2):
+            replay.start_batch()
+            replay.start_pass()
+            model(x)
+            model.shift += 1.0 * (moves and batch == 1)  # something that the audited batch does not show
+            replay.start_pass()
+            model(x)
+            replay.end_batch()
+            assert model.encoder.runs == 2 + batch  # the first batch is audited
+        if moves:
+            with pytest.warns(UserWarning, match="may be wrong"):
+                replay.start_batch()
+        else:
+            replay.start_batch()
+        assert replay.enabled is not moves
+
+
+def test_on_a_slow_device_only_calls_that_were_replayed_before_are_trusted(monkeypatch):
+    """Of two calls of a module the second moves in every batch, which is no reason to distrust the first."""
+    monkeypatch.setattr("lightning_abpem.engine.replay.answers_late", lambda x: True)
+
+    class Twice(Glued):
+        def forward(self, x):
+            return self.head((self.encoder(x + 0) + self.encoder(x + self.shift)).mean(1))
+
+    model = Twice()
+    replay = attach(model, model.head, audited_batches=2)
+    with replay.attached(), torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(2, 5, 3)
+            replay.start_batch()
+            replay.start_pass()
+            model(x)
+            model.shift += 1.0
+            runs = model.encoder.runs
+            replay.start_pass()
+            second = model(x)
+            replay.end_batch()
+            once = model.encoder.runs - runs
+            assert torch.equal(second, model(x))
+        replay.start_batch()
+    assert replay.enabled
+    assert once == 1  # of two
+
+
+class Leaving(nn.Module):
+    """An encoder whose call leaves more behind than its output, and a model that uses that."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.encoder = Encoder(), Encoder()
+        self.first.requires_grad_(False), self.encoder.requires_grad_(False)
+        self.adapted, self.way, self.features = nn.Linear(WIDTH, 2), way, []
+        if way == "hook":
+            self.encoder.embed.register_forward_hook(lambda module, args, output: self.features.append(output))
+        else:
+            self.encoder.forward = getattr(self, f"_{way}")
+
+    def forward(self, x):
+        self.features.clear()
+        given = {"x": x} if self.way == "dict" else x
+        self.encoder.kept = []
+        y = self.encoder(given, self.features) if self.way == "list" else self.encoder(given)
+        extra = {"hook": self.features, "list": self.features, "attribute": self.encoder.kept}.get(self.way)
+        extra = [given["tokens"]] if self.way == "dict" else [self.encoder.last] if self.way == "tensor" else extra
+        self.encoder.last = torch.zeros(())
+        return self.adapted(self.first(x).mean(1) + y.mean(1) + sum(part.mean() for part in extra))
+
+    def _list(self, x, features):
+        features.append(self.encoder.embed(x))
+        return features[-1]
+
+    def _dict(self, given):
+        given["tokens"] = self.encoder.embed(given["x"])
+        return given["tokens"]
+
+    def _attribute(self, x):
+        self.encoder.kept.append(self.encoder.embed(x))
+        return self.encoder.kept[0]
+
+    def _tensor(self, x):
+        self.encoder.last = self.encoder.embed(x)
+        return self.encoder.last
+
+
+@pytest.mark.parametrize("way", ["hook", "list", "dict", "attribute", "tensor"])
+def test_what_a_call_leaves_behind_is_there_in_every_pass(way):
+    torch.manual_seed(0)
+    model = Leaving(way)
+    replay = attach(model, model.adapted, audited_batches=2)
+    with torch.no_grad():
+        x = torch.randn(8, 2, 6, 3)
+        expected = [model(part) for part in x]
+        runs = model.first.runs
+        with replay.attached():
+            for part, own in zip(x, expected, strict=True):
+                for output in passes(model, replay, part):
+                    assert torch.equal(output, own)
+            assert "forward" in model.encoder.embed.__dict__  # what is inside is replayed
+    assert 8 <= model.first.runs - runs < 16  # and so is the rest of the model

@@ -1,0 +1,116 @@
+"""Finding modules by pattern, and changing a model for a while."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_abpem.modules.names import find_modules
+from lightning_abpem.modules.patches import normal_tensor, only_trainable, without_inference_tensors
+from tests.reference import same_state
+from tests.toy import TorchAttention, make_toy
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("fusion.0.attn", ["fusion.0.attn"]),
+        ("fusion.*.attn", ["fusion.0.attn", "fusion.1.attn"]),
+        ("**.attn", ["fusion.0.attn", "fusion.1.attn"]),
+        ("fus*.?.attn", ["fusion.0.attn", "fusion.1.attn"]),
+        (["fusion.1.attn", "fusion.0.attn"], ["fusion.0.attn", "fusion.1.attn"]),
+    ],
+)
+def test_patterns(pattern, names):
+    assert list(find_modules(make_toy(depth=2), pattern)) == names
+
+
+def test_a_star_is_one_part_of_a_name():
+    with pytest.raises(ValueError, match=r"'\*.attn' matches none of its \d+ modules. Names like it: fusion.0.attn"):
+        find_modules(make_toy(), "*.attn")
+
+
+def test_every_pattern_must_match():
+    with pytest.raises(ValueError, match="'blocks_u.attn'"):
+        find_modules(make_toy(), ["fusion.0.attn", "blocks_u.attn"])
+    with pytest.raises(ValueError, match="at least one name pattern"):
+        find_modules(make_toy(), [])
+
+
+def test_only_trainable_puts_everything_back_after_an_exception():
+    model = make_toy()
+    own, frozen = model.head[1].weight, model.audio.embed.weight
+    frozen.requires_grad_(False)
+    own.grad = kept = torch.ones_like(own)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyError), only_trainable(model, [own]):
+        assert [id(p) for p in model.parameters() if p.requires_grad] == [id(own)]
+        assert own.grad is None
+        raise KeyError
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert own.grad is kept
+
+
+def test_inference_tensors_are_replaced_for_a_while():
+    model = nn.BatchNorm1d(3)
+    with torch.inference_mode():
+        model.running_mean = torch.ones(3)
+        model.cached = torch.arange(3)
+    before = {"mean": model.running_mean, "cached": model.cached}
+    with without_inference_tensors(model):
+        assert not model.running_mean.is_inference()
+        assert not model.cached.is_inference()
+        assert same_state({"mean": model.running_mean, "cached": model.cached}, before)
+    assert model.running_mean is before["mean"]
+    assert model.cached is before["cached"]
+
+
+def test_inference_tensors_in_lists_and_dicts_are_replaced_for_a_while():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.cache, model.maps = {7: torch.ones(3)}, ["a", torch.zeros(2)]
+    before = model.cache[7], model.maps[1]
+    with without_inference_tensors(model):
+        assert not model.cache[7].is_inference()
+        assert not model.maps[1].is_inference()
+        model.maps.pop()
+        model.maps.append("newer")
+    assert model.cache[7] is before[0]
+    assert model.maps == ["a", "newer"]
+
+
+def test_normal_tensor():
+    with torch.inference_mode():
+        x = torch.ones(2)
+    assert not normal_tensor(x).is_inference()
+    y = torch.ones(2, requires_grad=True)
+    assert not normal_tensor(y).requires_grad
+    z = torch.ones(2)
+    assert normal_tensor(z) is z
+    assert normal_tensor("text") == "text"
+
+
+def test_patterns_match_at_the_top_and_under_any_name():
+    model = make_toy()
+    model.alias = model.fusion[0].attn
+    model.attn = TorchAttention()
+    assert list(find_modules(model, "**.attn")) == ["fusion.0.attn", "attn"]
+    assert list(find_modules(model, "alias")) == ["alias"]
+    assert list(find_modules(model, "fusion.**")) == [n for n, _ in model.named_modules() if n.startswith("fusion.")]
+    assert list(find_modules(model, ["alias", "fusion.0.attn"])) == ["fusion.0.attn"]
+
+
+def test_what_the_run_wrote_over_inference_tensors_stays():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.count, model.total = torch.zeros(1), torch.zeros(1)
+    with without_inference_tensors(model):
+        model.count = model.count + 1
+        model.total += 2
+    assert model.count == 1
+    assert model.total == 2
+
+
+def test_names_leave_out_what_compiling_adds():
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(3, 3))))
+    assert list(find_modules(model, "0.*")) == list(find_modules(model, "0._orig_mod.*")) == ["0.0"]
+    assert find_modules(torch.compile(model), "0")["0"] is model[0]._orig_mod
