@@ -18,7 +18,6 @@ MODELS = {
 }
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("memory", [1, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_all_programs_predict_the_same(model, memory):

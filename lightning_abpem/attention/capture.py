@@ -10,7 +10,7 @@ side), H heads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from lightning_abpem.attention.calls import AttentionCall, EagerCall, FusedCall,
 from lightning_abpem.attention.masks import causal_mask, read_mask
 from lightning_abpem.attention.multihead import call_multi_head
 from lightning_abpem.attention.projections import FusionAttention
+from lightning_abpem.modules.patches import Changes
 
-__all__ = ["SOFTMAX", "capture_attention", "softmax_dim"]
+__all__ = ["SOFTMAX", "capture_attention", "softmax_dim", "watch_attention"]
 
 
 class _Softmax(NamedTuple):
@@ -111,21 +112,27 @@ class _Watch(TorchFunctionMode):
             )
 
 
-@contextmanager
-def capture_attention(fusion: Iterable[FusionAttention]) -> Iterator[list[AttentionCall]]:
-    """Collect the calls of these attention modules while the block lasts, in the order in which they are made.
+def watch_attention(changes: Changes, fusion: Iterable[FusionAttention]) -> list[AttentionCall]:
+    """Return a list that will hold the calls of these attention modules, in the order in which they are made.
 
     Raises:
         ValueError: at an attention whose kernel hides q and k, or whose heads cannot be told from its samples.
     """
     calls: list[AttentionCall] = []
-    with ExitStack() as stack:
-        for attention in fusion:
-            watch = _Watch(attention, calls)
-            stack.callback(watch.leave)
-            stack.callback(attention.module.register_forward_pre_hook(watch.enter).remove)
-            stack.callback(attention.module.register_forward_hook(watch.leave, always_call=True).remove)
-        yield calls
+    for attention in fusion:
+        watch = _Watch(attention, calls)
+        enter, leave = watch.enter, watch.leave
+        changes.note(leave)
+        changes.hook(attention.module, "register_forward_pre_hook", enter)
+        changes.hook(attention.module, "register_forward_hook", leave, always_call=True)
+    return calls
+
+
+@contextmanager
+def capture_attention(fusion: Iterable[FusionAttention]) -> Iterator[list[AttentionCall]]:
+    """Collect the calls of attention modules while the block lasts; see `watch_attention`."""
+    with Changes() as changes:
+        yield watch_attention(changes, fusion)
 
 
 def _fused_call(

@@ -14,7 +14,7 @@ from lightning_abpem.attention.calls import AttentionCall
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
 from lightning_abpem.attention.origins import SeenCall, joint_spans
 from lightning_abpem.attention.spans import TokenMask, Tokens, check_disjoint, select_tokens
-from lightning_abpem.modules.patches import normal_tensor
+from lightning_abpem.modules.tensors import normal_tensor
 
 __all__ = ["BatchTokens", "refuse_silence"]
 

@@ -24,6 +24,7 @@ from lightning_abpem.attention.origins import Kind, SeenCall, Segment
 from lightning_abpem.attention.projections import has_projections
 from lightning_abpem.modules.compiled import compiled_entry, eagerly
 from lightning_abpem.modules.names import plain_name
+from lightning_abpem.modules.patches import Changes
 
 __all__ = ["trace_attention", "tracing"]
 
@@ -98,7 +99,7 @@ class _Tracer(TorchFunctionMode):
         """While it lasts, every module of the model is followed."""
         with ExitStack() as stack:
             compiled = [module for module in self._model.modules() if compiled_entry(module) is not None]
-            stack.enter_context(eagerly(compiled))
+            eagerly(stack.enter_context(Changes()), compiled)
             inner = {plain_name(name): module for name, module in self._model.named_modules()}
             for name, module in inner.items():
                 if isinstance(module, torch.jit.ScriptModule) or not name:  # a script takes no hooks from Python

@@ -1,40 +1,39 @@
 """The engine: adapts a model at its call, without labels. It needs torch alone.
 
 While an `Adaptation` is open, a call of the target module first adapts parameters of the model, as a method says, to
-the batch it is called with, and then proceeds as it would have: the caller sees the adapted logits without any change.
-The way of a batch: `_before_call` -> `Stepper.adapt` (forward, gradients, step) -> the call itself, its frozen part
-replayed -> `_after_call`.
+the batch it is called with. Then it proceeds as it would have: the caller sees the adapted logits without any change.
+The way of a batch: `_call` -> `Stepper.adapt` (forward, gradients, step) -> the call itself, its frozen part replayed.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
+import threading
+import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_abpem.attention.fusion import find_fusion
-from lightning_abpem.engine.forward import Observer
+from lightning_abpem.engine.forward import Forward
 from lightning_abpem.engine.logits import check_head
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import find_memory
 from lightning_abpem.engine.method import Record, collected
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.engine.shards import check_shards, gathers_weights, modules_of_shards, reshard
+from lightning_abpem.engine.shards import check_shards, modules_of_shards, reshard
 from lightning_abpem.engine.step import Stepper
 from lightning_abpem.engine.weights import AdaptedWeights, describe_run
-from lightning_abpem.modules.compiled import around_calls, check_entry
+from lightning_abpem.modules.compiled import call_entry, check_entry
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import (
+    Changes,
     Uncopied,
-    adapted_once,
+    adapt_once,
     check_eval,
     only_trainable,
     without_inference_tensors,
@@ -43,6 +42,13 @@ from lightning_abpem.modules.patches import (
 __all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
+
+
+class _CallUnderWay:
+    """A call of the target: it is under way as long as its frame holds this, also if an interrupt ends it."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
 
 
 class Adaptation(Uncopied):
@@ -93,10 +99,17 @@ class Adaptation(Uncopied):
         check_entry(model, self.target)
         check_eval(model)
         self.calls = 0
-        self._outer: FrameType | None = None  # the call of the target that is under way
+        self._under_way: weakref.ref[_CallUnderWay] | None = None
+        self._target_call: Callable[..., Any] = getattr(self.target, call_entry(self.target))
         self._scale = LossScale() if scale is None else scale
-        self._observer = Observer(model, self.target, settings, self.fusion, self.watched, self.memory, report)
-        self._stack = ExitStack()
+        in_memory = [] if self.memory is None else [self.memory.block]
+        hooked = [attention.module for attention in self.watched] + modules_of_shards(model)
+        self._replay = FrozenReplay(self.target, list(self.params.values()), hooked, in_memory)
+        self._replay.enabled = settings.replay
+        self._forward = Forward(
+            *(model, self.target, settings, self.fusion, self.watched, self.memory, self._replay, report)
+        )
+        self._changes = Changes()
 
     @property
     def record(self) -> Record:
@@ -133,34 +146,29 @@ class Adaptation(Uncopied):
             self.close()
 
     def configure_model(self) -> None:
-        """Freeze all but the adapted parameters, keep their source values, attach the hooks; `close` undoes each."""
-        adapted = list(self.params.values())
+        """Freeze all but the adapted parameters, and stand in for the target's call; `close` undoes each."""
+        adapted, changes = list(self.params.values()), self._changes
         if any(p.is_inference() for p in adapted):
             raise ValueError(f"Parameters made inside torch.inference_mode() cannot adapt: {', '.join(self.params)}.")
-        self._observer.find_ranks()
-        self._stack.enter_context(adapted_once(self.model))
-        self._stack.enter_context(without_inference_tensors(self.model))
-        self._stack.enter_context(self.method.prepared(self.model))
-        self._stack.enter_context(only_trainable(self.model, adapted))
+        self._forward.find_ranks()
+        adapt_once(changes, self.model)
+        without_inference_tensors(changes, self.model)
+        changes.enter(self.method.prepared(self.model))
+        only_trainable(changes, self.model, adapted)
         is_sharded = check_shards(self.params, self.method.name, self.method.reads_params)
         letting_go = partial(reshard, self.model) if is_sharded else None
         weights = AdaptedWeights(self.params, self.settings.optimizer, letting_go)
         if self.settings.restore:
-            self._stack.callback(weights.restore)
-        in_memory = [] if self.memory is None else [self.memory.block]
-        hooked = [attention.module for attention in self.watched] + modules_of_shards(self.model)
-        self._replay = FrozenReplay(self.target, adapted, hooked, in_memory)
-        self._replay.enabled = self.settings.replay
+            changes.note(weights.restore)
         if self._replay.enabled:
-            self._stack.enter_context(self._replay.attached())
+            self._replay.attach(changes)
         self._stepper = Stepper(
-            *(self.settings, self.params, weights, self.memory, self._observer, self._replay, self._scale),
+            *(self.settings, self.params, weights, self.memory, self._forward, self._replay, self._scale),
             self._report_step,
         )
-        self._stack.callback(self._stepper.settle)
-        self._stack.callback(self._observer.end_prediction)
-        first = gathers_weights(self.target)  # for a call of the engine's own, inside, lets go of them again
-        self._stack.enter_context(around_calls(self.model, self.target, self._before_call, self._after_call, first))
+        changes.note(self._stepper.settle)
+        changes.note(self._forward.end)
+        changes.set(self.target, call_entry(self.target), self._call)
 
     def drain(self, is_last: bool = False, skipped: bool = False) -> bool:
         """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one.
@@ -172,7 +180,7 @@ class Adaptation(Uncopied):
         Returns:
             whether all processes have a part in that.
         """
-        ranks = self._observer.ranks
+        ranks = self._forward.ranks
         if ranks is None:
             return True
         if is_last:
@@ -185,13 +193,13 @@ class Adaptation(Uncopied):
 
     def abandon(self) -> None:
         """Tell the other processes that this one fails, so that they stop too."""
-        if self._observer.ranks is not None:
-            self._observer.ranks.abandon()
+        if self._forward.ranks is not None:
+            self._forward.ranks.abandon()
 
     def close(self) -> None:
         """Put everything back: weights (unless restore=False), requires_grad, .grad, forwards, hooks. Idempotent."""
         with torch.inference_mode(False):
-            self._stack.close()
+            self._changes.close()
         if self.memory is not None:
             self.memory.clear()
 
@@ -232,38 +240,42 @@ class Adaptation(Uncopied):
 
     # ------------------------------------------------------------------------------------------- the way of a batch
 
-    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._observer.inside or self._is_nested():
-            return
-        self._outer = sys._getframe(1)
-        self.calls += 1
-        if self._observer.ranks is not None and self._observer.ranks.over:
-            return  # a call after the streams, in which the others have no part: it predicts
-        self._replay.start_batch()
-        self._observer.end_prediction()  # of a call that was interrupted
-        with torch.inference_mode(False), torch.enable_grad():
-            self._stepper.adapt(args, kwargs)
-        self._replay.start_pass()
-        self._observer.start_prediction(lambda: self._replay.enabled and self._is_nested())
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the target's call: adapt to the batch, then make the call."""
+        if self._is_under_way():  # the engine's own pass, or a call that the target's forward makes of itself
+            return self._target_call(*args, **kwargs)
+        call = _CallUnderWay()
+        self._under_way = weakref.ref(call)
+        try:
+            self._forward.end()  # what a call that was interrupted has left
+            self._replay.end_batch()
+            self.calls += 1
+            if self._forward.ranks is not None and self._forward.ranks.over:
+                return self._target_call(*args, **kwargs)  # after the streams, in which the others have no part
+            with torch.inference_mode(False), torch.enable_grad():
+                self._stepper.adapt(args, kwargs)
+            self._replay.start_pass()
+            output = self._target_call(*args, **kwargs)
+            with torch.inference_mode(False):
+                self._stepper.end_call(output)
+            return output
+        finally:
+            self._under_way = None
+            self._replay.end_batch()
 
-    def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._observer.inside or (self._is_nested() and sys._getframe(1) is not self._outer):
-            return
-        self._outer = None
-        self._replay.end_batch()
-        self._observer.end_prediction()
-        with torch.inference_mode(False):
-            self._stepper.end_call(output)
+    def _is_under_way(self) -> bool:
+        """Return True if a call of the target is under way in this thread.
 
-    def _is_nested(self) -> bool:
-        """Whether a call of the target is under way still, which called it again: that belongs to its prediction.
-
-        Told by the stack, for an interrupt ends a call without a word.
+        Raises:
+            RuntimeError: if one is under way in another thread.
         """
-        frame = None if self._outer is None else sys._getframe(1)
-        while frame is not None and frame is not self._outer:
-            frame = frame.f_back
-        return frame is not None
+        call = None if self._under_way is None else self._under_way()
+        if call is not None and call.thread != threading.get_ident():
+            raise RuntimeError(
+                f"{type(self.target).__name__} is called from thread {threading.get_ident()} while its call in thread "
+                f"{call.thread} is under way. It adapts to one batch at a time: use one thread, or a lock."
+            )
+        return call is not None
 
     def _report_step(self, record: Record, samples: int) -> None:
         if self.on_step is not None:

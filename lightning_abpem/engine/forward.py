@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_abpem.attention.capture import capture_attention
+from lightning_abpem.attention.calls import AttentionCall, FusedCall
+from lightning_abpem.attention.capture import watch_attention
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion, check_samples
 from lightning_abpem.attention.modalities import BatchTokens, refuse_silence
 from lightning_abpem.attention.origins import SeenCall
 from lightning_abpem.attention.projections import FusionAttention
 from lightning_abpem.attention.spans import Tokens
-from lightning_abpem.attention.statistics import Comparison, Pair, joined
+from lightning_abpem.attention.statistics import Comparison, Pair
 from lightning_abpem.attention.trace import trace_attention
-from lightning_abpem.engine.block_passes import BlockPasses, Pass
 from lightning_abpem.engine.logits import read_logits, refuse_probabilities
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.ranks import Ranks, several_processes
+from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.engine.shards import gathers_weights, has_shards
-from lightning_abpem.modules.carried import CarriedState
+from lightning_abpem.engine.shards import has_shards
 from lightning_abpem.modules.compiled import compiled_around, eagerly
-from lightning_abpem.modules.inputs import OwnInputs
-from lightning_abpem.modules.patches import encoders_around, outputs_of, without_nested_tensors
+from lightning_abpem.modules.patches import Changes, encoders_around, watch_outputs, without_nested_tensors
+from lightning_abpem.modules.state import Snapshot
 
-__all__ = ["Observer", "Seen"]
+__all__ = ["Forward", "Pass"]
 
 log = logging.getLogger(__name__)
 
 
-class Seen(NamedTuple):
-    """Of one pass: logits, how many of them are the batch's, attention and outputs, as `Step` has them.
+class Pass(NamedTuple):
+    """Logits of one pass, how many of them are the batch's, attention and outputs, as `Step` has them.
 
-    `is_local` says whether any of the samples are this process's.
+    `is_local` is True if any of the samples are this process's.
     """
 
     logits: Tensor
@@ -47,20 +47,20 @@ class Seen(NamedTuple):
     is_local: bool = True
 
 
-class Observer:
-    """Runs the target's forward for the engine.
+class Forward:
+    """Runs the target for the engine. A pass leaves no trace: all state that it can reach is put back after it.
 
     Args:
         model: the model.
-        target: the module whose forward is run.
+        target: the module that is called.
         settings: where the logits are, whose tokens are whose, and the method that wants to know.
         fusion: the fusion attention, for methods that watch it.
         watched: its modules that are watched; empty for methods that do not.
         memory: the tokens of earlier batches, if they are remembered.
+        replay: told of every pass.
         report: told which spans were read off a batch.
 
     Attributes:
-        inside: whether a pass is under way: calls of the target are the engine's own then.
         ranks: the processes that share every batch; None for one.
     """
 
@@ -72,27 +72,21 @@ class Observer:
         fusion: JointFusion | SeparateFusion | None,
         watched: Sequence[FusionAttention],
         memory: TokenMemory | None,
+        replay: FrozenReplay,
         report: Callable[[str], None],
     ) -> None:
-        self._model, self._target, self._settings, self._memory = model, target, settings, memory
+        self._model, self._target, self._settings = model, target, settings
+        self._memory, self._replay, self._watched = memory, replay, watched
         self._fusion = fusion if watched else None
-        self._watched = watched
         self._tokens = None
         if self._fusion is not None:
             self._tokens = BatchTokens(settings.spans, self._fusion, self._trace, report)
         modules = [attention.module for attention in watched]
-        self._encoders, self._compiled = encoders_around(model, modules), compiled_around(model, modules)
-        self._inputs, self._carried = OwnInputs(), CarriedState(target)
+        self._encoders, self.compiled = encoders_around(model, modules), compiled_around(model, modules)
         self._is_sharded = has_shards(model)
-        self._passes: BlockPasses | None = None
-        if memory is not None:
-            # What is watched inside the block is one output, and every process has to run it as often.
-            parts = not (self._is_sharded or settings.method.watches)
-            self._passes = BlockPasses(memory, watched, parts, keeps=not self._compiled and settings.steps > 0)
-        # FSDP2 gathers a module's weights in its hooks; those of others are not for the engine's passes.
-        self._calls_hooks = gathers_weights(target)
         self._is_checked = self._warned_single = False
-        self.inside = False
+        self._snapshot: Snapshot | None = None
+        self._changes = Changes()
         self.ranks: Ranks | None = None
 
     def find_ranks(self) -> None:
@@ -124,11 +118,11 @@ class Observer:
         self.ranks = Ranks(next((p.device for p in self._model.parameters()), torch.device("cpu")))
 
     def tokens_of(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
-        """Whose tokens are whose in the batch of these arguments; empty for methods that do not ask."""
+        """Return the tokens of each modality in the batch of these arguments; empty for methods that do not ask."""
         return {} if self._tokens is None else self._tokens(args, kwargs)
 
-    def observe_all(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Seen | None:
-        """One forward over memory and batch, and what the other processes have seen in theirs.
+    def observe_all(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Pass | None:
+        """Run one forward over memory and batch, and join what the other processes have seen in theirs.
 
         Args:
             args: the target's arguments; None without a batch of one's own.
@@ -145,76 +139,81 @@ class Observer:
             return seen
         own = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
         together = self.ranks.global_batch(*own)
-        return together and Seen(*together, {}, is_local=seen is not None and seen.samples > 0)
+        return together and Pass(*together, {}, is_local=seen is not None and seen.samples > 0)
 
-    def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Seen:
-        """One forward over memory and batch."""
-        with (
-            self._inputs.of(args, kwargs) as (args, kwargs),
-            self._watching(tokens) as passes,
-            outputs_of(self._model, self._settings.method.watches) as outputs,
-        ):
-            output = self._run_target(args, kwargs)
+    def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Pass:
+        """Run one forward over memory and batch."""
+        self._replay.start_pass()
+        try:
+            snapshot = self._begin(args, kwargs)
+            if self._memory is not None:
+                self._memory.attach(self._changes, tokens)
+            calls = watch_attention(self._changes, self._watched)
+            outputs = watch_outputs(self._changes, self._model, self._settings.method.watches)
+            output = self._target(*snapshot.args, **snapshot.kwargs)
+        except Exception as error:
+            if self._memory is not None:
+                self._memory.add_note(error)
+            raise
+        finally:
+            self.end()
+        return self._seen(output, calls, tokens, outputs, args, kwargs)
+
+    def end(self) -> None:
+        """End the pass that is under way, if any: put back what it changed. It can be called again."""
+        self._changes.close()
+        snapshot = self._snapshot
+        if snapshot is not None:
+            changed = snapshot.restore()
+            self._replay.forget(changed, snapshot.drew)
+            self._snapshot = None
+            snapshot.check_parameters()
+
+    def _begin(self, args: Any, kwargs: Any) -> Snapshot:
+        self._snapshot = snapshot = Snapshot(self._target, args, kwargs)
+        without_nested_tensors(self._changes, self._encoders)
+        eagerly(self._changes, self.compiled)
+        return snapshot
+
+    def _seen(
+        self,
+        output: Any,
+        calls: Sequence[AttentionCall],
+        tokens: dict[str, Tokens],
+        outputs: Mapping[str, Any],
+        args: Any,
+        kwargs: Any,
+    ) -> Pass:
         logits = read_logits(output, self._settings.logits)
-        stored = 0 if self._memory is None else self._memory.verify(logits)
+        stored = 0
+        if self._memory is not None:
+            stored, tokens = self._memory.verify(logits), self._memory.tokens_of_all(tokens)
         samples = logits.shape[0] - stored
         attention: Mapping[Pair, Sequence[Comparison]] = {}
-        if samples and self._fusion is not None:
-            attention = joined([self._compare(own, logits, args, kwargs) for own in passes])
         if samples:
+            if self._fusion is not None:
+                attention = self._compare(calls, tokens, logits, args, kwargs)
             self._check_logits(logits)
-        return Seen(logits, samples, attention, outputs)
+        return Pass(logits, samples, attention, outputs)
 
-    def start_prediction(self, is_trusted: Callable[[], bool]) -> None:
-        """The target's call goes on to its prediction; see `BlockPasses`."""
-        if self._passes is not None:
-            self._passes.start_prediction(is_trusted)
-
-    def end_prediction(self) -> None:
-        """The target's call is over."""
-        if self._passes is not None:
-            self._passes.end_prediction()
-
-    @contextmanager
-    def _watching(self, tokens: dict[str, Tokens]) -> Iterator[list[Pass]]:
-        """The passes through the fusion while the block lasts: one or, with a memory, several."""
-        if self._passes is not None:
-            with self._passes.over(tokens) as passes:
-                yield passes
-        else:
-            with capture_attention(self._watched) as calls:
-                yield [Pass(calls, tokens)]
-
-    def _run_target(self, args: Any, kwargs: Any) -> Any:
-        """The target's forward; calls of the target within it are the engine's own."""
-        self.inside = True
-        try:
-            with ExitStack() as stack:
-                if self._carried.moves:
-                    stack.enter_context(self._carried.kept())
-                if self._encoders:
-                    stack.enter_context(without_nested_tensors(self._encoders))
-                if self._compiled:
-                    stack.enter_context(eagerly(self._compiled))
-                run = self._target if self._calls_hooks else self._target.forward
-                return run(*args, **kwargs)
-        finally:
-            self.inside = False
-
-    def _compare(self, own: Pass, logits: Tensor, args: Any, kwargs: Any) -> Mapping[Pair, Sequence[Comparison]]:
-        """The score statistics of a pass, whose calls are those of every fusion attention, batch-first."""
+    def _compare(
+        self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any
+    ) -> Mapping[Pair, Sequence[Comparison]]:
+        """Return the score statistics of the calls, which are those of every fusion attention, batch-first."""
         assert self._fusion is not None
         assert self._tokens is not None
-        called = {call.name for call in own.calls}
+        called = {call.name for call in calls}
         if any(attention.name not in called for attention in self._watched):
             refuse_silence(self._fusion, called, self._trace(args, kwargs))
-        check_samples(own.calls, logits.shape[0] if own.samples is None else own.samples)
-        tokens = self._tokens.check(own.calls, own.tokens, args, kwargs)
+        check_samples(calls, logits.shape[0])
+        tokens = self._tokens.check(calls, tokens, args, kwargs)
+        if self._settings.steps and self._settings.method.moves_scores:
+            _check_gradients(calls, {attention.name for attention in self._fusion.adapting})
         with _in_full_precision(logits.device):
-            return self._fusion.compare(own.calls, tokens)
+            return self._fusion.compare(calls, tokens)
 
     def _check_logits(self, logits: Tensor) -> None:
-        """Of the first batch: they are no probabilities. Of the first that is alone: said once."""
+        """Reject probabilities (first batch only); warn once about a batch of one."""
         if not self._is_checked:
             self._is_checked = True
             refuse_probabilities(logits)
@@ -223,12 +222,32 @@ class Observer:
             log.warning("A batch of one sample: a balance over its predictions is its own entropy, not a balance.")
 
     def _trace(self, args: Any, kwargs: Any) -> list[SeenCall]:
-        """The attention calls that a forward makes."""
-        with self._inputs.of(args, kwargs) as (args, kwargs):
-            return trace_attention(self._model, lambda: self._run_target(args, kwargs))
+        """Return the attention calls that a forward makes."""
+        try:
+            snapshot = self._begin(args, kwargs)
+            return trace_attention(self._model, lambda: self._target(*snapshot.args, **snapshot.kwargs))
+        finally:
+            self.end()
+
+
+def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None:
+    """Raise unless the scores of every attention that adapts carry a gradient, so that bootstrapping can act.
+
+    Raises:
+        ValueError: naming the attention whose scores carry none.
+    """
+    for call in calls:
+        scores = (call.q, call.k) if isinstance(call, FusedCall) else (call.scores,)
+        if call.name in adapting and not any(x.requires_grad for x in scores):
+            raise ValueError(
+                f"Expected the scores of '{call.name}' to carry gradients to its projections, but they carry none. "
+                "That is so under torch.no_grad() (torch.is_grad_enabled() is False in its forward), inside an "
+                "autograd.Function (the scores reach its forward detached), or after .detach(). Bootstrapping could "
+                "not act. Use an attention without these, or set attention_weight=0."
+            )
 
 
 def _in_full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Out of autocast, if it is on."""
+    """Leave autocast, if it is on."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.modules.names import named_module
+from lightning_abpem.modules.patches import Changes
 
 __all__ = ["ADVICE", "RememberedBatch", "TokenMemory", "find_memory"]
 
@@ -27,13 +30,11 @@ class RememberedBatch:
     """One batch as it entered the block: its tensors by their place among the arguments.
 
     `places` are those of all tensors, `tensors` those with a row for each sample; `masks` say whose tokens they are.
-    `prediction` is what its prediction left for the step after it, if anything.
     """
 
     places: frozenset[int]
     tensors: dict[int, Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
-    prediction: Any = None
 
     @property
     def samples(self) -> int:
@@ -66,12 +67,47 @@ class TokenMemory:
         self._predicted: Tensor | None = None
         self.verified = self._warned = False
 
-    def begin(self) -> None:
-        """A pass begins, in which a batch may enter."""
+    def attach(self, changes: Changes, tokens: Mapping[str, Tokens]) -> None:
+        """Let the block get the stored tokens, oldest first, with the current ones after them.
+
+        Args:
+            changes: undo that.
+            tokens: the tokens of each modality in the current batch.
+        """
         self.current, self._past = None, []
+        changes.set(self.block, "forward", partial(self._run, self.block.forward, tokens))
+
+    def tokens_of_all(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
+        """Return the tokens of each modality in all batches at once, if they are `tokens` in the current one."""
+        batches = [*self._past, *([] if self.current is None else [self.current])]
+        return {
+            name: own if own.keep is None else own._replace(keep=torch.cat([batch.masks[name] for batch in batches]))
+            for name, own in tokens.items()
+        }
+
+    def add_note(self, error: Exception) -> None:
+        """Say in an error of a forward that the memory had a part in it, if it had."""
+        if self.samples:
+            note = (
+                f"ABPEM's memory had put {self.samples} stored samples in front of the batch at '{self.name}'. "
+                f"Everything after that module must depend on the batch through its input alone. {ADVICE}"
+            )
+            if hasattr(error, "add_note"):
+                error.add_note(note)
+            else:  # Python 3.10
+                log.warning(note)
+
+    def _run(self, forward: Callable[..., Any], tokens: Mapping[str, Tokens], *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        *past, current = self.enter(leaves, tokens)
+        for i in current.tensors:
+            if past and all(i in batch.tensors for batch in past):
+                leaves[i] = torch.cat([*(batch.tensors[i] for batch in past), leaves[i]])
+        args, kwargs = tree_unflatten(leaves, spec)
+        return forward(*args, **kwargs)
 
     def enter(self, leaves: Sequence[Any], tokens: Mapping[str, Tokens]) -> list[RememberedBatch]:
-        """The current batch enters the block, as the leaves of its arguments; all that pass it, the oldest first.
+        """Let the current batch enter the block as the leaves of its arguments; return all that pass, oldest first.
 
         Args:
             leaves: what the block is called with.

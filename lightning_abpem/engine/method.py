@@ -145,6 +145,11 @@ class Method:
     def balances_batch(self) -> bool:
         return False
 
+    @property
+    def moves_scores(self) -> bool:
+        """True if the loss has a gradient through the scores of the fusion attention."""
+        return False
+
     def collect(self, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
         """The parameters that move, by name: here those of the fusion attention's q, k and v projections.
 

@@ -1,14 +1,13 @@
-"""Running the frozen part of a model once per batch.
+"""Running the frozen part of a model once per batch: record, match, return.
 
-The adapting pass and the prediction get the same arguments, and everything ahead of the fusion is frozen, so its
+The adapting pass and the prediction get the same arguments, and everything ahead of the fusion is frozen. So its
 outputs are the same: they are recorded in the first pass and returned in the others.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,20 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_abpem.engine.late import LateBools, answers_late
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
-from lightning_abpem.modules.footprints import call_hooks, kept_by, precision, versions
-from lightning_abpem.modules.patches import Uncopied, substituted
+from lightning_abpem.modules.patches import Changes, Uncopied
+from lightning_abpem.modules.state import reachable
+from lightning_abpem.modules.tensors import reading_waits, same_bits
 
 __all__ = ["FrozenReplay"]
 
+log = logging.getLogger(__name__)
 _LEAF = tree_flatten(0)[1]
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, slice)
 
 
 @dataclass
 class _Recorded:
-    """One call of a frozen module: what went in and what came out."""
+    """One call of a frozen module: its inputs, its outputs, and in which precision torch computed."""
 
     inputs: list[Any]
     input_versions: list[int | None]
@@ -45,16 +45,13 @@ class FrozenReplay(Uncopied):
     """Runs the frozen modules of a model once per batch, however many passes there are.
 
     Every outermost call of a module without adapted parameters, on inputs that carry no gradient, is recorded in the
-    first pass. A later pass gets the recorded output if the same call comes with the same arguments (the same
-    unchanged tensors, or equal ones); in any doubt the module simply runs. The first batches are audited: what would
-    have been replayed is computed again and compared bit by bit, and a model that fails, because it draws random
-    numbers in eval mode for instance, is not replayed any more, with a warning. So is the first replay of a call that
-    comes later. After the audit the modules that ran in it and whose outputs no later pass could use are let alone:
-    nothing is recorded of them.
+    first pass. A later pass gets the recorded output if the same call comes with the same arguments: the same
+    unchanged tensors, or equal ones. In any doubt the module simply runs.
 
-    What leaves more behind than its output runs in every pass, and what it calls is replayed in its place: a module
-    with hooks on others inside it, one that edits the containers that it gets, and one that was seen in the audit to
-    change tensors, buffers or containers that it or a module inside it keeps.
+    A module that does more than to give an output runs in every pass, and what it calls is replayed in its place:
+    one with hooks on others inside it, one that edits its arguments, one in training mode, and one whose state a pass
+    has changed. A model that draws random numbers is not replayed at all. The first batches are audited: what would
+    have been replayed is computed again and compared bit by bit.
 
     Args:
         model: the module whose submodules are replayed, itself excepted.
@@ -62,7 +59,8 @@ class FrozenReplay(Uncopied):
         watched: modules whose hooks may change how torch computes them, or need other processes; what holds one runs
             in every pass.
         varying: modules that get other inputs in every pass; they and what is in them run in every pass.
-        audited_batches: number of batches in which what is replayed is audited; 0 for no audit at all.
+        audited_batches: number of batches in which what is replayed is audited, and so is the first replay of a call
+            that comes later; 0 for no audit at all.
     """
 
     def __init__(
@@ -74,120 +72,106 @@ class FrozenReplay(Uncopied):
         audited_batches: int = 2,
     ) -> None:
         moving = {id(p) for p in adapted}
-        self.enabled = True
+        self._model, self.enabled = model, True
         hidden = {model} | inside_compiled(model)
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         hidden |= {inner for m in varying for inner in m.modules()}
-        self._modules = [m for m in model.modules() if m not in hidden and _is_frozen(m, moving)]
-        self._inner = {id(m): list(m.modules()) for m in self._modules}
-        self._hooks = {
-            id(m): [hooks for x in m.modules() if x is not m for hooks in call_hooks(x)] for m in self._modules
-        }
+        self._modules = {id(m): m for m in model.modules() if m not in hidden and _is_frozen(m, moving)}
+        self._inner = {key: list(m.modules()) for key, m in self._modules.items()}
+        self._recording = set(self._modules)  # those of which no side effect was seen
+        self._heavy = {key for key, m in self._modules.items() if any(p.dim() > 1 for p in m.parameters())}
         self._audited_batches = self._unaudited = audited_batches
-        self._lasting: set[int] = set()  # modules that leave more behind than their output
         self._mode: str | None = None
-        self._inside = False
+        self._inside = self._audits = False
         self._recorded: dict[tuple[int, int], _Recorded] = {}
-        self._doubts: list[Tensor] = []
-        self._late: LateBools | None = None
-        self._turn: dict[int, int] = {}
-        self._recorders: dict[int, ExitStack] = {}
-        self._called: set[int] = set()
         self._replayed: set[tuple[int, int]] = set()
-        self._audits = False  # whether anything of this batch was audited
+        self._call_index: dict[int, int] = {}
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Put the recorder in front of every frozen module's forward while the block lasts."""
-        with ExitStack() as stack:
-            stack.callback(self.end_batch)
-            for module in self._modules:
-                entry = compiled_entry(module) or "forward"
-                recorder = partial(self._call, id(module), getattr(module, entry))
-                own = self._recorders[id(module)] = stack.enter_context(ExitStack())
-                own.enter_context(substituted(module, entry, recorder))
-            yield
+    def attach(self, changes: Changes) -> None:
+        """Put the recorder in front of every frozen module's forward."""
+        changes.note(self.end_batch)
+        for key, module in self._modules.items():
+            entry = compiled_entry(module) or "forward"
+            changes.set(module, entry, partial(self._call, key, getattr(module, entry)))
 
     def start_pass(self) -> None:
-        """A pass over the batch begins: the first one records, those after it replay."""
+        """Begin a pass over the batch: the first one records, those after it replay."""
         if self.enabled:
             self._mode = "record" if self._mode is None else "replay"
-            self._turn.clear()
-
-    def start_batch(self) -> None:
-        """A batch begins; what was in doubt about the last one is known by now."""
-        self.end_batch()
-        late, self._late = self._late, None
-        if late is not None and not all(late.read()):
-            self._distrust(
-                "A frozen module got other inputs in the last batch's prediction than in the pass before it, which it "
-                "had not in earlier batches: that batch's logits may be wrong. From now on"
-            )
+            self._call_index.clear()
 
     def end_batch(self) -> None:
         """Forget the batch."""
-        if self._audits:
-            self._unaudited -= 1
-            if self._unaudited == 0:
-                self._let_alone(self._called - {module for module, _ in self._replayed})
-        if not self.enabled:
-            self._let_alone(self._called)
-        if self._doubts:
-            self._late = LateBools(*self._doubts)
-        self._mode, self._audits = None, False
+        self._unaudited -= self._audits
+        self._mode, self._inside, self._audits = None, False, False
         self._recorded.clear()
-        self._doubts.clear()
 
-    def _let_alone(self, modules: Collection[int]) -> None:
-        for module in modules:
-            self._recorders[module].close()
+    def forget(self, changed: set[int], drew: bool) -> None:
+        """Stop recording what did more in a pass than to give an output.
 
-    def _call(self, module: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._mode is None:
+        Args:
+            changed: the ids of what the pass changed.
+            drew: True if it drew random numbers.
+        """
+        if drew:
+            self.disable("The forward draws random numbers in eval mode")
+        if not changed:
+            return
+        for key in {key for key, _ in self._recorded}:
+            if not changed.isdisjoint(reachable(self._modules[key])):
+                self._recording.discard(key)
+                log.info("'%s' changes its state in a call, so it runs in every pass.", self._name(key))
+        self._recorded = {call: own for call, own in self._recorded.items() if call[0] in self._recording}
+
+    def disable(self, why: str) -> None:
+        """Replay nothing any more; said once."""
+        if self.enabled:
+            log.warning("%s, so nothing is replayed: each prediction runs the whole model again.", why)
+        self.enabled, self._mode = False, None
+        self._recorded.clear()
+
+    def _call(self, key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._mode is None or self._inside or key not in self._recording or self._is_watched(key):
             return forward(*args, **kwargs)
-        self._called.add(module)
-        if self._inside or module in self._lasting or any(self._hooks[module]):
-            return forward(*args, **kwargs)
-        turn = (module, self._turn.get(module, 0))
-        self._turn[module] = turn[1] + 1
+        call = (key, self._call_index.get(key, 0))
+        self._call_index[key] = call[1] + 1
         self._inside = True
         try:
             if self._mode == "record":
-                return self._record(turn, forward, args, kwargs)
-            recorded = self._recorded.get(turn)
-            is_known = turn in self._replayed
-            if recorded is None or not self._matches(recorded, *_flat(args, kwargs), is_known):
+                return self._record(call, forward, args, kwargs)
+            recorded = self._recorded.get(call)
+            if recorded is None or not self._matches(recorded, *_flat(args, kwargs), key in self._heavy):
                 return forward(*args, **kwargs)
-            self._replayed.add(turn)
-            if self._unaudited > 0 or (self._audited_batches and not is_known):
+            if self._unaudited > 0 or (self._audited_batches and call not in self._replayed):
                 self._audit(recorded, forward)
+            self._replayed.add(call)
             alone = recorded.output_spec == _LEAF
             return recorded.outputs[0] if alone else tree_unflatten(recorded.outputs, recorded.output_spec)
         finally:
             self._inside = False
 
-    def _record(self, turn: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
+    def _is_watched(self, key: int) -> bool:
+        """Return True if somebody's hooks are on modules inside, or one of them is in training mode."""
+        module = self._modules[key]
+        return any(
+            inner.training or (inner is not module and (inner._forward_hooks or inner._forward_pre_hooks))
+            for inner in self._inner[key]
+        )
+
+    def _record(self, call: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
         if any(isinstance(x, Tensor) and x.requires_grad for x in args):  # most modules after the fusion
             return forward(*args, **kwargs)
         inputs, spec = _flat(args, kwargs)
-        replayable = all(isinstance(x, _PLAIN) or _is_constant(x) for x in inputs)
-        before_call = versions(inputs)
-        # In the first batch modules may make what they keep from then on.
-        is_watched = 0 < self._unaudited < self._audited_batches
-        before = kept_by(self._inner[turn[0]]) if is_watched else {}
+        before = _versions(inputs)
         output = forward(*args, **kwargs)
-        has_edited = spec != _LEAF and not _is_same_tree(inputs, spec, *_flat(args, kwargs))
-        if has_edited or (is_watched and before != kept_by(self._inner[turn[0]])):
-            self._lasting.add(turn[0])
-            if self._unaudited > 0:  # what it calls is audited from the next batch on
-                self._unaudited = self._audited_batches + 1
+        if spec != _LEAF and not _is_same_tree(inputs, spec, *_flat(args, kwargs)):
+            self._recording.discard(call[0])  # it edits the containers that it gets
             return output
         outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
         # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
-        replayable = replayable and all(isinstance(x, _PLAIN) or _is_constant(x) for x in outputs)
-        if replayable and before_call == versions(inputs):
-            self._recorded[turn] = _Recorded(
-                inputs, before_call, spec, outputs, versions(outputs), output_spec, precision(outputs)
+        if all(map(_is_constant, [*inputs, *outputs])) and before == _versions(inputs):
+            self._recorded[call] = _Recorded(
+                inputs, before, spec, outputs, _versions(outputs), output_spec, _precision(outputs)
             )
         return output
 
@@ -199,44 +183,30 @@ class FrozenReplay(Uncopied):
         outputs, spec = tree_flatten(forward(*args, **kwargs))
         if spec != recorded.output_spec or not all(map(_identical, outputs, recorded.outputs)):
             recorded.outputs, recorded.output_spec = outputs, spec
-            self._distrust(
-                "A frozen module gave another output for the same input (does the model draw random numbers in eval "
-                "mode?):"
-            )
+            self.disable("A frozen module gave another output for the same input")
 
-    def _distrust(self, why: str) -> None:
-        self.enabled, self._mode = False, None
-        warnings.warn(f"{why} its outputs are not replayed, each prediction runs the whole model again.", stacklevel=2)
+    def _matches(self, recorded: _Recorded, inputs: list[Any], spec: TreeSpec, may_wait: bool) -> bool:
+        """Return True if a call is the recorded one.
 
-    def _matches(self, recorded: _Recorded, inputs: list[Any], spec: TreeSpec, is_known: bool) -> bool:
-        if spec != recorded.input_spec or precision(recorded.outputs) != recorded.precision:
-            return False
-        before = recorded.input_versions, recorded.output_versions
-        if (versions(recorded.inputs), versions(recorded.outputs)) != before:
-            return False  # something edited them in place
-        is_probable = is_known and self._unaudited <= 0
-        return all(self._is_same(x, y, is_probable) for x, y in zip(inputs, recorded.inputs, strict=True))
-
-    def _is_same(self, x: Any, y: Any, is_probable: bool) -> bool:
-        """Whether an input is that of the recorded pass; on a device whose answer takes time, if it is probable.
-
-        That is if the same call was replayed before, after the audit; `start_batch` gets the answer.
+        On a GPU a comparison of values waits for the device. That pays for a module with a matrix, not for a norm.
         """
-        if x is y or not is_probable or not isinstance(x, Tensor) or not answers_late(x):
-            return x is y or _identical(x, y)
-        if not _alike(x, y):
+        if spec != recorded.input_spec or _precision(recorded.outputs) != recorded.precision:
             return False
-        self._doubts.append(((x == y) | (x.isnan() & y.isnan())).all())
-        return True
+        if _versions(recorded.outputs) != recorded.output_versions:
+            return False  # something edited them in place
+        if _versions(recorded.inputs) != recorded.input_versions:
+            return False
+        return all(_identical(x, y, may_wait) for x, y in zip(inputs, recorded.inputs, strict=True))
+
+    def _name(self, key: int) -> str:
+        return next(name for name, module in self._model.named_modules() if id(module) == key)
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
-    """The leaves and the structure of a call's arguments; that of a single tensor, the usual case, is known."""
-    return (
-        (list(args), _LEAF)
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        else tree_flatten((args, kwargs))
-    )
+    """Return the leaves and the structure of a call's arguments; that of a single tensor, the usual case, is known."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return list(args), _LEAF
+    return tree_flatten((args, kwargs))
 
 
 def _is_same_tree(leaves: list[Any], spec: TreeSpec, others: list[Any], other_spec: TreeSpec) -> bool:
@@ -249,17 +219,39 @@ def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
 
 
 def _is_constant(x: Any) -> bool:
-    return isinstance(x, Tensor) and not x.requires_grad
+    return not x.requires_grad if isinstance(x, Tensor) else isinstance(x, _PLAIN)
 
 
-def _identical(x: Any, y: Any) -> bool:
+def _versions(leaves: list[Any]) -> list[int | None]:
+    """Return how often each tensor was edited in place; None for one that does not count, and for other leaves."""
+    return [x._version if isinstance(x, Tensor) and not x.is_inference() else None for x in leaves]
+
+
+def _precision(leaves: list[Any]) -> tuple[Any, ...]:
+    """Return in which precision torch computes now, on the device of the first tensor."""
+    device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return autocast, torch.get_default_dtype()
+
+
+def _identical(x: Any, y: Any, may_wait: bool = True) -> bool:
+    """Return True if two leaves are known to be the same.
+
+    Values are compared only if that takes no waiting for a device, or `may_wait` says that it may.
+    """
+    if x is y:
+        return True
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return type(x) is type(y) and bool(x == y)
-    return _alike(x, y) and (torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True))
-
-
-def _alike(x: Any, y: Any) -> bool:
-    """Whether two tensors may be equal, as far as can be told without their values."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.is_nested or y.is_nested or x.requires_grad:
+    if x.is_nested or y.is_nested or x.requires_grad or x.layout != y.layout:
         return False
-    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
+        return False
+    if _is_same_view(x, y):
+        return True
+    return x.layout == torch.strided and (may_wait or not reading_waits(x)) and same_bits(x, y)
+
+
+def _is_same_view(x: Tensor, y: Tensor) -> bool:
+    """Return True if two views show the same part of one tensor, so that they cannot differ."""
+    return x._base is not None and x._base is y._base and x.data_ptr() == y.data_ptr() and x.stride() == y.stride()

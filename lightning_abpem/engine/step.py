@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.engine.checkpoint import FORMAT, check_form, placed, plain, random_state, set_random_state
-from lightning_abpem.engine.forward import Observer, Seen
+from lightning_abpem.engine.forward import Forward, Pass
 from lightning_abpem.engine.logits import read_logits
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import TokenMemory
@@ -28,15 +28,21 @@ log = logging.getLogger(__name__)
 
 
 class _Computed(NamedTuple):
-    """A step that can be taken: gradients, None for no step, its figures, its samples; what is remembered if it is.
+    """A computed step that has not been applied yet.
 
-    `has_batch` says whether this process has one; `is_last`, whether no other step for the same batch follows.
+    Args:
+        gradients: of the parameters; None for no step.
+        record: its figures.
+        samples: their number.
+        logits: those of this process's batch; None without one.
+        state: the method's, if the step is taken.
+        is_last: True if no other step for the same batch follows.
     """
 
     gradients: Gradients | None
     record: Record
     samples: int
-    has_batch: bool
+    logits: Tensor | None
     state: dict[str, Any]
     is_last: bool = True
 
@@ -49,8 +55,8 @@ class Stepper:
         params: the adapted parameters by name.
         weights: the same, as they move.
         memory: the tokens of earlier batches, if they are remembered.
-        observer: runs the forwards.
-        replay: told where one begins.
+        forward: runs the target.
+        replay: told where a batch ends.
         scale: of the loss, where gradients pass through float16.
         on_step: called after each step with its record and the number of samples.
 
@@ -64,13 +70,13 @@ class Stepper:
         params: Mapping[str, nn.Parameter],
         weights: AdaptedWeights,
         memory: TokenMemory | None,
-        observer: Observer,
+        forward: Forward,
         replay: FrozenReplay,
         scale: LossScale,
         on_step: Callable[[Record, int], None],
     ) -> None:
         self._settings, self._method, self._params = settings, settings.method, params
-        self.weights, self._memory, self._observer, self._replay = weights, memory, observer, replay
+        self.weights, self._memory, self._forward, self._replay = weights, memory, forward, replay
         self._scale, self._on_step = scale, on_step
         self._device = next((p.device for p in params.values()), torch.device("cpu"))
         self.record: Record = {}
@@ -78,6 +84,7 @@ class Stepper:
         self._source: Mapping[str, Any] | None = None  # what the method measured on the source model
         self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
         self._is_first, self._resets_next = True, False
+        self._is_watched_for_effect = False
         self._pending: _Computed | None = None  # a step that is due after the prediction
         self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
 
@@ -97,7 +104,7 @@ class Stepper:
         self._resets_next = self._resets_next or self._reset_is_due()
         if self._resets_next and args is not None:
             self.reset()
-        tokens = {} if args is None else self._observer.tokens_of(args, kwargs)
+        tokens = {} if args is None else self._forward.tokens_of(args, kwargs)
         if self._source is None:
             self._draft = {}
             self._source = self._method.measure_source(self._observe_source)
@@ -114,12 +121,30 @@ class Stepper:
                 self._apply(computed._replace(is_last=i + 1 >= self._settings.steps))
 
     def end_call(self, output: Any) -> None:
-        """The target's call ended with this output, None if it failed: take the step that is due after it."""
-        if self._memory is not None and self._unsettled is not None and output is not None:
-            self._memory.expect(read_logits(output, self._settings.logits))
+        """End the target's call, which gave this output: take the step that is due after it."""
+        if self._unsettled is not None and (self._memory is not None or not self._is_watched_for_effect):
+            logits = read_logits(output, self._settings.logits).detach()
+            self._check_effect(logits)
+            if self._memory is not None:
+                self._memory.expect(logits)
         computed, self._pending = self._pending, None
-        if computed is not None and output is not None:
+        if computed is not None:
             self._apply(computed)
+
+    def _check_effect(self, prediction: Tensor) -> None:
+        """Warn once if the first step moved weights but not a bit of the prediction."""
+        before = None if self._unsettled is None else self._unsettled.logits
+        self.settle()
+        if self._is_watched_for_effect or before is None or not self.weights.updates:
+            return
+        self._is_watched_for_effect = True
+        if before.shape == prediction.shape and torch.equal(before, prediction):
+            log.warning(
+                "The first step moved %s, but every logit (%s) is the same bit for bit as before it. That is so where "
+                "the forward uses projections that were fused or cached in an earlier call (compare their values with "
+                "the weights'), or where the step is too small for this precision (try a larger learning rate).",
+                *(next(iter(self._params)), prediction.dtype),
+            )
 
     def settle(self) -> None:
         """What follows from the last step, as soon as somebody needs to know whether it was taken."""
@@ -132,7 +157,7 @@ class Stepper:
         if self._memory is not None:
             if not taken:  # of a step that failed nothing is remembered
                 self._memory.skip()
-            elif last.is_last and last.has_batch:
+            elif last.is_last and last.logits is not None:
                 self._memory.push()
             elif last.is_last:
                 self._memory.push_nothing()
@@ -183,7 +208,7 @@ class Stepper:
     def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
         """The method's gradients for one batch; None if it is empty."""
         self._draft = dict(self._state)
-        ranks = self._observer.ranks
+        ranks = self._forward.ranks
         if ranks is not None:
             ranks.updates = self.weights.updates
         step = self._observe(args, kwargs, tokens)
@@ -195,11 +220,11 @@ class Stepper:
         return computed
 
     def _of_step(self, step: Step, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed:
-        has_batch = args is not None
+        logits = None if args is None else step.logits[-step.samples :].detach()
         if self._settings.steps == 0:
             observed = self._method.loss(step)
             check_record(self._method, observed)
-            return _Computed(None, observed[1], step.samples, has_batch, self._draft)
+            return _Computed(None, observed[1], step.samples, logits, self._draft)
 
         def again(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
@@ -213,25 +238,23 @@ class Stepper:
 
         made = self._method.gradients(step, again)
         check_record(self._method, made)
-        return _Computed(*made, step.samples, has_batch, self._draft)
+        return _Computed(*made, step.samples, logits, self._draft)
 
     def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
-        """One forward over memory and batch, as the method sees it; None if no process has a batch."""
-        self._replay.start_pass()
-        seen = self._observer.observe_all(args, kwargs, tokens)
+        """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""
+        seen = self._forward.observe_all(args, kwargs, tokens)
         if seen is None:
             return None
         if self._resets_next:  # due before the batch of other processes
             self.reset()
-        return self._step_of(seen, self._observer.ranks)
+        return self._step_of(seen, self._forward.ranks)
 
     def _observe_source(self, args: Any) -> Step:
-        """A forward of this process alone, for what is measured on the source."""
-        self._replay.start_pass()
+        """Run a forward of this process alone, for what is measured on the source."""
         args = tree_map_only(torch.Tensor, lambda x: x.to(self._device), args)
-        return self._step_of(self._observer.observe(args, {}, {}))
+        return self._step_of(self._forward.observe(args, {}, {}))
 
-    def _step_of(self, seen: Seen, ranks: Ranks | None = None) -> Step:
+    def _step_of(self, seen: Pass, ranks: Ranks | None = None) -> Step:
         return Step(
             *(seen.logits, seen.samples, seen.attention, seen.outputs),
             *(self._params, self._draft, self._source or {}, self._is_first),

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lightning_abpem.engine.checkpoint import check_weights, plain, source_sums
-from lightning_abpem.engine.late import LateBools, answers_late
+from lightning_abpem.engine.flags import DeviceFlags
 from lightning_abpem.engine.settings import OptimizerFactory, Settings
 from lightning_abpem.engine.shards import assign, is_sharded, whole
 from lightning_abpem.modules.names import plain_name
+from lightning_abpem.modules.tensors import reading_waits
 
 __all__ = ["AdaptedWeights", "all_finite", "describe_run"]
 
@@ -78,8 +79,12 @@ class AdaptedWeights:
         for old, master, gradient in zip(self._before, self._masters, gradients, strict=True):
             old.copy_(master)
             master.grad = None if gradient is None else gradient.to(master)
-        step = self._step_on_device if answers_late(loss) else self._step_on_host
-        taken = step(loss, *gradients)
+        step = self._step_on_device if reading_waits(loss) else self._step_on_host
+        try:
+            taken = step(loss, *gradients)
+        except BaseException:
+            self._take_back()
+            raise
         for master in self._masters:
             master.grad = None
         self._set(self._masters)
@@ -133,6 +138,15 @@ class AdaptedWeights:
         self._set(masters)
         self.updates, self.skipped, self.updates_since_reset = state["counts"]
 
+    def _take_back(self) -> None:
+        """Put the weights back to what they were before a step that failed, with a fresh optimizer."""
+        for old, master in zip(self._before, self._masters, strict=True):
+            master.copy_(old)
+            master.grad = None
+        self.skipped += 1
+        self._start()
+        self._set(self._masters)
+
     def _step_on_host(self, *gradients: Tensor | None) -> Tensor:
         """Where to look at a value costs nothing."""
         finite = taken = _are_finite(*gradients)
@@ -162,7 +176,7 @@ class AdaptedWeights:
         taken = finite & all_finite(*self._masters)
         for old, master in zip(self._before, self._masters, strict=True):
             master.copy_(master.where(taken, old))
-        self._fate = LateBools(finite, taken).read
+        self._fate = DeviceFlags(finite, taken).read
         return taken
 
     def _start(self) -> None:

@@ -55,6 +55,10 @@ class Bootstrapping(Method):
     def balances_batch(self) -> bool:
         return self.objective.balance != "stream" and self.objective.balance_weight > 0
 
+    @property
+    def moves_scores(self) -> bool:
+        return self.objective.attention_weight != 0
+
     def loss(self, step: Step) -> tuple[Tensor, Record]:
         """With attention_weight="auto" that of the other parts alone: only a step's gradients set the weight."""
         parts, weight = self._parts(step), self.objective.attention_weight

@@ -6,17 +6,15 @@ is compiled anew. So the engine watches the plain forward, and replays compiled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import nn
 
-from lightning_abpem.modules.patches import substituted
+from lightning_abpem.modules.patches import Changes
 
 __all__ = [
-    "around_calls",
+    "call_entry",
     "check_entry",
     "compiled_around",
     "compiled_entry",
@@ -27,7 +25,7 @@ __all__ = [
 
 
 def compiled_entry(module: nn.Module) -> str | None:
-    """The attribute through which a call of the module enters compiled code; None if it is not compiled itself.
+    """Return the attribute through which a call of the module enters compiled code; None if it is not compiled itself.
 
     `_compiled_call_impl` after ``module.compile()``; `forward` of what ``torch.compile(module)`` gives, also by way of
     a Trainer, and after ``module.forward = torch.compile(module.forward)``.
@@ -38,18 +36,18 @@ def compiled_entry(module: nn.Module) -> str | None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was applied to the model or a part of it."""
+    """Return True if torch.compile was applied to the model or a part of it."""
     return any(compiled_entry(module) is not None for module in model.modules())
 
 
 def inside_compiled(model: nn.Module) -> set[nn.Module]:
-    """The modules that run inside compiled code of the model: the descendants of compiled modules."""
+    """Return the modules that run inside compiled code of the model: the descendants of compiled modules."""
     compiled = [module for module in model.modules() if compiled_entry(module) is not None]
     return {inner for module in compiled for inner in module.modules() if inner is not module}
 
 
 def check_entry(model: nn.Module, target: nn.Module) -> None:
-    """Whether calls of the target can be seen.
+    """Raise unless calls of the target can be seen.
 
     Raises:
         ValueError: if they are made inside compiled code.
@@ -63,59 +61,24 @@ def check_entry(model: nn.Module, target: nn.Module) -> None:
 
 
 def compiled_around(model: nn.Module, watched: Collection[nn.Module]) -> list[nn.Module]:
-    """The compiled modules of the model that hold a watched one, or are one."""
+    """Return the compiled modules of the model that hold a watched one, or are one."""
     compiled = [module for module in model.modules() if compiled_entry(module) is not None]
     return [module for module in compiled if not set(watched).isdisjoint(module.modules())]
 
 
-@contextmanager
-def eagerly(compiled: Collection[nn.Module]) -> Iterator[None]:
-    """Let compiled modules run their plain forward while the block lasts."""
-    with ExitStack() as stack:
-        for module in compiled:
-            entry = compiled_entry(module)
-            if entry is not None:  # else it does so already
-                plain = None if entry == "_compiled_call_impl" else _plain(module)
-                stack.enter_context(substituted(module, entry, plain))
-        yield
+def eagerly(changes: Changes, compiled: Collection[nn.Module]) -> None:
+    """Let compiled modules run their plain forward."""
+    for module in compiled:
+        entry = compiled_entry(module)
+        if entry is not None:  # else it does so already
+            changes.set(module, entry, None if entry == "_compiled_call_impl" else _plain(module))
 
 
-@contextmanager
-def around_calls(
-    model: nn.Module, target: nn.Module, before: Callable[..., None], after: Callable[..., None], first: bool = False
-) -> Iterator[None]:
-    """Have calls of `target`, a module of `model`, go by two hooks while the block lasts.
-
-    Args:
-        model: the model; where any of it is compiled, the hooks are kept out of that.
-        target: the module that is called.
-        before: gets the module, its arguments and its keyword arguments.
-        after: gets the module, its arguments and its output, None if it failed.
-        first: whether `before` comes ahead of the hooks that are there already.
-    """
-    if is_compiled(model):
-        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
-    compiled = getattr(target, "_compiled_call_impl", None)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        output = None
-        before(target, args, kwargs)
-        try:
-            assert compiled is not None
-            output = compiled(*args, **kwargs)
-        finally:
-            after(target, args, output)
-        return output
-
-    with ExitStack() as stack:
-        if compiled is None:
-            stack.callback(target.register_forward_pre_hook(before, prepend=first, with_kwargs=True).remove)
-            stack.callback(target.register_forward_hook(after, always_call=True).remove)
-        else:  # which would not see hooks that come after it
-            stack.enter_context(substituted(target, "_compiled_call_impl", call))
-        yield
+def call_entry(module: nn.Module) -> str:
+    """Return the attribute by which `module(...)` enters its hooks and its forward, compiled or not."""
+    return "_call_impl" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
 
 
 def _plain(module: nn.Module) -> Any:
-    """What the compiled forward of a module was made of; None if its forward is not compiled."""
+    """Return what the compiled forward of a module was made of; None if its forward is not compiled."""
     return getattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable", None)

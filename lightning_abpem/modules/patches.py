@@ -1,52 +1,36 @@
-"""Changes to a model that are put back when a block ends."""
+"""Changes to a model that are put back: each is noted before it is made."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.parameter import is_lazy
 
 from lightning_abpem.modules.names import named_module
+from lightning_abpem.modules.tensors import normal_tensor
 
 __all__ = [
+    "Changes",
     "Uncopied",
-    "adapted_once",
+    "adapt_once",
     "check_eval",
     "encoders_around",
-    "normal_tensor",
     "only_trainable",
-    "outputs_of",
     "substituted",
+    "watch_outputs",
     "without_inference_tensors",
     "without_nested_tensors",
 ]
 
-
-def check_eval(model: nn.Module) -> None:
-    """Whether nothing of the model is as in training: dropout would make its scores and predictions random.
-
-    Raises:
-        ValueError: if a part of it is in training mode.
-    """
-    if training := [name or "itself" for name, module in model.named_modules() if module.training]:
-        raise ValueError(
-            f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
-            f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
-        )
-
-
-def normal_tensor(x: Any) -> Any:
-    """A tensor that autograd accepts as a constant: out of inference mode, without history. Others as they are."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.clone() if x.is_inference() else x.detach() if x.requires_grad else x
+_MISSING: Any = object()
 
 
 class Uncopied:
-    """What is attached to a model while it adapts, and to no copy of it."""
+    """Mixin that forbids copying or pickling a model while it adapts."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -55,12 +39,103 @@ class Uncopied:
         )
 
 
+class Changes(Uncopied):
+    """A list of undoings, the last one first.
+
+    Each is noted before its change is made, and does no harm if it is made twice. So an interrupt at any point loses
+    nothing: `close` can be called again until it is done.
+    """
+
+    def __init__(self) -> None:
+        self._undoings: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Changes:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._undoings)
+
+    def note(self, undo: Callable[[], None]) -> None:
+        """Have `undo` called by `close`."""
+        self._undoings.append(undo)
+
+    def set(self, owner: Any, attribute: str, value: Any) -> None:
+        """Stand `value` in for an instance's attribute."""
+        self.note(partial(_put_back, owner.__dict__, attribute, owner.__dict__.get(attribute, _MISSING)))
+        owner.__dict__[attribute] = value
+
+    def hook(self, module: nn.Module, register: str, function: Callable[..., Any], **options: Any) -> None:
+        """Register a hook by the module's method of that name, such as `register_forward_hook`."""
+        self.note(partial(_unhook, module, function))
+        getattr(module, register)(function, **options)
+
+    def enter(self, block: AbstractContextManager[Any]) -> None:
+        """Enter a context manager, to be left by `close`."""
+        entered: list[AbstractContextManager[Any]] = []
+
+        def leave() -> None:
+            if entered:
+                entered.pop().__exit__(None, None, None)
+
+        self.note(leave)
+        block.__enter__()
+        entered.append(block)
+
+    def close(self) -> None:
+        """Undo every change, also if an undoing fails; the first failure is raised at the end."""
+        failure: BaseException | None = None
+        while self._undoings:
+            try:
+                self._undoings[-1]()
+            except Exception as error:
+                failure = failure or error
+            except BaseException as interrupt:
+                failure = interrupt
+                continue  # make it once more
+            self._undoings.pop()
+        if failure is not None:
+            raise failure
+
+
+def _put_back(place: dict[str, Any], name: str, value: Any) -> None:
+    if value is _MISSING:
+        place.pop(name, None)
+    else:
+        place[name] = value
+
+
+def _unhook(module: nn.Module, function: Callable[..., Any]) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, own in hooks.items() if own is function]:
+            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+                flags.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+            hooks.pop(key, None)
+
+
+def check_eval(model: nn.Module) -> None:
+    """Raise unless every module is in eval mode: dropout would make scores and predictions random.
+
+    Raises:
+        ValueError: if a part of the model is in training mode, or its weights have no shape yet.
+    """
+    if training := [name or "itself" for name, module in model.named_modules() if module.training]:
+        raise ValueError(
+            f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
+            f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
+        )
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise ValueError(f"Expected weights with a shape, but '{lazy[0]}' has none. Run the model on one batch first.")
+
+
 _ADAPTING: set[int] = set()  # ids of the parameters of the models that somebody adapts
 
 
-@contextmanager
-def adapted_once(model: nn.Module) -> Iterator[None]:
-    """While it lasts, nobody else may adapt a parameter of `model`.
+def adapt_once(changes: Changes, model: nn.Module) -> None:
+    """Let nobody else adapt a parameter of `model`.
 
     Raises:
         ValueError: if somebody does already.
@@ -70,104 +145,70 @@ def adapted_once(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"Parameters of this {type(model).__name__} are being adapted already: close the first Adaptation first."
         )
+    changes.note(partial(_ADAPTING.difference_update, own))
     _ADAPTING.update(own)
-    try:
-        yield
-    finally:
-        _ADAPTING.difference_update(own)
 
 
-@contextmanager
-def only_trainable(model: nn.Module, trainable: Collection[nn.Parameter]) -> Iterator[None]:
+def only_trainable(changes: Changes, model: nn.Module, trainable: Collection[nn.Parameter]) -> None:
     """Let gradients reach `trainable` alone; requires_grad and .grad of every parameter return afterwards."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        yield
-    finally:
+
+    def put_back() -> None:
         for parameter, requires_grad, grad in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
 
+    changes.note(put_back)
+    model.requires_grad_(False)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+        parameter.grad = None
 
-@contextmanager
-def without_inference_tensors(model: nn.Module) -> Iterator[None]:
-    """Stand in normal copies for what an earlier run in inference mode left in the model.
 
-    These are buffers, and tensors cached in modules' attributes or in lists and dicts there.
-    """
-    places: list[Any] = [m.__dict__ for m in model.modules()]
-    places += [value for place in list(places) for value in place.values() if isinstance(value, (dict, list))]
-    replaced: list[tuple[Any, Any, Tensor, Tensor, int]] = []
-    try:
-        for place in places:
-            for name, value in _entries(place):
+def without_inference_tensors(changes: Changes, model: nn.Module) -> None:
+    """Stand in normal copies for the parameters and buffers that were made in inference mode."""
+    for module in model.modules():
+        for place in (module._parameters, module._buffers):
+            for name, value in list(place.items()):
                 if isinstance(value, Tensor) and value.is_inference():
-                    copy = value.clone()
-                    place[name] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
-                    replaced.append((place, name, value, place[name], place[name]._version))
-        yield
-    finally:
-        for place, name, value, stand_in, version in replaced:
-            now = dict(_entries(place)).get(name)
-            if now is stand_in and stand_in._version == version:  # else the run wrote something newer
-                place[name] = value
+                    own = normal_tensor(value)
+                    stand_in = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
+                    changes.note(partial(_return, place, name, value, stand_in, stand_in._version))
+                    place[name] = stand_in
 
 
-def _entries(place: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
-    return list(place.items() if isinstance(place, dict) else enumerate(place))
+def _return(place: dict[str, Any], name: str, value: Tensor, stand_in: Tensor, version: int) -> None:
+    if place.get(name) is stand_in and stand_in._version == version:  # else the run wrote something newer
+        place[name] = value
 
 
-@contextmanager
-def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the modules of those names put out while the block lasts: the last call's output, by name."""
+def watch_outputs(changes: Changes, model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """Return a dict that will hold the last output of each of the named modules."""
     outputs: dict[str, Any] = {}
 
-    def watch(name: str) -> RemovableHandle:
-        return named_module(model, name, "watches").register_forward_hook(
-            lambda module, args, output: outputs.__setitem__(name, output)
-        )
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args, output: outputs.__setitem__(name, output)
 
-    handles = [watch(name) for name in names]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name in names:
+        changes.hook(named_module(model, name, "watches"), "register_forward_hook", watch(name))
+    return outputs
 
 
 def encoders_around(model: nn.Module, watched: Collection[nn.Module]) -> list[nn.TransformerEncoder]:
-    """The nn.TransformerEncoders of the model that hold a watched module."""
+    """Return the nn.TransformerEncoders of the model that hold a watched module."""
     encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     return [encoder for encoder in encoders if not set(watched).isdisjoint(encoder.modules())]
 
 
-@contextmanager
-def without_nested_tensors(encoders: Collection[nn.TransformerEncoder]) -> Iterator[None]:
-    """Keep them from packing padded batches into nested tensors, which only their fast path can read."""
-    before = [(encoder, encoder.use_nested_tensor) for encoder in encoders]
-    try:
-        for encoder, _ in before:
-            encoder.use_nested_tensor = False
-        yield
-    finally:
-        for encoder, packs in before:
-            encoder.use_nested_tensor = packs
+def without_nested_tensors(changes: Changes, encoders: Collection[nn.TransformerEncoder]) -> None:
+    """Keep encoders from packing padded batches into nested tensors, which only their fast path can read."""
+    for encoder in encoders:
+        changes.set(encoder, "use_nested_tensor", False)
 
 
 @contextmanager
 def substituted(owner: Any, attribute: str, value: Any) -> Iterator[None]:
     """Stand `value` in for an instance's attribute while the block lasts."""
-    missing = object()
-    before = owner.__dict__.get(attribute, missing)
-    owner.__dict__[attribute] = value
-    try:
+    with Changes() as changes:
+        changes.set(owner, attribute, value)
         yield
-    finally:
-        if before is missing:
-            owner.__dict__.pop(attribute, None)
-        else:
-            owner.__dict__[attribute] = before

@@ -151,7 +151,6 @@ def test_everything_returns(family):
     assert torch.equal(logits_of(family, run(family)), plain)
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("ViLT", "VisualBERT")])
 def test_memory(name):
     """Two halves of a batch, the first in memory: the figures are those of the whole batch."""

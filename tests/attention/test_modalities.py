@@ -16,7 +16,6 @@ def adapt(model, stream, **options):
         return torch.stack([model(*args) for args in stream]), adaptation
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("memory", [1, 3])
 def test_auto_is_the_spans_written_out(memory, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")

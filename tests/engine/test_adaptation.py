@@ -79,14 +79,13 @@ def fingerprint(model):
 
 def as_on_a_gpu(monkeypatch):
     """Nobody looks at a value before the next batch."""
-    for module in ("replay", "weights"):
-        monkeypatch.setattr(f"lightning_abpem.engine.{module}.answers_late", lambda x: True)
+    for module in ("engine.replay", "engine.weights", "modules.tensors"):
+        monkeypatch.setattr(f"lightning_abpem.{module}.reading_waits", lambda x: True)
 
 
 # ------------------------------------------------------------------------------------------------ the authors' numbers
 
 
-@pytest.mark.usefixtures("batches_pass")
 @both_runs
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize(("replay", "fused", "late"), [(1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 1)])
@@ -125,7 +124,6 @@ def test_golden(name, dtype, bound, replay, fused, late, monkeypatch):
 # ----------------------------------------------------------------------------------------------------- the same result
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("memory_batches", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("attention", [FusedAttention, EagerSplitAttention, TorchAttention])
@@ -244,7 +242,6 @@ def test_adaptation_lowers_the_loss():
         assert losses[-1] < losses[0]
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_several_fusion_layers():
     model = make_toy(depth=2)
     with torch.no_grad(), abpem(memory_batches=2).attach(model) as adaptation:
@@ -258,7 +255,6 @@ def test_several_fusion_layers():
 # --------------------------------------------------------------------------------------------------------- restoration
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("memory_batches", [1, 2])
 def test_everything_is_put_back(fails, memory_batches):
@@ -329,7 +325,6 @@ class Scale(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- the guard
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("memory_batches", [1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_batch_is_skipped_and_counted(memory_batches, bad, caplog):
@@ -383,7 +378,6 @@ def test_a_sample_whose_tokens_are_all_alike_does_not_spoil_the_step(attention):
 # --------------------------------------------------------------------------------------------------- memory and resets
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_memory_that_misses_a_bypass():
     """A residual around the remembered module: with a batch of one it broadcasts silently, and is found out."""
 
@@ -430,7 +424,6 @@ def test_memory_at_a_module_without_the_attention():
         predictions(model, batches(1), memory_batches=2, memory_at="audio")
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_uneven_batches_in_memory():
     stream = [batches(1, size, seed=size)[0] for size in (4, 1, 3, 2)]
     assert [len(x) for x in predictions(make_toy(), stream, memory_batches=3)] == [4, 1, 3, 2]
@@ -443,7 +436,6 @@ def test_episodic_reset():
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_reset_after_a_number_of_updates():
     stream = batches(5)
     parts = [
@@ -685,7 +677,6 @@ def test_attaching_twice():
     assert fingerprint(model) == before
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_memory_failures_name_the_memory():
     class WithLoss(nn.Module):
         def __init__(self):
@@ -709,12 +700,11 @@ def test_memory_failures_name_the_memory():
 def test_a_forward_without_gradients():
     model = make_toy()
     model.forward = torch.no_grad()(model.forward)
-    with pytest.raises(ValueError, match="no gradient reaches .*torch.no_grad"):
+    with pytest.raises(ValueError, match="the scores of 'fusion.0.attn' to carry gradients .* torch.no_grad"):
         predictions(model, batches(1))
     assert len(predictions(model, batches(1), steps=0)) == 1
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("memory_batches", [1, 2])
 def test_an_empty_batch_is_left_alone(memory_batches):
     model = make_toy()
@@ -800,7 +790,8 @@ class Reads(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().partition("::")[2].partition(".")[0] in WAITING:
+        is_random_state = args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.uint8  # of the host
+        if func.name().partition("::")[2].partition(".")[0] in WAITING and not is_random_state:
             self.seen.append(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -814,7 +805,6 @@ MASKS = {"audio": tokens_of(True), "video": tokens_of(False)}
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select"}
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("options", [{}, PAPER, {"memory_batches": 3}, {"modalities": MASKS}])
 def test_no_step_waits_for_the_device(monkeypatch, options):
     """As on a GPU, where comparisons are not looked at in the batch itself; the first batches are audited."""
@@ -844,7 +834,6 @@ class Twice(type(make_toy())):
         """Nothing."""
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("options", [{}, {"memory_batches": 3}, {"predicts": "before"}, {"reset": "batch"}])
 def test_a_forward_that_calls_itself_is_one_call(options):
     model = make_toy()

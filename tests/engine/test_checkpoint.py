@@ -42,7 +42,6 @@ def made(name):
     return METHODS[name](**({"optimizer": ADAM} if "momentum" not in name else {}))
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stream_that_is_cut_goes_on(tmp_path, name, dtype):
@@ -62,7 +61,6 @@ def test_a_stream_that_is_cut_goes_on(tmp_path, name, dtype):
     assert not all(torch.equal(a, b) for a, b in zip(rest, anew, strict=True))
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_batches_with_gaps_in_memory():
     """Of which every other row is a sample: the first batch after the cut is rounded as in the middle of a stream."""
     stream = [tuple(x[::2] for x in batch) for batch in batches(LENGTH)]
@@ -73,7 +71,6 @@ def test_batches_with_gaps_in_memory():
     assert all(torch.equal(a, b) for a, b in zip(whole[CUT:], rest, strict=True))
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_through_a_trainer_and_its_checkpoint(tmp_path):
     whole, rest = make_toy(), make_toy()
     trainer(made("abpem")).test(whole, loader(LENGTH), verbose=False)
@@ -112,7 +109,6 @@ def test_a_checkpoint_of_adapted_weights_is_no_source(tmp_path):
         )
 
 
-@pytest.mark.usefixtures("batches_pass")
 def test_a_run_that_crashed_can_be_saved(tmp_path):
     """The state is that of the last step that was taken."""
 

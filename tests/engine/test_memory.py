@@ -1,13 +1,11 @@
-"""The token memory: first in first out, its own copy, clear about tokens that do not fit; together and one by one."""
+"""The token memory: first in first out, its own copy, clear about tokens that do not fit."""
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_abpem.engine.block_passes import BlockPasses
 from lightning_abpem.engine.memory import TokenMemory
-
-pytestmark = pytest.mark.usefixtures("batches_pass")
+from lightning_abpem.modules.patches import Changes
 
 
 class Remembering:
@@ -15,11 +13,11 @@ class Remembering:
 
     def __init__(self, block, name, batches):
         self.block, self.memory = block, TokenMemory(block, name, batches)
-        self.passes = BlockPasses(self.memory, [], parts=True, keeps=True)
 
     def __call__(self, *args, **kwargs):
         """A pass, after which the batch is stored."""
-        with self.passes.over({}):
+        with Changes() as changes:
+            self.memory.attach(changes, {})
             output = self.block(*args, **kwargs)
         self.memory.push()
         return output

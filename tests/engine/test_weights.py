@@ -13,9 +13,9 @@ LOSS = torch.zeros(())
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["host", "device"])
-def _answers_late(request, monkeypatch):
+def _reading_waits(request, monkeypatch):
     """Steps that the host decides on, and those on a device that nobody waits for."""
-    monkeypatch.setattr("lightning_abpem.engine.weights.answers_late", lambda x: request.param)
+    monkeypatch.setattr("lightning_abpem.engine.weights.reading_waits", lambda x: request.param)
 
 
 def ones(dtype=torch.float32):

@@ -65,7 +65,6 @@ def test_a_batch_of_one_class_is_pushed_the_less_the_evener_the_stream():
     assert push(first) < alone
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("memory", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_every_sample_counts_once(memory, steps):

@@ -122,7 +122,6 @@ def adapted(model, **changes):
     return predictions
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("memory", [1, 3])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

@@ -86,7 +86,6 @@ def test_golden(name, stage, dtype, bound):
 # --------------------------------------------------------------------------------------------------- what a run gives
 
 
-@pytest.mark.usefixtures("batches_pass")
 @pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("memory_batches", [1, 3])
 def test_the_step_sees_adapted_logits(inference_mode, memory_batches):

@@ -1,0 +1,284 @@
+"""Containers and objects, as they were before a pass of the engine."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict, deque
+from operator import is_not
+from types import CellType
+from typing import Any
+
+from lightning_abpem.modules.randomness import generator_state, set_generator_state
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")  # of a module
+_EMPTY: dict[Any, Any] = {}
+
+__all__ = [
+    "Saved",
+    "SavedCell",
+    "SavedClass",
+    "SavedDict",
+    "SavedGenerator",
+    "SavedModule",
+    "SavedSequence",
+    "SavedSet",
+    "SavedSlots",
+    "SavedValues",
+    "slots_of",
+]
+
+
+class Saved:
+    """A container's items before a pass, by key.
+
+    Args:
+        owner: the container, or the object whose attributes they are.
+        items: its items.
+
+    Attributes:
+        given: the items that the pass gets: the same, but for those that have a stand-in.
+    """
+
+    __slots__ = ("given", "items", "owner")
+
+    def __init__(self, owner: Any, items: dict[Any, Any]) -> None:
+        self.owner, self.items, self.given = owner, items, items
+
+    def replace(self, stand_ins: dict[Any, Any]) -> None:
+        """Let the pass have other items."""
+        self.given = self.items | stand_ins
+        self._write(self.given)
+
+    def restore(self) -> bool:
+        """Put the items back, which can be done again; return True if the pass had changed them."""
+        now = self._read()
+        changed = _differ(now, self.given)
+        if changed or self.given is not self.items:
+            self._write(self.items)
+            self.given = self.items
+        return changed
+
+    def _read(self) -> dict[Any, Any]:
+        """Return the items of now."""
+        return {}
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        """Replace the items of now. An interrupt may come at any point: never leave an object without attributes."""
+
+
+def _write_dict(own: dict[Any, Any], items: dict[Any, Any]) -> None:
+    base: Any = OrderedDict if isinstance(own, OrderedDict) else dict
+    for key in [key for key in own if key not in items]:
+        base.__delitem__(own, key)
+    for key, value in items.items():
+        base.__setitem__(own, key, value)
+    if list(own) != list(items):  # their order
+        for key, value in items.items():
+            base.pop(own, key)
+            base.__setitem__(own, key, value)
+
+
+def _differ(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    if len(now) != len(before) or any(map(is_not, now.values(), before.values())):
+        return True
+    return any(map(is_not, now, before))
+
+
+class SavedDict(Saved):
+    """The items of a dict, or of an object's `__dict__`."""
+
+    __slots__ = ("_dict",)
+
+    def __init__(self, owner: Any, own: dict[Any, Any]) -> None:
+        super().__init__(owner, dict(own.items()) if type(own) is not OrderedDict else dict(own))
+        self._dict = own
+
+    def _read(self) -> dict[Any, Any]:
+        return self._dict
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        _write_dict(self._dict, items)
+
+
+class SavedModule(SavedDict):
+    """The attributes of a module, and the entries of its parameters, buffers, submodules and hooks."""
+
+    __slots__ = ("_tables",)
+
+    def __init__(self, owner: Any) -> None:
+        own = owner.__dict__
+        Saved.__init__(self, owner, own.copy())
+        self._dict = own
+        self._tables = [(table, table.copy() if table else _EMPTY) for table in map(own.__getitem__, _TABLES)]
+
+    def restore(self) -> bool:
+        """Put attributes and entries back; return True if the pass had changed them."""
+        changed = super().restore()
+        for table, before in self._tables:
+            if (table or before) and _differ(table, before):
+                _write_dict(table, before)
+                changed = True
+        return changed
+
+
+class SavedSequence(Saved):
+    """The items of a list or a deque."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner, dict(enumerate(owner)))
+
+    def _read(self) -> dict[Any, Any]:
+        return dict(enumerate(self.owner))
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        if isinstance(self.owner, list):
+            list.__setitem__(self.owner, slice(None), list(items.values()))
+        else:
+            deque.clear(self.owner)
+            deque.extend(self.owner, items.values())
+
+
+class SavedSet(Saved):
+    """The items of a set."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: set[Any]) -> None:
+        super().__init__(owner, {id(item): item for item in owner})
+
+    def restore(self) -> bool:
+        """Put the items back, in any order; return True if the pass had changed them."""
+        changed = {id(item) for item in self.owner} != self.items.keys()
+        if changed:
+            set.clear(self.owner)
+            set.update(self.owner, self.items.values())
+        return changed
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        raise ValueError("Expected a set without tensors of inference mode or with a history, but got one.")
+
+
+class SavedSlots(Saved):
+    """The attributes in an object's `__slots__`."""
+
+    __slots__ = ("_slots",)
+
+    def __init__(self, owner: Any, slots: dict[str, Any]) -> None:
+        self._slots = slots
+        super().__init__(owner, _slot_values(owner, slots))
+
+    def _read(self) -> dict[Any, Any]:
+        return _slot_values(self.owner, self._slots)
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        for name in self._read().keys() - items.keys():
+            self._slots[name].__delete__(self.owner)
+        for name, value in items.items():
+            self._slots[name].__set__(self.owner, value)
+
+
+class SavedClass(Saved):
+    """The attributes of a class of the user's own."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: type) -> None:
+        super().__init__(owner, dict(owner.__dict__))
+
+    def _read(self) -> dict[Any, Any]:
+        return dict(self.owner.__dict__)
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        for name in self._read().keys() - items.keys():
+            type.__delattr__(self.owner, name)
+        for name, value in items.items():
+            if self.owner.__dict__.get(name) is not value:
+                type.__setattr__(self.owner, name, value)
+
+
+class SavedCell(Saved):
+    """The variable of a closure."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: CellType) -> None:
+        super().__init__(owner, _cell_value(owner))
+
+    def _read(self) -> dict[Any, Any]:
+        return _cell_value(self.owner)
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        for value in items.values():
+            self.owner.cell_contents = value
+
+
+class SavedValues(Saved):
+    """The values of a NumPy array, a bytearray or an array."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner, {})
+        self._before = owner[:] if isinstance(owner, bytearray | array) else owner.copy()
+
+    def restore(self) -> bool:
+        """Put the values back; return True if the pass had changed them."""
+        changed = _values(self.owner) != _values(self._before)
+        if changed:
+            self.owner[... if hasattr(self.owner, "shape") else slice(None)] = self._before
+        return changed
+
+
+class SavedGenerator(Saved):
+    """The state of a random number generator that somebody keeps."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner, {})
+        self._state = generator_state(owner)
+
+    def restore(self) -> bool:
+        """Put the state back; return True if the pass had drawn from it."""
+        changed = generator_state(self.owner) != self._state
+        if changed:
+            set_generator_state(self.owner, self._state)
+        return changed
+
+
+def slots_of(kind: type) -> dict[str, Any]:
+    """Return the descriptors of a class's `__slots__`, those of its bases included."""
+    found: dict[str, Any] = {}
+    for own in kind.__mro__:
+        names = own.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            slot = own.__dict__.get(name) or own.__dict__.get(f"_{own.__name__.lstrip('_')}{name}")
+            if hasattr(slot, "__set__"):
+                found[name] = slot
+    return found
+
+
+def _slot_values(x: Any, slots: dict[str, Any]) -> dict[str, Any]:
+    missing = object()
+    values = {name: _slot_value(slot, x, missing) for name, slot in slots.items()}
+    return {name: value for name, value in values.items() if value is not missing}
+
+
+def _slot_value(slot: Any, x: Any, missing: object) -> Any:
+    try:
+        return slot.__get__(x)
+    except AttributeError:
+        return missing
+
+
+def _cell_value(cell: CellType) -> dict[str, Any]:
+    try:
+        return {"variable": cell.cell_contents}
+    except ValueError:  # it is empty
+        return {}
+
+
+def _values(x: Any) -> bytes:
+    return bytes(x) if isinstance(x, bytearray) else x.tobytes()

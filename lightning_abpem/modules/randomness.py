@@ -1,0 +1,73 @@
+"""Random number generators, as they were before a pass of the engine."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["RandomState", "generator_state", "set_generator_state"]
+
+
+class RandomState:
+    """The state of torch's, Python's and NumPy's global generators, now.
+
+    Args:
+        model: its device's generator counts too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        device = next((p.device for p in model.parameters()), None)
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._numpy = sys.modules.get("numpy.random")
+        self._torch, self._python = torch.get_rng_state(), random.getstate()
+        self._cuda: Any = None if self._device is None else torch.cuda.get_rng_state(self._device)
+        self._array: Any = None if self._numpy is None else self._numpy.get_state()
+
+    def restore(self) -> bool:
+        """Put the generators back; return True if one had moved."""
+        moved = not torch.equal(torch.get_rng_state(), self._torch)
+        if moved:
+            torch.set_rng_state(self._torch)
+        if random.getstate() != self._python:
+            random.setstate(self._python)
+            moved = True
+        if self._device is not None and not torch.equal(torch.cuda.get_rng_state(self._device), self._cuda):
+            torch.cuda.set_rng_state(self._cuda, self._device)
+            moved = True
+        if self._numpy is not None and not _same_array(self._numpy.get_state(), self._array):
+            self._numpy.set_state(self._array)
+            moved = True
+        return moved
+
+
+def generator_state(x: Any) -> bytes:
+    """Return the state of a generator that somebody keeps: torch's, Python's or NumPy's."""
+    if isinstance(x, torch.Generator):
+        return bytes(x.get_state().tolist())
+    if isinstance(x, random.Random):
+        return pickle.dumps(x.getstate())
+    return pickle.dumps(_bits(x).state)
+
+
+def set_generator_state(x: Any, state: bytes) -> None:
+    """Put a generator back to what `generator_state` returned."""
+    if isinstance(x, torch.Generator):
+        x.set_state(torch.tensor(list(state), dtype=torch.uint8))
+    elif isinstance(x, random.Random):
+        x.setstate(pickle.loads(state))
+    else:
+        _bits(x).state = pickle.loads(state)
+
+
+def _bits(x: Any) -> Any:
+    """Return the bit generator of one of NumPy's generators."""
+    return x.bit_generator if hasattr(x, "bit_generator") else x._bit_generator
+
+
+def _same_array(x: Any, y: Any) -> bool:
+    return x[2:] == y[2:] and (x[1] == y[1]).all()

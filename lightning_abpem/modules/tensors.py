@@ -1,0 +1,110 @@
+"""Tensors as a pass of the engine needs them, and as they were before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SavedTensor", "normal_tensor", "reading_waits", "same_bits"]
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def normal_tensor(x: Any) -> Any:
+    """Return `x` as a constant that autograd accepts: out of inference mode, without history. Others as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    return _copy(x) if x.is_inference() else x.detach() if x.requires_grad else x
+
+
+def reading_waits(x: Tensor) -> bool:
+    """Return True if reading `x` on the host synchronises with its device."""
+    return x.device.type != "cpu"
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Return True if two tensors of one shape, dtype and device hold the same bits; NaN equals itself."""
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        integers = _BITS.get(x.element_size())
+        if integers is None or x.is_conj() or x.is_neg() or y.is_conj() or y.is_neg():
+            return torch.equal(x, y)
+        x, y = x.view(integers), y.view(integers)
+    return torch.equal(x, y)
+
+
+class SavedTensor:
+    """A tensor's values, shape and flags before a pass.
+
+    On a CPU `restore` compares values, because not every edit counts a tensor's version up: those of batch
+    normalisation and through `.data` do not. On other devices a comparison would wait for the device; there the values
+    are always written back. Neither way counts the version up.
+
+    Args:
+        tensor: what the pass works on.
+        key: the id of the tensor that it stands for.
+        name: called for the tensor's name, if that is needed.
+    """
+
+    __slots__ = ("_alias", "_before", "_name", "_tensor", "_version", "key")
+
+    def __init__(self, tensor: Tensor, key: int, name: Callable[[], str]) -> None:
+        self._tensor, self.key, self._name, self._version = tensor, key, name, tensor._version
+        self._alias = self._before = None
+        if type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized:
+            self._alias = tensor.data  # the same memory; the shape, the version and the history are its own
+            self._before = _without_repeats(self._alias).clone()
+
+    @torch.no_grad()
+    def restore(self) -> bool:
+        """Put the values back; return True if the pass had changed them.
+
+        Raises:
+            ValueError: if another kind of tensor was edited in place: its values were not saved.
+        """
+        x, alias = self._tensor, self._alias
+        version, self._version = self._version, x._version
+        if alias is None or self._before is None:
+            if x._version != version:
+                raise ValueError(
+                    f"Expected a forward that leaves {self._name()} alone, but it edits it in place. It is a "
+                    f"{type(x).__name__} with layout {x.layout}, which cannot be put back. Edit a clone of it."
+                )
+            return False
+        if x.requires_grad:
+            x.detach_() if x.grad_fn is not None else x.requires_grad_(False)
+            x.grad = None
+        moved = _layout(x) != _layout(alias)
+        if moved:
+            x.data = alias
+        part = _without_repeats(alias)
+        if reading_waits(alias):
+            part.copy_(self._before)
+            return moved or x._version != version
+        changed = not same_bits(part, self._before)
+        if changed:
+            part.copy_(self._before)
+        return moved or changed
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+
+
+def _without_repeats(x: Tensor) -> Tensor:
+    """Return the part of a tensor that holds each place of memory once, where it was expanded."""
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Return a copy that lies in memory as `x` does, gaps and repeats included, so that kernels round alike."""
+    if type(x) is not Tensor or x.layout != torch.strided or x.is_nested or x.is_quantized:
+        return x.clone()
+    own = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    _without_repeats(own).copy_(_without_repeats(x))
+    return own
