@@ -1,0 +1,1 @@
+"""Small models that do what models do in the wild, held against plain inference and a twin written by hand."""

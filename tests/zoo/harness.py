@@ -1,0 +1,330 @@
+"""Runs of the zoo's models: plain, adapted, and by a twin that is written by hand and cannot leave a trace.
+
+The twin copies nothing. For each adapting pass a new model lives through the past again, batch by batch, with the
+weights that the predictions had; the pass is the last thing it does. So state of any kind is where it belongs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
+
+from lightning_abpem import ABPEM
+from tests.zoo.nets import HEADS, SPANS, Call, Entry, Net
+from tests.zoo.pictures import Album, Picture, differences
+
+LR, K = 0.05, 2
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "grad": nullcontext,
+    "autocast": lambda: _stacked(torch.no_grad(), torch.autocast("cpu", torch.bfloat16)),
+}
+
+
+@contextmanager
+def _stacked(*contexts: Any) -> Iterator[None]:
+    with contexts[0], contexts[1]:
+        yield
+
+
+@dataclass
+class Outcome:
+    """What is left of a run.
+
+    Args:
+        given: each output, as it was when the caller got it.
+        after: all that is reachable from outputs, model and arguments after the run.
+        random: the states of the global generators.
+        model: of the run.
+        updates: steps taken.
+        skipped: steps not taken.
+    """
+
+    given: list[Picture]
+    after: Picture
+    random: Any
+    model: Net
+    updates: int = 0
+    skipped: int = 0
+
+
+def seed() -> None:
+    """The global generators, as every run begins."""
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+
+
+def random_state() -> tuple[Tensor, Any, Any]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def set_random_state(state: tuple[Tensor, Any, Any]) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    np.random.set_state(state[2])
+
+
+def make_callback(entry: Entry, **options: Any) -> ABPEM:
+    """ABPEM with the published loss and plain SGD, so that a twin is easily written."""
+    fusion = ".".join(filter(None, [entry.core, "fusion.*.attn"]))
+    loss = {"k": K, "attention_weight": 1.0, "balance": "marginal"}
+    known = {"fusion": fusion, "modalities": {"audio": 6, "video": 4}, **loss, **entry.options, **options}
+    return ABPEM(**known, optimizer=lambda params: torch.optim.SGD(params, lr=LR))
+
+
+def run(entry: Entry, how: str, callback: ABPEM | None = None) -> Outcome:
+    """All batches, by a loop of one's own ("attach") or by Trainer.predict ("Trainer"); plain without a callback."""
+    model, calls, album = entry.make(), entry.calls(), Album()
+    album.picture((model, calls))
+    seed()
+    given: list[Picture] = []
+    outputs: list[Any] = []
+    loop = loop_by_hand if how == "attach" else loop_of_trainer
+    adaptation = loop(entry, model, calls, callback, given, outputs)
+    counts = (adaptation.updates, adaptation.skipped) if callback is not None else ()
+    state = random_state()
+    return Outcome(given, album.picture({"outputs": outputs, "model": model, "calls": calls}), state, model, *counts)
+
+
+def loop_by_hand(
+    entry: Entry, model: Net, calls: list[Call], callback: ABPEM | None, given: list[Picture], outputs: list[Any]
+) -> Any:
+    attached = nullcontext() if callback is None else callback.attach(model)
+    with MODES[entry.around](), attached as adaptation:
+        for call in calls:
+            take(model.step(call), given, outputs)
+    return adaptation
+
+
+class _Takes(Callback):
+    def __init__(self, given: list[Picture], outputs: list[Any]) -> None:
+        self.given, self.outputs = given, outputs
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        take(outputs, self.given, self.outputs)
+
+
+def loop_of_trainer(
+    entry: Entry, model: Net, calls: list[Call], callback: ABPEM | None, given: list[Picture], outputs: list[Any]
+) -> Any:
+    callbacks = [_Takes(given, outputs), *([] if callback is None else [callback])]
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = Trainer(accelerator="cpu", callbacks=callbacks, **off)
+    # Its own generator: a loader draws its workers' seed, also without workers.
+    loader = DataLoader(calls, batch_size=None, collate_fn=_untouched, generator=torch.Generator())
+    trainer.predict(model, loader, return_predictions=False)
+    return callback
+
+
+def _untouched(call: Call) -> Call:
+    return call
+
+
+def take(output: Any, given: list[Picture], outputs: list[Any]) -> None:
+    given.append(Album().picture(output))
+    outputs.append(output)
+
+
+# ------------------------------------------------------------------------------------------------------------- the twin
+
+
+def twin(entry: Entry, memory: int = 1) -> Outcome:
+    """One step of SGD for each batch, then its prediction, by hand."""
+    model, calls, album = entry.make(), entry.calls(), Album()
+    album.picture((model, calls))
+    params = projections(model, entry)
+    source = history = [{name: p.detach().clone() for name, p in params.items()}]
+    tokens: list[Tensor] = []
+    given: list[Picture] = []
+    outputs: list[Any] = []
+    seed()
+    for i, call in enumerate(calls):
+        state = random_state()
+        gradients, entered = adapting_pass(entry, history, i, tokens[max(0, len(tokens) + 1 - memory) :], memory > 1)
+        set_random_state(state)
+        tokens.append(entered)
+        history = [*history, {name: value - LR * gradients[name] for name, value in history[-1].items()}]
+        set_values(params, history[-1])
+        with MODES[entry.around]():
+            take(model.step(call), given, outputs)
+    set_values(params, source[0])
+    state = random_state()
+    after = album.picture({"outputs": outputs, "model": model, "calls": calls})
+    return Outcome(given, after, state, model, len(calls), 0)
+
+
+def adapting_pass(
+    entry: Entry, history: list[dict[str, Tensor]], batch: int, stored: list[Tensor], has_memory: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients for a batch, and its tokens as they entered the block, by a model that lives for it alone."""
+    model, calls = entry.make(), entry.calls()
+    params = projections(model, entry)
+    seed()
+    for j in range(batch):
+        set_values(params, history[j + 1])
+        with MODES[entry.around](), torch.no_grad(), torch.inference_mode(False):
+            model.step(normal(calls[j], entry))
+    set_values(params, history[batch])
+    model.requires_grad_(False)
+    for p in params.values():
+        p.requires_grad_(True)
+    core = model.get_submodule(entry.core)
+    entered = joins(core.fusion[0], stored) if has_memory else []
+    pairs = seen_projections(core.fusion[0].attn)
+    target = model.get_submodule(entry.options.get("target") or "")
+    logits = run_for_logits(entry, model, target, calls[batch])
+    gradients = torch.autograd.grad(loss_of(logits, pairs), list(params.values()))
+    return dict(zip(params, gradients, strict=True)), entered[0] if entered else logits.detach()
+
+
+class _StopError(Exception):
+    """The target has given its output: nothing else is wanted of this model."""
+
+
+def run_for_logits(entry: Entry, model: Net, target: nn.Module, call: Call) -> Tensor:
+    """What the target's own forward gives, with gradients."""
+    forward, depth = target.forward, 0
+
+    def outermost(*args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        if depth:
+            return forward(*args, **kwargs)
+        depth += 1
+        with torch.inference_mode(False), torch.enable_grad():
+            own = normal(Call(*args, **kwargs), entry)
+            raise _StopError(forward(*own.args, **own.kwargs))
+
+    target.forward = outermost
+    try:
+        with MODES[entry.around](), torch.no_grad():
+            model.step(call)
+    except _StopError as stop:
+        output = stop.args[0]
+    read = entry.options.get("logits", lambda output: getattr(output, "logits", output))
+    logits = read(output)
+    return logits["logits"] if isinstance(logits, Mapping) else logits[0] if isinstance(logits, tuple) else logits
+
+
+def normal(call: Call, entry: Entry) -> Call:
+    """The arguments as autograd takes them, of an entry whose tensors are made in inference mode."""
+    if entry.around != "inference_mode":
+        return call
+    args, kwargs = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, (call.args, call.kwargs))
+    return Call(*args, **kwargs)
+
+
+def joins(block: nn.Module, stored: list[Tensor]) -> list[Tensor]:
+    """Let the block run over the stored tokens too, before the batch's own, which are put into the list."""
+    forward, entered = block.forward, []
+
+    def over_all(x: Tensor) -> Tensor:
+        entered.append(x.detach().clone())
+        return forward(torch.cat([*stored, x]))
+
+    block.forward = over_all
+    return entered
+
+
+def seen_projections(attention: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of every call, once they are there."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    queries: list[Tensor] = []
+    attention.q.register_forward_hook(lambda _, args, output: queries.append(output))
+    attention.k.register_forward_hook(lambda _, args, output: pairs.append((queries[-1], output)))
+    return pairs
+
+
+def projections(model: Net, entry: Entry) -> dict[str, nn.Parameter]:
+    attention = model.get_submodule(entry.core).fusion[0].attn
+    return {name: p for name, p in attention.named_parameters() if name.split(".")[0] in "qkv"}
+
+
+def set_values(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(values[name])
+
+
+def loss_of(logits: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The paper's loss as it is written: one score map per head, loops over modalities."""
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    p = logits.softmax(-1)
+    top = p.topk(K, dim=-1).values
+    principal = -(top * (top + 1e-6).log()).sum(-1).mean()
+    balance = -(p.mean(0) * p.mean(0).log()).sum()
+    return principal - balance + sum(bootstrapping(q, k) for q, k in list(pairs)) / len(pairs)
+
+
+def bootstrapping(q: Tensor, k: Tensor) -> Tensor:
+    """KL of each cross block's scores from those of its key modality, a constant."""
+    q, k = (x.float() if x.dtype == torch.bfloat16 else x for x in (q, k))
+    width = q.shape[-1] // HEADS
+    maps = [x @ y.mT / width**0.5 for x, y in zip(q.split(width, -1), k.split(width, -1), strict=True)]
+    scores, total = sum(maps) / HEADS, torch.zeros(())
+    for rows in SPANS:
+        for columns in SPANS:
+            if rows is not columns:
+                cross, own = (scores[:, r, columns].flatten(1) for r in (rows, columns))
+                (s, a), (t, b) = torch.std_mean(cross, 1), torch.std_mean(own.detach(), 1)
+                total = total + ((t / s).log() + (s**2 + (a - b) ** 2) / (2 * t**2) - 0.5).mean()
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------- expectations
+
+
+@cache
+def plain_run(name: str, how: str) -> Outcome:
+    from tests.zoo.forwards import ENTRIES
+
+    return run(ENTRIES[name], how)
+
+
+@cache
+def twin_run(name: str, memory: int) -> Outcome:
+    from tests.zoo.forwards import ENTRIES
+
+    return twin(ENTRIES[name], memory)
+
+
+def check_same(got: Outcome, expected: Outcome, tolerance: float = 0) -> None:
+    """Outputs as they were given, all that is reachable afterwards, and the generators."""
+    assert len(got.given) == len(expected.given)
+    for i, (x, y) in enumerate(zip(got.given, expected.given, strict=True)):
+        assert not (found := differences(x, y, tolerance)), f"batch {i}: {found[:5]}"
+    assert not (found := differences(got.after, expected.after, tolerance)), found[:8]
+    check_random(got.random, expected.random)
+
+
+def check_random(got: Any, expected: Any) -> None:
+    assert torch.equal(got[0], expected[0]), "torch's generator"
+    assert got[1] == expected[1], "Python's generator"
+    assert all(np.array_equal(x, y) for x, y in zip(got[2], expected[2], strict=True)), "NumPy's generator"
+
+
+def fingerprint(model: nn.Module, names: bool = True) -> dict[str, Any]:
+    """What an adaptation changes while it lasts: parameters, their flags and gradients, modes, hooks, attributes."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    marks: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        hooks = {kind: len(getattr(module, kind, ())) for kind in kinds}
+        own = sorted(name for name in vars(module) if name not in ("_trainer", "_fabric")) if names else []
+        marks[name] = (module.training, hooks, own, sorted(module._buffers) if names else [])
+    for name, p in model.named_parameters():
+        is_made = not isinstance(p, nn.UninitializedParameter)
+        gradient = None if p.grad is None else p.grad.tolist()
+        marks[f"{name}="] = (p.requires_grad, gradient, p.detach().tolist() if is_made else None)
+    return marks

@@ -1,0 +1,171 @@
+"""Everything that can be reached from some objects, as a flat picture by path, so that two runs can be compared."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import types
+from collections import UserDict, deque
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from functools import partial
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Lightning's and torch's own, which hold no state of the model; a compiled forward reaches into the compiler.
+_LEFT_OUT = {
+    "_trainer",
+    "_fabric",
+    "_hparams",
+    "_compiled_call_impl",
+    "dynamo_ctx",
+    "_jit_override_can_fuse",
+    "trainer",
+}
+_FLAT = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Enum,
+    PurePath,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    range,
+)
+
+Picture = dict[str, Any]
+
+
+class Album:
+    """Pictures whose objects have numbers: the same object has the same one in each, also in a later picture."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._alive: list[Any] = []
+
+    def picture(self, x: Any, name: str = "") -> Picture:
+        """What is reachable from `x`: a description by path; of a tensor (what it is, its values)."""
+        self._seen: set[int] = set()
+        return dict(self._walk(x, name))
+
+    def _number(self, x: Any, key: Any = None) -> int:
+        self._alive.append(x)
+        return self._numbers.setdefault(id(x) if key is None else key, len(self._numbers))
+
+    def _walk(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(x, _FLAT):
+            yield path, repr(x)
+        elif isinstance(x, tuple | frozenset):  # nobody can edit it: which one it is does not matter
+            yield path, type(x).__qualname__
+            yield from self._items(x, path)
+        elif isinstance(x, types.FunctionType | types.MethodType | types.BuiltinFunctionType | partial | type):
+            yield from self._function(x, path)
+        else:
+            number = self._number(x)
+            yield path, (type(x).__qualname__, number)
+            if number not in self._seen:
+                self._seen.add(number)
+                yield from self._contents(x, path)
+
+    def _contents(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(x, Tensor):
+            yield f"{path}=", self._tensor(x)
+            if x.is_leaf and x.grad is not None:
+                yield from self._walk(x.grad, f"{path}.grad")
+            yield from self._attributes(x, path)
+        elif isinstance(x, np.ndarray):
+            yield f"{path}=", torch.from_numpy(x.copy()) if x.dtype.kind in "fiub" else repr(x)
+        elif isinstance(x, np.random.Generator):
+            yield f"{path}=", repr(x.bit_generator.state)
+        elif isinstance(x, random.Random):
+            yield f"{path}=", x.getstate()
+        elif isinstance(x, torch.Generator):
+            yield f"{path}=", x.get_state()
+        elif isinstance(x, bytearray):
+            yield f"{path}=", bytes(x)
+        else:
+            yield from self._items(x, path)
+            yield from self._attributes(x, path)
+
+    def _items(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(x, Mapping | UserDict):
+            is_hooks = "_hooks" in path.rsplit(".", 1)[-1]  # their keys are counted over the whole process
+            for i, (key, value) in enumerate(x.items()):
+                yield from self._walk(value, f"{path}[{i if is_hooks else repr(key)}]")
+            yield f"{path}.keys", "hooks" if is_hooks else [repr(key) for key in x]
+        elif isinstance(x, list | tuple | deque):
+            yield f"{path}.len", (len(x), getattr(x, "maxlen", None))
+            for i, value in enumerate(x):
+                yield from self._walk(value, f"{path}[{i}]")
+        elif isinstance(x, set | frozenset):
+            yield f"{path}.set", sorted(map(repr, x))
+
+    def _attributes(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+        own = getattr(x, "__dict__", {})
+        slots = itertools.chain.from_iterable(
+            [s] if isinstance(s, str) else s for c in type(x).__mro__ for s in [c.__dict__.get("__slots__", ())]
+        )
+        held = {name: getattr(x, name) for name in slots if name != "__weakref__" and hasattr(x, name)}
+        yield f"{path}.attributes", sorted({*own, *held} - _LEFT_OUT)
+        for name, value in sorted({**held, **own}.items()):
+            if name not in _LEFT_OUT:
+                yield from self._walk(value, f"{path}.{name}")
+        if isinstance(x, nn.Module) and type(x).__module__.startswith("tests."):
+            for name, value in sorted(vars(type(x)).items()):  # state that a class keeps for all
+                if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
+                    yield from self._walk(value, f"{path}.class.{name}")
+
+    def _function(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(x, partial):
+            yield from self._walk((x.func, x.args, x.keywords), path)
+            return
+        yield path, getattr(x, "__qualname__", repr(type(x)))
+        if isinstance(x, types.MethodType):
+            yield from self._walk(x.__self__, f"{path}.self")
+        if isinstance(x, types.FunctionType) and x.__module__.startswith("tests.") and x.__closure__:
+            for name, cell in zip(x.__code__.co_freevars, x.__closure__, strict=True):
+                yield from self._walk(cell.cell_contents, f"{path}.{name}")
+
+    def _tensor(self, x: Tensor) -> tuple[Any, Tensor]:
+        with torch.no_grad():
+            values = x.detach().to_dense().clone() if x.layout != torch.strided else x.detach().clone()
+        known: tuple[Any, ...] = (x.dtype, tuple(x.shape), x.requires_grad)
+        if x.layout == torch.strided:
+            storage = x.untyped_storage()
+            known += x.stride(), x.storage_offset(), self._number(x, ("storage", storage._cdata))
+        return known, values
+
+
+def differences(got: Picture, expected: Picture, tolerance: float = 0) -> list[str]:
+    """The paths at which two pictures differ, and how."""
+    found = [f"{path}: only with the callback" for path in got.keys() - expected.keys()]
+    found += [f"{path}: only without it" for path in expected.keys() - got.keys()]
+    for path in got.keys() & expected.keys():
+        (x, y) = got[path], expected[path]
+        if isinstance(x, tuple) and isinstance(x[-1], Tensor) and isinstance(y, tuple) and isinstance(y[-1], Tensor):
+            if x[0] != y[0]:
+                found.append(f"{path}: {x[0]}, not {y[0]}")
+                continue
+            x, y = x[1], y[1]
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            if not _are_close(x, y, tolerance):
+                found.append(f"{path}: values differ")
+        elif type(x) is not type(y) or x != y:
+            found.append(f"{path}: {str(x)[:80]}, not {str(y)[:80]}")
+    return sorted(found)
+
+
+def _are_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    bound = tolerance if x.is_floating_point() else 0
+    return bool(torch.allclose(x, y, rtol=bound, atol=bound, equal_nan=True))

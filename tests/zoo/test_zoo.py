@@ -1,0 +1,111 @@
+"""Adapting passes leave no trace, whatever a forward does; what cannot be kept is refused by name."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from tests.zoo.forwards import ENTRIES, Entry
+from tests.zoo.harness import (
+    Outcome,
+    check_same,
+    fingerprint,
+    loop_by_hand,
+    loop_of_trainer,
+    make_callback,
+    plain_run,
+    run,
+    seed,
+    twin_run,
+)
+
+WAYS = list(itertools.product(("attach", "Trainer"), (True, False), (1, 4)))
+
+
+def cases(keep):
+    return list(every_case(keep))
+
+
+def every_case(keep):
+    for entry, (how, replay, memory) in itertools.product(ENTRIES.values(), WAYS):
+        is_meant = (entry.only is None or entry.only[0] == how) and not (memory > 1 and entry.memory)
+        if is_meant and keep(entry, memory):
+            values = f"{entry.name}-{how}-{'replay' if replay else 'again'}-memory{memory}"
+            yield pytest.param(entry, how, replay, memory, id=values)
+
+
+def is_kept(entry: Entry, memory: int) -> bool:
+    return entry.refused is None and not (memory > 1 and entry.memory_refused)
+
+
+every_kept = pytest.mark.parametrize(("entry", "how", "replay", "memory"), cases(is_kept))
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_kept
+def test_observing_leaves_no_trace(entry, how, replay, memory):
+    got = run(entry, how, make_callback(entry, steps=0, replay=replay, memory_batches=memory))
+    check_same(got, plain_run(entry.name, how))
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_kept
+def test_steps_are_those_of_the_twin(entry, how, replay, memory):
+    got = run(entry, how, make_callback(entry, replay=replay, memory_batches=memory))
+    check_adapted(got, entry, how, memory)
+
+
+def check_adapted(got: Outcome, entry: Entry, how: str, memory: int) -> None:
+    plain = plain_run(entry.name, how)
+    assert fingerprint(got.model) == fingerprint(plain.model)
+    assert got.skipped == 0
+    if entry.twin:
+        return
+    assert got.updates == len(plain.given)
+    check_same(got, twin_run(entry.name, memory), entry.tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.refused is None and not entry.twin])
+def test_the_twin_adapts(name):
+    """Or else nothing is tested: its predictions differ from plain ones."""
+    how = "Trainer" if (ENTRIES[name].only or [""])[0] == "Trainer" else "attach"
+    with pytest.raises(AssertionError, match="batch 0"):
+        check_same(twin_run(name, 1), plain_run(name, how), 1e-5)
+
+
+def check_message(error: Exception, message: str) -> None:
+    assert re.search(message, str(error)), f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("entry", "how", "replay", "memory"), cases(lambda entry, memory: not is_kept(entry, memory)))
+def test_what_cannot_be_kept_is_refused_by_name(entry, how, replay, memory):
+    refused = entry.refused
+    message = refused.message if refused else entry.memory_refused
+    model, calls, given, outputs = entry.make(), entry.calls(), [], []
+    before = fingerprint(model, names=False)
+    loop = loop_by_hand if how == "attach" else loop_of_trainer
+    for steps in (0, 1):
+        seed()
+        try:
+            loop(
+                entry,
+                model,
+                calls,
+                make_callback(entry, steps=steps, replay=replay, memory_batches=memory),
+                given,
+                outputs,
+            )
+        except Exception as error:
+            check_message(error, message)
+            assert len(given) <= (refused.batch if refused else 1)
+        else:
+            assert refused, "not refused"
+            assert not refused.is_needed, "not refused"
+            got = run(entry, how, make_callback(entry, steps=steps, replay=replay, memory_batches=memory))
+            check_adapted(got, entry, how, memory) if steps else check_same(got, plain_run(entry.name, how))
+        assert fingerprint(model, names=False) == before
+        model, calls = entry.make(), entry.calls()
+        given.clear()
