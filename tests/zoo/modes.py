@@ -34,13 +34,6 @@ def left_in_training() -> Net:
     return net
 
 
-class LeftTo(Dropout):
-    """In training mode when a Trainer gets it."""
-
-    def double(self) -> Any:
-        return super().double()
-
-
 @entry("nobody called .eval(): the Trainer does, and undoes it", only=("Trainer", "refused in a loop of one's own"))
 def left_to_the_trainer() -> Net:
     net = Dropout()
@@ -128,7 +121,9 @@ class EncodersInInferenceMode(Net):
             return super().encode(audio, video)
 
 
-@entry("the whole forward under no_grad", refused=Refusal("call", r"(?i)no_grad|gradient"), memory="as without")
+@entry(
+    "the whole forward under no_grad", refused=Refusal("call", r"(?i)no_grad|gradient", steps=(1,)), memory="as without"
+)
 class ForwardWithoutGrad(Net):
     @torch.no_grad()
     def forward(self, audio, video):
@@ -189,6 +184,7 @@ def gradients_of_the_user() -> Net:
 
 @entry(
     "hooks of the LightningModule see the flags that they see without the callback",
+    twin="it takes notes of a Trainer's hooks",
     only=("Trainer", "a Trainer's hooks"),
 )
 class HooksSeeFlags(Dropout):

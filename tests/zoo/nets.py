@@ -118,6 +118,7 @@ class Refusal(NamedTuple):
     message: str
     batch: int = 0  # of the call that raises
     is_needed: bool = True  # False: the thing may as well be kept, to the last bit
+    steps: tuple[int, ...] = (0, 1)  # with which it is refused
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import types
 from collections import UserDict, deque
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from pathlib import PurePath
 from typing import Any
 
@@ -80,7 +80,7 @@ class Album:
         if isinstance(x, Tensor):
             yield f"{path}=", self._tensor(x)
             if x.is_leaf and x.grad is not None:
-                yield from self._walk(x.grad, f"{path}.grad")
+                yield f"{path}.grad", self._tensor(x.grad)
             yield from self._attributes(x, path)
         elif isinstance(x, np.ndarray):
             yield f"{path}=", torch.from_numpy(x.copy()) if x.dtype.kind in "fiub" else repr(x)
@@ -111,14 +111,11 @@ class Album:
 
     def _attributes(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
         own = getattr(x, "__dict__", {})
-        slots = itertools.chain.from_iterable(
-            [s] if isinstance(s, str) else s for c in type(x).__mro__ for s in [c.__dict__.get("__slots__", ())]
-        )
-        held = {name: getattr(x, name) for name in slots if name != "__weakref__" and hasattr(x, name)}
-        yield f"{path}.attributes", sorted({*own, *held} - _LEFT_OUT)
-        for name, value in sorted({**held, **own}.items()):
-            if name not in _LEFT_OUT:
-                yield from self._walk(value, f"{path}.{name}")
+        held = {name: getattr(x, name) for name in _slots(type(x)) if hasattr(x, name)}
+        named = {name: value for name, value in {**held, **own}.items() if not _is_left_out(name, value)}
+        yield f"{path}.attributes", sorted(named)
+        for name, value in sorted(named.items()):
+            yield from self._walk(value, f"{path}.{name}")
         if isinstance(x, nn.Module) and type(x).__module__.startswith("tests."):
             for name, value in sorted(vars(type(x)).items()):  # state that a class keeps for all
                 if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
@@ -145,8 +142,21 @@ class Album:
         return known, values
 
 
-def differences(got: Picture, expected: Picture, tolerance: float = 0) -> list[str]:
-    """The paths at which two pictures differ, and how."""
+@cache
+def _slots(kind: type) -> list[str]:
+    of_all = [c.__dict__.get("__slots__", ()) for c in kind.__mro__]
+    names = itertools.chain.from_iterable([s] if isinstance(s, str) else s for s in of_all)
+    return [name for name in names if name not in ("__weakref__", "__dict__")]
+
+
+def _is_left_out(name: str, value: Any) -> bool:
+    is_no_hook = "_hooks" in name and isinstance(value, dict) and not value
+    return is_no_hook or name in _LEFT_OUT or name.startswith("_dynamo")
+
+
+def differences(got: Picture, expected: Picture, tolerance: float = 0, but: tuple[str, ...] = ()) -> list[str]:
+    """The paths at which two pictures differ, and how; of paths that end with `but`, nothing."""
+    got, expected = ({p: v for p, v in picture.items() if not p.endswith(but)} for picture in (got, expected))
     found = [f"{path}: only with the callback" for path in got.keys() - expected.keys()]
     found += [f"{path}: only without it" for path in expected.keys() - got.keys()]
     for path in got.keys() & expected.keys():

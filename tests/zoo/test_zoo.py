@@ -64,7 +64,8 @@ def check_adapted(got: Outcome, entry: Entry, how: str, memory: int) -> None:
     if entry.twin:
         return
     assert got.updates == len(plain.given)
-    check_same(got, twin_run(entry.name, memory), entry.tolerance)
+    # A Trainer puts flags and gradients back, which the twin has nothing to do with; they are compared above.
+    check_same(got, twin_run(entry.name, memory), entry.tolerance, but=(".training", ".grad"))
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.refused is None and not entry.twin])
@@ -100,12 +101,12 @@ def test_what_cannot_be_kept_is_refused_by_name(entry, how, replay, memory):
             )
         except Exception as error:
             check_message(error, message)
+            assert fingerprint(model, names=False) == before
             assert len(given) <= (refused.batch if refused else 1)
         else:
-            assert refused, "not refused"
-            assert not refused.is_needed, "not refused"
+            is_due = steps == 1 if refused is None else refused.is_needed and steps in refused.steps
+            assert not is_due, "not refused"
             got = run(entry, how, make_callback(entry, steps=steps, replay=replay, memory_batches=memory))
             check_adapted(got, entry, how, memory) if steps else check_same(got, plain_run(entry.name, how))
-        assert fingerprint(model, names=False) == before
         model, calls = entry.make(), entry.calls()
         given.clear()
