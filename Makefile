@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test lint docs results bench speech clean
+.PHONY: demo check-demo test fuzz-forwards lint docs results bench speech clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m demo
@@ -19,6 +19,10 @@ check-demo: demo
 
 test: .venv/test.done
 	$(BIN)/python -m pytest
+
+# Forwards put together at random, other ones every time: a quarter of an hour. `make test` tries 300.
+fuzz-forwards: .venv/test.done
+	FUZZ_FORWARDS=5000 $(BIN)/python -m pytest tests/zoo/test_random_forwards.py
 
 lint: .venv/test.done
 	$(BIN)/ruff check .
