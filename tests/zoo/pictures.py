@@ -6,7 +6,7 @@ import itertools
 import random
 import types
 from collections import UserDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from functools import cache, partial
 from pathlib import PurePath
@@ -42,6 +42,7 @@ _FLAT = (
     range,
 )
 
+_SIMPLE = {type(None), bool, int, float, str}  # told apart fastest
 Picture = dict[str, Any]
 
 
@@ -55,82 +56,84 @@ class Album:
     def picture(self, x: Any, name: str = "") -> Picture:
         """What is reachable from `x`: a description by path; of a tensor (what it is, its values)."""
         self._seen: set[int] = set()
-        return dict(self._walk(x, name))
+        self._out: Picture = {}
+        self._walk(x, name)
+        return self._out
 
     def _number(self, x: Any, key: Any = None) -> int:
         self._alive.append(x)
         return self._numbers.setdefault(id(x) if key is None else key, len(self._numbers))
 
-    def _walk(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(x, _FLAT):
-            yield path, repr(x)
+    def _walk(self, x: Any, path: str) -> None:
+        if type(x) in _SIMPLE or isinstance(x, _FLAT):
+            self._out[path] = repr(x)
         elif isinstance(x, tuple | frozenset):  # nobody can edit it: which one it is does not matter
-            yield path, type(x).__qualname__
-            yield from self._items(x, path)
+            self._out[path] = type(x).__qualname__
+            self._items(x, path)
         elif isinstance(x, types.FunctionType | types.MethodType | types.BuiltinFunctionType | partial | type):
-            yield from self._function(x, path)
+            self._function(x, path)
         else:
             number = self._number(x)
-            yield path, (type(x).__qualname__, number)
+            self._out[path] = (type(x).__qualname__, number)
             if number not in self._seen:
                 self._seen.add(number)
-                yield from self._contents(x, path)
+                self._contents(x, path)
 
-    def _contents(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+    def _contents(self, x: Any, path: str) -> None:
         if isinstance(x, Tensor):
-            yield f"{path}=", self._tensor(x)
+            self._out[f"{path}="] = self._tensor(x)
             if x.is_leaf and x.grad is not None:
-                yield f"{path}.grad", self._tensor(x.grad)
-            yield from self._attributes(x, path)
+                self._out[f"{path}.grad"] = self._tensor(x.grad)
+            self._attributes(x, path)
         elif isinstance(x, np.ndarray):
-            yield f"{path}=", torch.from_numpy(x.copy()) if x.dtype.kind in "fiub" else repr(x)
+            self._out[f"{path}="] = torch.from_numpy(x.copy()) if x.dtype.kind in "fiub" else repr(x)
         elif isinstance(x, np.random.Generator):
-            yield f"{path}=", repr(x.bit_generator.state)
+            self._out[f"{path}="] = repr(x.bit_generator.state)
         elif isinstance(x, random.Random):
-            yield f"{path}=", x.getstate()
+            self._out[f"{path}="] = x.getstate()
         elif isinstance(x, torch.Generator):
-            yield f"{path}=", x.get_state()
+            self._out[f"{path}="] = x.get_state()
         elif isinstance(x, bytearray):
-            yield f"{path}=", bytes(x)
+            self._out[f"{path}="] = bytes(x)
         else:
-            yield from self._items(x, path)
-            yield from self._attributes(x, path)
+            self._items(x, path)
+            self._attributes(x, path)
 
-    def _items(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+    def _items(self, x: Any, path: str) -> None:
         if isinstance(x, Mapping | UserDict):
             is_hooks = "_hooks" in path.rsplit(".", 1)[-1]  # their keys are counted over the whole process
             for i, (key, value) in enumerate(x.items()):
-                yield from self._walk(value, f"{path}[{i if is_hooks else repr(key)}]")
-            yield f"{path}.keys", "hooks" if is_hooks else [repr(key) for key in x]
+                self._walk(value, f"{path}[{i if is_hooks else repr(key)}]")
+            self._out[f"{path}.keys"] = "hooks" if is_hooks else [repr(key) for key in x]
         elif isinstance(x, list | tuple | deque):
-            yield f"{path}.len", (len(x), getattr(x, "maxlen", None))
+            self._out[f"{path}.len"] = (len(x), getattr(x, "maxlen", None))
             for i, value in enumerate(x):
-                yield from self._walk(value, f"{path}[{i}]")
+                self._walk(value, f"{path}[{i}]")
         elif isinstance(x, set | frozenset):
-            yield f"{path}.set", sorted(map(repr, x))
+            self._out[f"{path}.set"] = sorted(map(repr, x))
 
-    def _attributes(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+    def _attributes(self, x: Any, path: str) -> None:
         own = getattr(x, "__dict__", {})
         held = {name: getattr(x, name) for name in _slots(type(x)) if hasattr(x, name)}
         named = {name: value for name, value in {**held, **own}.items() if not _is_left_out(name, value)}
-        yield f"{path}.attributes", sorted(named)
+        self._out[f"{path}.attributes"] = sorted(named)
         for name, value in sorted(named.items()):
-            yield from self._walk(value, f"{path}.{name}")
+            self._walk(value, f"{path}.{name}")
         if isinstance(x, nn.Module) and type(x).__module__.startswith("tests."):
             for name, value in sorted(vars(type(x)).items()):  # state that a class keeps for all
                 if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
-                    yield from self._walk(value, f"{path}.class.{name}")
+                    self._walk(value, f"{path}.class.{name}")
 
-    def _function(self, x: Any, path: str) -> Iterator[tuple[str, Any]]:
+    def _function(self, x: Any, path: str) -> None:
         if isinstance(x, partial):
-            yield from self._walk((x.func, x.args, x.keywords), path)
+            self._walk((x.func, x.args, x.keywords), path)
             return
-        yield path, getattr(x, "__qualname__", repr(type(x)))
+        self._out[path] = getattr(x, "__qualname__", repr(type(x)))
         if isinstance(x, types.MethodType):
-            yield from self._walk(x.__self__, f"{path}.self")
+            self._walk(x.__self__, f"{path}.self")
         if isinstance(x, types.FunctionType) and x.__module__.startswith("tests.") and x.__closure__:
             for name, cell in zip(x.__code__.co_freevars, x.__closure__, strict=True):
-                yield from self._walk(cell.cell_contents, f"{path}.{name}")
+                self._walk(cell.cell_contents, f"{path}.{name}")
 
     def _tensor(self, x: Tensor) -> tuple[Any, Tensor]:
         with torch.no_grad():
@@ -138,7 +141,7 @@ class Album:
         known: tuple[Any, ...] = (x.dtype, tuple(x.shape), x.requires_grad)
         if x.layout == torch.strided:
             storage = x.untyped_storage()
-            known += x.stride(), x.storage_offset(), self._number(x, ("storage", storage._cdata))
+            known += x.stride(), x.storage_offset(), self._number(storage, ("storage", storage._cdata))
         return known, values
 
 
