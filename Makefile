@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test fuzz-forwards lint docs results bench speech clean
+.PHONY: demo check-demo test fuzz-forwards lint docs results bench bench-gpu speech clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m demo
@@ -44,6 +44,10 @@ bench: .venv/test.done
 	$(BIN)/python -m benchmarks.token_sweep --rounds 3
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.scaling --paper
+
+# The same and more on a GPU, for docs/performance, into runs/gpu: ten minutes, and resumable. It needs a torch that sees the GPU.
+bench-gpu: .venv/test.done
+	$(BIN)/python -m benchmarks.gpu
 
 speech: .venv/demo.done
 	$(BIN)/python -m lightning_abpem.data.spoken_digits.make

@@ -21,7 +21,7 @@ from torch.profiler import profile, supported_activities
 
 from lightning_abpem.processes import start_worker
 
-__all__ = ["Measured", "Turns", "in_lockstep"]
+__all__ = ["Measured", "Turns", "count_operations", "in_lockstep"]
 
 _COUNT = -1  # instead of a number of batches: one, of which the operations are counted
 
@@ -80,7 +80,7 @@ class Turns:
             return time.perf_counter() - self._start
         self._profiler.stop()
         profiler, self._profiler = self._profiler, None
-        return _operations(profiler, self._device)
+        return count_operations(profiler, self._device)
 
 
 def in_lockstep(
@@ -137,7 +137,8 @@ def _work(connection: Connection, device: str, run: Callable[..., None], argumen
     connection.send(turns.peak)
 
 
-def _operations(profiler: profile, device: str) -> int:
+def count_operations(profiler: profile, device: str) -> int:
+    """Return the kernels launched on a GPU; on a CPU the operators of torch that call no others."""
     if device == "cuda":
         launches = ("cudaLaunchKernel", "cuLaunchKernel")
         return sum(event.count for event in profiler.key_averages() if event.key.startswith(launches))

@@ -22,7 +22,17 @@ from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.cavmae import Block
 from lightning_abpem.models.digits import DigitsModel
 
-__all__ = ["Anatomy", "FusionAlone", "Inputs", "anatomy", "by_hand", "engine", "published_way"]
+__all__ = [
+    "Anatomy",
+    "FusionAlone",
+    "Inputs",
+    "anatomy",
+    "by_hand",
+    "engine",
+    "loss_by_hand",
+    "only_moving",
+    "published_way",
+]
 
 Inputs = tuple[Tensor, Tensor]
 _Passed = tuple[Tensor, Tensor, Tensor]
@@ -176,7 +186,7 @@ def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterato
     as in the engine, and the pass of a prediction is the first one of the next step.
     """
     own = anatomy(model)
-    moving = _only(model, own.block)
+    moving = only_moving(model, own.block)
     optimizer = torch.optim.Adam(moving, lr=1e-4, fused=True)
     stored: deque[Tensor] = deque(maxlen=memory - 1)
     kept: _Passed | None = None
@@ -189,9 +199,8 @@ def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterato
         else:
             passes = [own.block.fused(torch.cat((*stored, tokens)) if stored else tokens)]
         logits = own.head(torch.cat([output for output, _, _ in passes]) if len(passes) > 1 else passes[0][0])
-        bootstrapping = torch.stack([_bootstrapping(own, q, k) for _, q, k in passes]).sum() / len(logits)
-        loss = principal_entropy(logits, K).mean() - marginal_balance(logits) + WEIGHT * bootstrapping
-        del passes, logits, bootstrapping, kept
+        loss = loss_by_hand(own, logits, passes)
+        del passes, logits, kept
         for parameter, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -199,6 +208,12 @@ def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterato
         kept = own.block.fused(tokens) if goes_alone and memory > 1 else None
         with torch.no_grad():
             yield own.head(own.block.fused(tokens)[0] if kept is None else kept[0])
+
+
+def loss_by_hand(own: Anatomy, logits: Tensor, passes: Iterable[_Passed]) -> Tensor:
+    """Return ABPEM's loss as published, from the logits of all samples and what the fusion block's passes gave."""
+    bootstrapping = torch.stack([_bootstrapping(own, q, k) for _, q, k in passes]).sum() / len(logits)
+    return principal_entropy(logits, K).mean() - marginal_balance(logits) + WEIGHT * bootstrapping
 
 
 def _bootstrapping(own: Anatomy, q: Tensor, k: Tensor) -> Tensor:
@@ -224,7 +239,7 @@ def published_way(model: nn.Module, batches: Iterable[Inputs], memory: int) -> I
     own = anatomy(model)
     split = own.modalities[next(iter(own.modalities))]
     first, second = slice(0, split), slice(split, None)
-    moving = _only(model, own.block)
+    moving = only_moving(model, own.block)
     optimizer = torch.optim.Adam(moving, lr=1e-4)
     stored: deque[Tensor] = deque(maxlen=memory)
     for inputs in batches:
@@ -249,7 +264,7 @@ def published_way(model: nn.Module, batches: Iterable[Inputs], memory: int) -> I
             yield own.head(output)
 
 
-def _only(model: nn.Module, block: _Block) -> list[nn.Parameter]:
+def only_moving(model: nn.Module, block: _Block) -> list[nn.Parameter]:
     """Let gradients reach the block's q, k and v alone."""
     model.requires_grad_(False)
     moving = [block.weight, block.bias]

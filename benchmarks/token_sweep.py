@@ -14,14 +14,17 @@ from contextlib import nullcontext
 from math import log2
 from pathlib import Path
 from statistics import linear_regression
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.lockstep import Measured, Turns, in_lockstep
 from benchmarks.programs import FusionAlone, Inputs, engine, published_way
 from demo.trainer import quiet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDTH, BATCH = 256, 2
 PROGRAMS = ("plain inference", "ABPEM", "published way")
@@ -100,6 +103,8 @@ def added_memory(at: dict[str, Measured], program: str) -> float:
 
 
 def draw(measured: dict[int, dict[str, Measured]]) -> Figure:
+    from matplotlib.figure import Figure  # here, for `growth` is used where there is no matplotlib
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     time, memory = figure.subplots(1, 2)
     for program, colour in zip(PROGRAMS, ("0.5", "tab:blue", "tab:red"), strict=True):
