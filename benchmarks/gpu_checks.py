@@ -163,12 +163,15 @@ class Recurrent(Toy):
         return self.head(self.lstm(tokens)[0][:, -1])
 
 
+def _recurrent() -> Recurrent:
+    torch.manual_seed(0)
+    return Recurrent().eval()
+
+
 def recurrent_behind_fusion(machine: Machine) -> str:
     """Adapt with an LSTM behind the fusion in eval mode: it works as on a CPU, or is refused by name."""
-    torch.manual_seed(0)
-    model = Recurrent().eval()
-    expected = predictions(deepcopy(model), stream_of(3), "cpu")
-    model.to(machine.device)
+    expected = predictions(_recurrent(), stream_of(3), "cpu")
+    model = _recurrent().to(machine.device)
     source = state_of(model)
     try:
         logits = predictions(model, stream_of(3), machine.device)
