@@ -3,6 +3,9 @@
 Source: Zhao et al., "Attention Bootstrapping for Multi-Modal Test-Time Adaptation", AAAI 2025 (arXiv 2503.02221);
 `docs/method.md` maps every equation to its function and its test. Shapes: B samples, C classes, N tokens, D width
 (all heads side by side). Everything is computed in float32 at least, whatever the inputs' precision.
+
+A class with a logit of -inf has probability 0: it adds 0 to every loss (x log x is 0 at 0) and gets a gradient of 0. A
+sample all of whose logits are -inf has no prediction: its loss is NaN.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ __all__ = [
     "confidence_loss",
     "dense_score_statistics",
     "entropy",
+    "finite_log",
     "gaussian_kl",
     "map_statistics",
     "marginal_balance",
@@ -31,6 +35,7 @@ __all__ = [
 ]
 
 _EPS = 1e-6  # inside the logarithm of the principal entropy, as in the authors' program
+_LEAST_LOG = -1e4  # stands for log 0: exp is 0 there, in float64 too, and 0 times it is 0 where 0 times -inf is NaN
 
 
 class ScoreStatistics(NamedTuple):
@@ -57,13 +62,18 @@ class TokenMoments(NamedTuple):
 
 
 def widen(x: Tensor) -> Tensor:
-    """``x`` in float32 if it is narrower, else unchanged."""
+    """Return ``x`` in float32 if it is narrower, else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def finite_log(log_p: Tensor) -> Tensor:
+    """Return log-probabilities with -10,000 in place of -inf: every probability stays what it is, bit for bit."""
+    return log_p.clamp(min=_LEAST_LOG)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax of (B, C) logits, in nats: (B,)."""
-    log_p = widen(logits).log_softmax(-1)
+    log_p = finite_log(widen(logits).log_softmax(-1))
     return -(log_p.exp() * log_p).sum(-1)
 
 
@@ -72,7 +82,7 @@ def principal_entropy(logits: Tensor, k: int) -> Tensor:
 
     Args:
         logits: (B, C).
-        k: classes kept per sample, in [1, C].
+        k: classes kept per sample, in [1, C]; those of probability 0 add 0.
 
     Returns:
         (B,), in nats.
@@ -83,7 +93,7 @@ def principal_entropy(logits: Tensor, k: int) -> Tensor:
 
 def marginal_balance(logits: Tensor) -> Tensor:
     """Entropy of the batch-mean prediction of (B, C) logits: a scalar, large when the classes are used evenly."""
-    log_p = widen(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
+    log_p = finite_log(widen(logits).log_softmax(-1)).logsumexp(0) - math.log(logits.shape[0])
     return -(log_p.exp() * log_p).sum()  # in logs: a class that underflows everywhere keeps a finite gradient
 
 
@@ -100,7 +110,7 @@ def stream_balance(logits: Tensor, counts: Tensor, prior: float = 10.0) -> Tenso
         prior: samples of every class that are taken as seen before the stream began.
     """
     mean = (prior + counts.detach()) / (prior * len(counts) + counts.detach().sum())
-    return -(widen(logits).softmax(-1).mean(0) * mean.log()).sum()
+    return -(widen(logits).softmax(-1).mean(0) * finite_log(mean.log())).sum()
 
 
 def confidence_loss(logits: Tensor) -> Tensor:
@@ -113,7 +123,10 @@ def confidence_loss(logits: Tensor) -> Tensor:
 
 
 def read_balance(logits: Tensor) -> Tensor:
-    """READ's form of the balance (ICLR 2024): entropy of the softmax of the predictions' sum over the batch."""
+    """READ's form of the balance (ICLR 2024): entropy of the softmax of the predictions' sum over the batch, a scalar.
+
+    The second softmax gives a class that no sample can have e^0, as it does one that no sample is near.
+    """
     return entropy(widen(logits).softmax(-1).sum(0, keepdim=True)).squeeze(0)
 
 

@@ -37,6 +37,18 @@ def read_balance(logits: Tensor) -> float:
     return entropy_of(softmax([sum(column) for column in zip(*rows, strict=True)]))
 
 
+def stream_balance(logits: Tensor, counts: list[float], prior: float) -> float:
+    rows = [softmax(row) for row in logits.double().tolist()]
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    stream = [(prior + count) / (prior * len(counts) + sum(counts)) for count in counts]
+    return -sum(p * math.log(m) for p, m in zip(mean, stream, strict=True) if p > 0)
+
+
+def confidence_losses(logits: Tensor) -> list[float]:
+    most = [max(softmax(row)) for row in logits.double().tolist()]
+    return [p * (1 - math.log(p) + math.log(math.exp(-1))) for p in most]
+
+
 def gaussian_kl(a: float, s: float, b: float, t: float) -> float:
     return math.log(t / s) + (s**2 + (a - b) ** 2) / (2 * t**2) - 0.5
 

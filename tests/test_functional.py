@@ -1,5 +1,6 @@
 """Each equation against the naive float64 twin."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,120 @@ def test_principal_entropy(k):
 def test_balances():
     close(F.marginal_balance(LOGITS), reference.marginal_balance(LOGITS))
     close(F.read_balance(LOGITS), reference.read_balance(LOGITS))
+
+
+# ---------------------------------------------------------------------------------------- classes with a logit of -inf
+
+COUNTS = [3.0, 0.0, 12.0, 1.0, 0.5, 4.0, 2.0, 7.0, 0.0]
+LOSSES = {
+    "entropy": (F.entropy, reference.entropies),
+    "principal_entropy": (lambda x: F.principal_entropy(x, 3), lambda x: reference.principal_entropies(x, 3)),
+    "marginal_balance": (F.marginal_balance, reference.marginal_balance),
+    "read_balance": (F.read_balance, reference.read_balance),
+    "stream_balance": (
+        lambda x: F.stream_balance(x, torch.tensor(COUNTS).double()),
+        lambda x: reference.stream_balance(x, COUNTS, 10.0),
+    ),
+    "confidence_loss": (F.confidence_loss, reference.confidence_losses),
+}
+
+
+def hidden(where):
+    """(7, 9) bool: which logits are -inf."""
+    mask = torch.zeros(LOGITS.shape, dtype=torch.bool)
+    if where == "in all samples":
+        mask[:, [0, 4, 5]] = True
+    elif where == "in some samples":
+        mask[::2, [1, 5]] = True
+        mask[3, :4] = True
+    else:  # all but one class; in the first sample that one is impossible in all others
+        mask[0], mask[4] = True, True
+        mask[0, 8] = mask[4, 2] = False
+        mask[1:, 8] = True
+    return mask
+
+
+def loss_and_gradient(loss, logits):
+    logits = logits.clone().requires_grad_()
+    value = loss(logits)
+    total = (value * (1 + torch.arange(value.numel()).reshape(value.shape))).sum()  # each sample has its own weight
+    return value.detach(), torch.autograd.grad(total, logits)[0]
+
+
+def naive_gradient(loss, logits, mask, step=1e-5):
+    """By central differences; zero where a logit is -inf."""
+
+    def total(x):
+        value = torch.tensor(loss(x), dtype=torch.float64)
+        return (value * (1 + torch.arange(value.numel()).reshape(value.shape))).sum()
+
+    gradient = torch.zeros_like(logits)
+    for place in (~mask).nonzero().tolist():
+        moved = torch.zeros_like(logits)
+        moved[tuple(place)] = step
+        gradient[tuple(place)] = (total(logits + moved) - total(logits - moved)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("where", ["in all samples", "in some samples", "all but one"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_classes_at_minus_infinity_have_probability_0(name, where):
+    ours, naive = LOSSES[name]
+    mask = hidden(where)
+    logits = LOGITS.masked_fill(mask, -math.inf)
+    value, gradient = loss_and_gradient(ours, logits)
+    close(value, naive(logits))
+    assert gradient[mask].abs().sum() == 0
+    close(gradient, naive_gradient(naive, logits, mask), 1e-8)
+    far, near = loss_and_gradient(ours, LOGITS.masked_fill(mask, -800.0))  # exp is 0 there as well
+    close(value, far, 0)
+    close(gradient, near, 0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_float32_gradients_are_finite_under_a_large_loss_scale(name):
+    mask = hidden("in some samples")
+    logits = LOGITS.float().masked_fill(mask, -math.inf)
+    _, exact = loss_and_gradient(LOSSES[name][0], logits)
+    _, scaled = loss_and_gradient(lambda x: LOSSES[name][0](x) * 2.0**40, logits)
+    torch.testing.assert_close(scaled / 2.0**40, exact, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_sample_without_any_possible_class_has_no_loss(name):
+    logits = LOGITS.clone()
+    logits[2] = -math.inf
+    value = LOSSES[name][0](logits)
+    assert value.isnan().tolist() == (True if value.dim() == 0 else [i == 2 for i in range(7)])
+
+
+def test_a_stream_without_prior_in_which_a_class_never_came():
+    logits = LOGITS.masked_fill(hidden("in all samples"), -math.inf)
+    counts = logits.softmax(1).sum(0)
+    value, gradient = loss_and_gradient(lambda x: F.stream_balance(x, counts, prior=0.0), logits)
+    close(value, reference.marginal_balance(logits))
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_log_changes_no_ordinary_loss(dtype):
+    """Not by a bit, nor its gradient: the recorded results are those of the plain forms."""
+
+    def plain_entropy(x):
+        log_p = x.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+    def plain_balance(x):
+        log_p = x.log_softmax(-1).logsumexp(0) - math.log(len(x))
+        return -(log_p.exp() * log_p).sum()
+
+    for scale in (1, 20, 500):
+        for ours, plain in ((F.entropy, plain_entropy), (F.marginal_balance, plain_balance)):
+            pairs = zip(*(loss_and_gradient(f, scale * LOGITS.to(dtype)) for f in (ours, plain)), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rest
 
 
 def test_marginal_balance_has_a_finite_gradient_where_a_class_underflows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,19 +34,23 @@ def consistency(slow: Tensor, fast: Tensor) -> Tensor:
     return 1 / (((slow - fast) * (log_slow - log_fast)).sum(1) / 2 + _EPS)
 
 
-def fuse_pseudo_labels(slow: Sequence[Tensor], fast: Sequence[Tensor], selection: Selection) -> Tensor:
-    """The class (B,) that the more consistent modality, or all weighted by consistency, find most probable.
+def fuse_pseudo_labels(
+    slow: Sequence[Tensor], fast: Sequence[Tensor], selection: Selection, possible: Tensor | None = None
+) -> Tensor:
+    """Choose the class (B,) that the more consistent modality, or all weighted by consistency, find most probable.
 
     Args:
         slow: by modality, the slow model's predictions (B, C), probabilities.
         fast: the fast model's.
         selection: "hard" takes the more consistent modality, "soft" the mean weighted by consistency (equations 5, 6).
+        possible: which classes there are to choose from, (B, C) bool; all if None.
     """
     intra = torch.stack([(s + f) / 2 for s, f in zip(slow, fast, strict=True)])
     weights = torch.stack([consistency(s, f) for s, f in zip(slow, fast, strict=True)])
     if selection == "hard":
         weights = F.one_hot(weights.argmax(0), len(weights)).T.to(weights)
-    return (weights.unsqueeze(-1) * intra).sum(0).argmax(1)
+    fused = (weights.unsqueeze(-1) * intra).sum(0)
+    return (fused if possible is None else fused.masked_fill(~possible, -1)).argmax(1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class SelectedPseudoLabels(NormMethod):
         fast_p = self._unimodal(again)
         with _values(step.params, slow):
             slow_p = self._unimodal(again)
-        label = fuse_pseudo_labels(slow_p, fast_p, self.selection)
+        # A class of probability 0 for all modalities together is no label that a step could move towards.
+        label = fuse_pseudo_labels(slow_p, fast_p, self.selection, step.logits != -math.inf)
         loss = F.cross_entropy(widen(step.logits), label)
         step.state["slow"] = slow
         agree = (label == step.logits.argmax(1)).float().mean()

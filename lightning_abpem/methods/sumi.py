@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.engine.method import Again, Gradients, Predicts, Record, Step, check_range, record_of
-from lightning_abpem.functional import entropy, read_balance, widen
+from lightning_abpem.functional import entropy, finite_log, read_balance, widen
 from lightning_abpem.methods.norms import NormMethod
 from lightning_abpem.methods.unimodal import Inputs, check_inputs, unimodal_logits
 
@@ -43,7 +43,8 @@ def interquartile_share(features: Tensor, progress: float) -> Tensor:
 def mutual_information_sharing(fused: Tensor, unimodal: Sequence[Tensor]) -> Tensor:
     """What each modality's prediction lacks of what the fused one and the others know, in nats: (B,).
 
-    The sum over modalities of KL(mean of the fused and the other modalities' predictions || the modality's own).
+    The sum over modalities of KL(mean of the fused and the other modalities' predictions || the modality's own). A
+    class with a logit of -inf is impossible for a modality: it adds nothing to that modality's term.
 
     Args:
         fused: (B, C) logits.
@@ -53,9 +54,10 @@ def mutual_information_sharing(fused: Tensor, unimodal: Sequence[Tensor]) -> Ten
     total = torch.zeros_like(fused_p[:, 0])
     for own, logits in enumerate(unimodal):
         others = [widen(other).softmax(1) for position, other in enumerate(unimodal) if position != own]
-        target = torch.stack([fused_p, *others]).mean(0)
-        log_p = widen(logits).log_softmax(1)
-        total = total + (torch.xlogy(target, target) - target * log_p).sum(1)
+        target = torch.stack([fused_p, *others]).mean(0).masked_fill(logits == -math.inf, 0)
+        log_p = finite_log(widen(logits).log_softmax(1))
+        # xlogy(0, 0) is 0, but its gradient is not
+        total = total + (torch.xlogy(target, target.masked_fill(target == 0, 1)) - target * log_p).sum(1)
     return total
 
 

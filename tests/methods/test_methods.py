@@ -44,6 +44,16 @@ def sharp_toy():
     return model
 
 
+def hide_classes(model, fill=-math.inf):
+    """Let the last two classes be impossible, as where the answers to choose from are fewer than the head's."""
+
+    def fill_in(module, args, output):
+        return output.index_fill(1, torch.tensor([3, 4]), fill)
+
+    model.head.register_forward_hook(fill_in)
+    return model
+
+
 def stream(count=6, size=8):
     return [(audio.double(), video.double()) for audio, video in batches(count, size)]
 
@@ -379,6 +389,33 @@ def test_replay_and_a_bad_batch_and_a_crash(name):
             model(data[0][0], torch.zeros(1))
         assert reference.same_state(before, model.state_dict())
     torch.testing.assert_close(*predictions, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_impossible_classes_are_as_improbable_ones(name):
+    """A logit of -inf is a probability of 0, as that of -10,000 is: the same steps, the same predictions."""
+    runs = []
+    for fill in (-math.inf, -1e4):
+        ours, adaptation = adapted(METHODS[name](optimizer=SGD), hide_classes(sharp_toy(), fill), stream())
+        assert (adaptation.updates, adaptation.skipped) == (0 if name == "source" else 6, 0)
+        assert all(value.isfinite() for value in adaptation.record.values())
+        runs.append(ours)
+    assert runs[0][..., 3:].isneginf().all()
+    torch.testing.assert_close(runs[0][..., :3], runs[1][..., :3], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("balance", ["marginal", "stream", "read"])
+def test_impossible_classes_that_differ_from_sample_to_sample(balance):
+    """And fewer possible classes than k, with a memory."""
+    runs = []
+    for fill in (-math.inf, -1e4):
+        model = sharp_toy()
+        model.head.register_forward_hook(lambda _, args, y, fill=fill: y.masked_fill(y < y.mean(1, keepdim=True), fill))
+        method = ABPEM("fusion.*.attn", MODALITIES, k=4, balance=balance, memory_batches=3, optimizer=SGD)
+        ours, adaptation = adapted(method, model, stream())
+        assert (adaptation.updates, adaptation.skipped) == (6, 0)
+        runs.append(ours.softmax(-1))
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-12)
 
 
 def test_options_that_do_not_fit():

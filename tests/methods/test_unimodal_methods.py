@@ -12,7 +12,7 @@ from lightning_abpem.methods import MMTTA, SuMi
 from lightning_abpem.methods.mmtta import consistency, fuse_pseudo_labels
 from lightning_abpem.methods.sumi import interquartile_share, mutual_information_sharing
 from tests import reference
-from tests.methods.test_methods import NORM_PARAMS, SGD, adapted, sharp_toy, stream
+from tests.methods.test_methods import NORM_PARAMS, SGD, adapted, hide_classes, sharp_toy, stream
 
 INPUTS = {"audio": 0, "video": 1}
 ENCODERS = {"audio": "audio", "video": "video"}
@@ -59,6 +59,51 @@ def test_mutual_information_sharing():
         expected = kl([(x + y) / 2 for x, y in zip(p, p_v, strict=True)], p_a)
         expected += kl([(x + y) / 2 for x, y in zip(p, p_a, strict=True)], p_v)
         assert value.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("where", ["everywhere", "in one modality"])
+def test_sharing_leaves_out_what_a_modality_cannot_predict(where):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 4, dtype=torch.float64)  # fused, audio, video
+    logits[:, :2, 3] = -math.inf
+    if where == "in one modality":
+        logits[1, 2:, 0] = -math.inf
+
+    def naive(logits):
+        each = []
+        for fused, a, v in zip(*logits.tolist(), strict=True):
+            p, p_a, p_v = map(reference.softmax, (fused, a, v))
+            for own, p_own, other in ((a, p_a, p_v), (v, p_v, p_a)):
+                rows = [((x + y) / 2, q) for x, y, q, z in zip(p, other, p_own, own, strict=True) if z > -math.inf]
+                each.append(sum(t * math.log(t / q) for t, q in rows))
+        return [a + v for a, v in zip(each[::2], each[1::2], strict=True)]
+
+    leaf = logits.clone().requires_grad_()
+    ours = mutual_information_sharing(leaf[0], [leaf[1], leaf[2]])
+    assert ours.tolist() == pytest.approx(naive(logits), abs=1e-12)
+    [gradient] = torch.autograd.grad(ours.sum(), leaf)
+    for place in [tuple(index) for index in logits.isfinite().nonzero().tolist()]:
+        moved = torch.zeros_like(logits)
+        moved[place] = 1e-5
+        slope = (sum(naive(logits + moved)) - sum(naive(logits - moved))) / 2e-5
+        assert gradient[place].item() == pytest.approx(slope, abs=1e-8)
+    assert gradient[logits == -math.inf].abs().sum() == 0
+
+
+def test_sharing_is_the_plain_form_where_all_classes_are_possible():
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(3, 5, 4)).requires_grad_()
+
+    def plain(fused, unimodal):
+        fused_p, total = fused.softmax(1), torch.zeros(5)
+        for own, other in ((0, 1), (1, 0)):
+            target = torch.stack([fused_p, unimodal[other].softmax(1)]).mean(0)
+            total = total + (torch.xlogy(target, target) - target * unimodal[own].log_softmax(1)).sum(1)
+        return total
+
+    values = [form(logits[0], [logits[1], logits[2]]) for form in (mutual_information_sharing, plain)]
+    assert torch.equal(*values)
+    assert torch.equal(*(torch.autograd.grad(value.sum(), logits)[0] for value in values))
 
 
 def sumi_by_hand(model, data, total, fused_margin, unimodal_margin, weight):
@@ -164,6 +209,13 @@ def test_pseudo_labels():
     assert fuse_pseudo_labels([a, b], [a, b], "hard").item() == 0
 
 
+def test_a_pseudo_label_is_possible_for_the_fused_prediction():
+    sure = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0]])
+    possible = torch.tensor([[True, True, True], [False, True, True]])
+    for selection in ("soft", "hard"):
+        assert fuse_pseudo_labels([sure, sure], [sure, sure], selection, possible).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("selection", ["soft", "hard"])
 def test_mmtta(selection):
     model, predictions = sharp_toy(), []
@@ -202,6 +254,16 @@ def test_the_slow_model_leaves_no_trace():
 
 
 # ---------------------------------------------------------------------------------------------------------- both, more
+
+
+@pytest.mark.parametrize("make", [partial(SuMi, encoders=ENCODERS, fused_margin=1.1, unimodal_margin=0.3), MMTTA])
+def test_impossible_classes_are_as_improbable_ones(make):
+    runs = []
+    for fill in (-math.inf, -1e4):
+        ours, adaptation = adapted(make(inputs=INPUTS, optimizer=SGD), hide_classes(sharp_toy(), fill), stream())
+        assert adaptation.updates > 0
+        runs.append(ours[..., :3])
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", [partial(SuMi, encoders=ENCODERS), MMTTA])
