@@ -69,7 +69,7 @@ class TestTimeAdaptation(Callback):
 
     Attributes:
         updates: steps taken in the last run.
-        skipped: steps not taken in the last run, because the loss or a gradient was not finite.
+        skipped: steps not taken in the last run: the loss or a gradient was not finite, or no sample was fit for one.
         averages: per dataloader, the last run's figures averaged over samples.
 
     Raises:

@@ -65,7 +65,7 @@ class Adaptation(Uncopied):
         params: the adapted parameters by name.
         calls: calls of the target so far.
         updates: steps taken.
-        skipped: steps not taken because the loss or a gradient was not finite.
+        skipped: steps not taken: the loss or a gradient was not finite, or no sample was fit for one.
         record: the last step's figures, as the method names them, and `updated`: 1 if the step was taken.
         state: what the method keeps of earlier batches.
 

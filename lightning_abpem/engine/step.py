@@ -268,6 +268,7 @@ class Stepper:
             updated = record["loss"].new_zeros(())
             if self._settings.steps:  # who only observes sees each batch by itself
                 self._state = computed.state
+                self.weights.skip(record["loss"])
         else:
             updated = self.weights.step(computed.gradients, record["loss"])
             self._scale.update(updated)

@@ -22,6 +22,9 @@ __all__ = ["AdaptedWeights", "all_finite", "describe_run"]
 
 log = logging.getLogger(__name__)
 
+_NOT_FINITE = "The loss, a gradient or the step is not finite."
+_NOT_FIT = "No sample of the batch is fit for a step, by the method's own filters."
+
 
 class AdaptedWeights:
     """Parameters with an optimizer of their own and the way back to where they came from.
@@ -36,7 +39,7 @@ class AdaptedWeights:
 
     Attributes:
         updates: steps taken.
-        skipped: steps not taken because something was not finite.
+        skipped: steps not taken, because something was not finite or no sample was fit for one.
         updates_since_reset: steps taken since the last reset.
 
     Raises:
@@ -55,6 +58,7 @@ class AdaptedWeights:
         self._sums = source_sums([whole(p) for p in self._source])
         self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
         self.updates = self.skipped = self.updates_since_reset = 0
+        self._reasons: set[str] = set()  # that were said
         self._start()
 
     def restore(self) -> None:
@@ -100,12 +104,21 @@ class AdaptedWeights:
             self.updates += 1
             self.updates_since_reset += 1
             return True
-        self.skipped += 1
-        if self.skipped == 1:
-            log.warning("The loss, a gradient or the step is not finite. Such steps are skipped.")
+        self._count_skipped(_NOT_FINITE)
         if finite:  # the optimizer's moments took the weights out of range
             self._start()
         return False
+
+    def skip(self, loss: Tensor) -> None:
+        """Count a step for which the method has no gradients; `loss` is what it recorded."""
+        if self._params:  # the source model takes no steps that could be missed
+            self._count_skipped(_NOT_FIT if math.isfinite(loss.item()) else _NOT_FINITE)
+
+    def _count_skipped(self, reason: str) -> None:
+        self.skipped += 1
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            log.warning("%s Such steps are skipped, and counted in `skipped`.", reason)
 
     def state_dict(self) -> dict[str, Any]:
         """The adapted values, the optimizer and the counters; the source by its checksums alone."""

@@ -70,6 +70,7 @@ class SharpnessAwareEntropy(NormMethod):
             with torch.no_grad():
                 for p, value in zip(step.params.values(), start, strict=True):
                     p.copy_(value)
+        record["kept"] = kept.float().mean()  # of those that were reliable at the first weights
         if gradients is not None:
             step.state["entropy"] = running_mean(step.state.get("entropy"), entropies[kept].mean().item())
         return gradients, record

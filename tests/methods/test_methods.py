@@ -17,6 +17,7 @@ from lightning_abpem.functional import confidence_loss
 from lightning_abpem.methods import EATA, MMTTA, READ, SAR, Source, Tent
 from lightning_abpem.methods.norms import batch_statistics, norm_params
 from lightning_abpem.methods.read import ReliableFusion
+from lightning_abpem.methods.sar import SharpnessAwareEntropy
 from tests import reference
 from tests.golden_runs import Golden
 from tests.toy import CLASSES, MODALITIES, PAPER, WIDTH, batches, loader, make_toy
@@ -225,7 +226,7 @@ def test_eata_written_out(fisher):
     assert 0 < sum(kept_counts) < 64
     assert adaptation.updates == sum(count > 0 for count in kept_counts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
-    assert adaptation.skipped == 0
+    assert adaptation.skipped == kept_counts.count(0)
     assert adaptation.record["kept"].item() == pytest.approx(kept_counts[-1] / 8)
 
 
@@ -263,6 +264,19 @@ def test_sar_written_out():
     assert any(kept < reliable < 8 for reliable, kept in kept_counts), kept_counts
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
     assert adaptation.state["entropy"] == pytest.approx(averages[-1], abs=1e-10)
+    assert adaptation.record["kept"].item() == pytest.approx(kept_counts[-1][1] / 8)
+
+
+def test_sar_counts_a_step_that_nothing_is_left_of_at_the_worst_weights(monkeypatch):
+    forwards = iter(range(100))
+
+    def unsure_second(self, entropies, step):  # is asked for the loss, for the gradients, and at the worst weights
+        return entropies < (0.0 if next(forwards) % 3 == 2 else 9.0)
+
+    monkeypatch.setattr(SharpnessAwareEntropy, "_is_reliable", unsure_second)
+    _, adaptation = adapted(SAR(optimizer=SGD), sharp_toy(), stream(2))
+    assert (adaptation.updates, adaptation.skipped) == (0, 2)
+    assert adaptation.record["kept"] == adaptation.record["updated"] == 0
 
 
 def test_sar_returns_to_the_source_when_it_collapses():
@@ -389,6 +403,30 @@ def test_replay_and_a_bad_batch_and_a_crash(name):
             model(data[0][0], torch.zeros(1))
         assert reference.same_state(before, model.state_dict())
     torch.testing.assert_close(*predictions, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("make", [EATA, SAR])
+def test_steps_without_a_fit_sample_are_counted_and_said_once(make, caplog):
+    method = make(optimizer=SGD, entropy_margin=1e-6)
+    with torch.no_grad(), method.attach(model := sharp_toy()) as adaptation:
+        for args in stream(3):
+            model(*args)
+            assert adaptation.record["kept"] == adaptation.record["updated"] == 0
+        model(*(x * float("nan") for x in args))
+    assert (method.updates, method.skipped) == (0, 4)
+    assert caplog.text.count("No sample of the batch is fit for a step") == 1
+    assert caplog.text.count("not finite") == 1  # which NaN is, though no sample of NaN is fit
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_is_an_update_or_is_skipped(name, caplog):
+    data = batches()
+    data[1], data[2] = ((args[0] * float("nan"), args[1]) for args in data[1:3])
+    _, adaptation = adapted(METHODS[name](optimizer=SGD), make_toy(), data)
+    assert (adaptation.updates, adaptation.skipped) == ((0, 0) if name == "source" else (2, 2))
+    assert caplog.text.count("not finite") == (name != "source")
+    _, adaptation = adapted(METHODS[name](optimizer=SGD, steps=0), make_toy(), data)
+    assert (adaptation.updates, adaptation.skipped) == (0, 0)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -150,13 +150,14 @@ def test_sumi():
     assert sum(taken[:6]) > 0
     assert sum(taken[6:]) > 0
     assert adaptation.updates == sum(count > 0 for count in taken)
+    assert adaptation.skipped == taken.count(0)
 
 
 def test_sumi_takes_no_step_without_samples():
     ours, adaptation = adapted(SuMi(INPUTS, ENCODERS, unimodal_margin=100.0, optimizer=SGD), sharp_toy(), stream(2))
     model = sharp_toy()
     torch.testing.assert_close(ours, torch.stack([model(*args) for args in stream(2)]), rtol=0, atol=0)
-    assert (adaptation.updates, adaptation.skipped) == (0, 0)
+    assert (adaptation.updates, adaptation.skipped) == (0, 2)
 
 
 def test_a_second_step_on_a_batch_is_not_a_second_batch():
