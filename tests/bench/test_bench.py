@@ -476,7 +476,7 @@ def test_comparing_methods_that_are_not_there(tmp_path):
 
 def interrupted(out, workers):
     words = [sys.executable, "-m", "tests.interrupted", str(out), str(workers)]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     ended = subprocess.run(words, capture_output=True, text=True, cwd=root, env=os.environ, start_new_session=True)
     assert ended.returncode == 130, ended.stderr
     assert "the same command goes on from here" in ended.stderr
