@@ -258,7 +258,7 @@ class Stepper:
         return Step(
             *(seen.logits, seen.samples, seen.attention, seen.outputs),
             *(self._params, self._draft, self._source or {}, self._is_first),
-            *(self._scale.of(seen.logits.device), ranks, seen.is_local),
+            *(self._scale.of(seen.logits, self._params.values()), ranks, seen.is_local),
         )
 
     def _apply(self, computed: _Computed) -> None:
