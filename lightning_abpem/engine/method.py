@@ -19,12 +19,12 @@ from lightning_abpem.engine.shards import is_sharded, sharded_gradients
 from lightning_abpem.functional import entropy, widen
 
 __all__ = [
-    "Again",
     "Edit",
     "Gradients",
     "Method",
     "Predicts",
     "Record",
+    "Rerun",
     "Step",
     "check_range",
     "check_record",
@@ -114,7 +114,7 @@ Edit = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping
 """From the target's arguments and keyword arguments to others of the same batch."""
 
 
-class Again(Protocol):
+class Rerun(Protocol):
     """Runs another forward over the batch: with the target's own arguments, or with what `edit` makes of them."""
 
     def __call__(self, edit: Edit | None = None) -> Step: ...
@@ -172,8 +172,8 @@ class Method:
         """The loss, None if no sample is fit for a step, and detached scalars to record, `loss` among them, in nats."""
         raise NotImplementedError
 
-    def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
-        """The gradients of one step, None for no step, and what to record; `again` runs another forward."""
+    def gradients(self, step: Step, rerun: Rerun) -> tuple[Gradients | None, Record]:
+        """The gradients of one step, None for no step, and what to record; `rerun` runs another forward."""
         made = self.loss(step)
         check_record(self, made)
         loss, record = made

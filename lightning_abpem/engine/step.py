@@ -226,7 +226,7 @@ class Stepper:
             check_record(self._method, observed)
             return _Computed(None, observed[1], step.samples, logits, self._draft)
 
-        def again(edit: Edit | None = None) -> Step:
+        def rerun(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
             own_args, own_kwargs = (args, kwargs) if edit is None or args is None else edit(args, kwargs)
             entered = None if self._memory is None else self._memory.current
@@ -236,7 +236,7 @@ class Stepper:
                 self._memory.current = entered  # not what the method made of it
             return step
 
-        made = self._method.gradients(step, again)
+        made = self._method.gradients(step, rerun)
         check_record(self._method, made)
         return _Computed(*made, step.samples, logits, self._draft)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_abpem.attention.fusion import FusionPatterns
 from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.engine.method import Again, Gradients, Method, Record, Step
+from lightning_abpem.engine.method import Gradients, Method, Record, Rerun, Step
 from lightning_abpem.functional import widen
 from lightning_abpem.methods.objective import Auto, Balance, Objective, Parts, weighted
 from lightning_abpem.methods.stream import StreamPredictions, extend_stream
@@ -67,9 +67,9 @@ class Bootstrapping(Method):
             loss = loss + weighted(weight, parts.bootstrapping)
         return loss, {"loss": loss.detach(), **parts.record}
 
-    def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
+    def gradients(self, step: Step, rerun: Rerun) -> tuple[Gradients | None, Record]:
         if self.objective.attention_weight != "auto":
-            return super().gradients(step, again)
+            return super().gradients(step, rerun)
         parts = self._parts(step)
         others, pull = step.gradients_of(parts.confidence, parts.bootstrapping)
         weight = _SHARE * _relative_length(others, pull)

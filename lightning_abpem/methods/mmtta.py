@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.engine.method import Again, Gradients, Record, Step, record_of
+from lightning_abpem.engine.method import Gradients, Record, Rerun, Step, record_of
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.methods.norms import NormMethod
 from lightning_abpem.methods.unimodal import Inputs, check_inputs, unimodal_logits
@@ -76,11 +76,11 @@ class SelectedPseudoLabels(NormMethod):
         if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
             raise ValueError(f"Expected `momentum` to be in [0, 1), but got {self.momentum!r}.")
 
-    def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
+    def gradients(self, step: Step, rerun: Rerun) -> tuple[Gradients | None, Record]:
         slow = self._slow(step)
-        fast_p = self._unimodal(again)
+        fast_p = self._unimodal(rerun)
         with _values(step.params, slow):
-            slow_p = self._unimodal(again)
+            slow_p = self._unimodal(rerun)
         # A class of probability 0 for all modalities together is no label that a step could move towards.
         label = fuse_pseudo_labels(slow_p, fast_p, self.selection, step.logits != -math.inf)
         loss = F.cross_entropy(widen(step.logits), label)
@@ -92,8 +92,8 @@ class SelectedPseudoLabels(NormMethod):
         """Where nothing adapts, there are no unimodal passes: the fused entropy alone is observed."""
         return None, record_of(entropy(step.logits).mean(), step.logits)
 
-    def _unimodal(self, again: Again) -> list[Tensor]:
-        return [widen(logits.detach()).softmax(1) for logits in unimodal_logits(self.inputs, again)]
+    def _unimodal(self, rerun: Rerun) -> list[Tensor]:
+        return [widen(logits.detach()).softmax(1) for logits in unimodal_logits(self.inputs, rerun)]
 
     def _slow(self, step: Step) -> dict[str, Tensor]:
         """The slow model's values of the parameters: the running mean of the fast one's."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.engine.method import Again, Gradients, Record, Step, check_range, record_of
+from lightning_abpem.engine.method import Gradients, Record, Rerun, Step, check_range, record_of
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.methods.norms import NormMethod, running_mean
 
@@ -51,7 +51,7 @@ class SharpnessAwareEntropy(NormMethod):
         shown = entropies.mean() if loss is None else loss
         return loss, record_of(shown, step.logits, kept=kept.float().mean())
 
-    def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
+    def gradients(self, step: Step, rerun: Rerun) -> tuple[Gradients | None, Record]:
         first, record = self.loss(step)
         if first is None:
             return None, record
@@ -62,7 +62,7 @@ class SharpnessAwareEntropy(NormMethod):
         start = [p.detach().clone() for p in step.params.values()]
         self._climb(step, uphill)
         try:
-            second = again()
+            second = rerun()
             entropies = entropy(second.logits)
             kept = reliable & self._is_reliable(entropies, second)
             gradients = second.gradients(entropies[kept].mean()) if bool(kept.any()) else None

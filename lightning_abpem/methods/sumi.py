@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.engine.method import Again, Gradients, Predicts, Record, Step, check_range, record_of
+from lightning_abpem.engine.method import Gradients, Predicts, Record, Rerun, Step, check_range, record_of
 from lightning_abpem.functional import entropy, finite_log, read_balance, widen
 from lightning_abpem.methods.norms import NormMethod
 from lightning_abpem.methods.unimodal import Inputs, check_inputs, unimodal_logits
@@ -95,8 +95,8 @@ class SmoothedSharing(NormMethod):
     def balances_batch(self) -> bool:
         return True
 
-    def gradients(self, step: Step, again: Again) -> tuple[Gradients | None, Record]:
-        loss, record = self._loss(step, unimodal_logits(self.inputs, again))
+    def gradients(self, step: Step, rerun: Rerun) -> tuple[Gradients | None, Record]:
+        loss, record = self._loss(step, unimodal_logits(self.inputs, rerun))
         return None if loss is None else step.gradients(loss), record
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_abpem.engine.method import Again, Edit
+from lightning_abpem.engine.method import Edit, Rerun
 
 __all__ = ["Inputs", "check_inputs", "only", "unimodal_logits"]
 
@@ -54,6 +54,6 @@ def only(inputs: Inputs, modality: str) -> Edit:
     return edit
 
 
-def unimodal_logits(inputs: Inputs, again: Again) -> list[Tensor]:
+def unimodal_logits(inputs: Inputs, rerun: Rerun) -> list[Tensor]:
     """Logits (B, C) of a unimodal pass per modality, in the order of `inputs`."""
-    return [again(only(inputs, modality)).logits for modality in inputs]
+    return [rerun(only(inputs, modality)).logits for modality in inputs]

@@ -331,8 +331,8 @@ def test_a_method_of_ones_own_sees_outputs_and_other_forwards():
         def collect(self, model, fusion):
             return {"head.1.bias": model.head[1].bias}
 
-        def gradients(self, step, again):
-            seen.append((step, again(lambda args, kwargs: ([args[0], args[1] * 2], kwargs))))
+        def gradients(self, step, rerun):
+            seen.append((step, rerun(lambda args, kwargs: ([args[0], args[1] * 2], kwargs))))
             loss = step.logits.square().mean()
             return step.gradients(loss), record_of(loss, step.logits)
 
