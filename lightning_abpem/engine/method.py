@@ -1,4 +1,4 @@
-"""What a test-time adaptation method is to the engine: which parameters move, and the gradient that moves them."""
+"""The interface of a test-time adaptation method: which parameters move, and the gradient that moves them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Predicts = Literal["after", "before"]
 
 @dataclass(frozen=True)
 class Step:
-    """What a method sees of one forward.
+    """One forward, as a method sees it.
 
     Args:
         logits: (B, C), with gradients; those of remembered samples first.
@@ -50,10 +50,10 @@ class Step:
         params: the parameters that move, by name.
         state: the method's own memory of earlier batches; empty at first and after a reset.
         source: what it measured on the source model.
-        is_first: whether this is the first step that is computed for its batch.
-        scale: what losses are multiplied by while their gradients are taken; None for 1.
+        is_first: True for the first step that is computed for its batch.
+        scale: factor of the losses while their gradients are taken; None for 1.
         ranks: the processes that share the batch; None for one.
-        is_local: whether any of the samples are of this process.
+        is_local: True if any of the samples are of this process.
     """
 
     logits: Tensor
@@ -69,7 +69,7 @@ class Step:
     is_local: bool = True
 
     def gradients(self, loss: Tensor) -> Gradients:
-        """The gradients of a loss for `params`, over the samples of all processes.
+        """Return the gradients of a loss for `params`, over the samples of all processes.
 
         Raises:
             ValueError: if none reaches them.
@@ -77,7 +77,11 @@ class Step:
         return self.gradients_of(loss)[0]
 
     def gradients_of(self, *losses: Tensor) -> Sequence[Gradients]:
-        """The same of several losses, summed over processes at once."""
+        """Return the gradients of several losses, summed over processes at once.
+
+        Raises:
+            ValueError: if none of one of the losses reaches `params`.
+        """
         params = list(self.params.values())
         own: list[list[Tensor | None]] = [[] for _ in losses]
         if self.is_local or any(loss.requires_grad for loss in losses):
@@ -85,17 +89,14 @@ class Step:
         return own if self.ranks is None else self.ranks.sum(own, params)
 
     def in_all(self, term: Tensor) -> Tensor:
-        """A term of the loss that depends on `params` alone, so that the sum over processes has it once."""
+        """Return a term of the loss that depends on `params` alone so that the sum over processes has it once."""
         return term if self.ranks is None else term.detach() + (term - term.detach()) / self.ranks.size
 
     def _own_gradients(self, losses: Sequence[Tensor], params: list[nn.Parameter]) -> list[list[Tensor | None]]:
         if not params:
             raise ValueError("Expected `collect` to give the parameters that move, for there is a loss, but got none.")
         if not all(loss.requires_grad for loss in losses):
-            raise ValueError(
-                f"Expected gradients through the target's forward, but no gradient reaches {', '.join(self.params)}. "
-                "Is the forward, or a part of it after the fusion attention, under torch.no_grad() or inference_mode()?"
-            )
+            raise ValueError(self._no_gradient())
         scaled = losses if self.scale is None else [loss * self.scale.to(loss.device) for loss in losses]
         if any(map(is_sharded, params)):
             gradients = sharded_gradients(scaled, params)
@@ -105,17 +106,31 @@ class Step:
                 list(torch.autograd.grad(loss, params, retain_graph=i < last, allow_unused=True))
                 for i, loss in enumerate(scaled)
             ]
+        if not all(any(gradient is not None for gradient in own) for own in gradients):
+            raise ValueError(self._no_gradient())
         if self.scale is None:
             return gradients
         return [[None if g is None else widen(g) / self.scale.to(g.device) for g in own] for own in gradients]
 
+    def _no_gradient(self) -> str:
+        """Return the error's text: what was seen, and the causes that fit, each with its test."""
+        seen = "a part of the loss does" if self.logits.requires_grad else "the logits do"
+        return (
+            f"Expected gradients through the target's forward, but no gradient reaches {', '.join(self.params)}: "
+            f"{seen} not depend on them, by autograd. Causes that fit, each with its test: (1) the forward, or a part "
+            "of it, is under torch.no_grad() or inference_mode(): torch.is_grad_enabled() is False in it; (2) it cuts "
+            "the graph, as `detach`, `.data`, `item` and NumPy do: a module in it has an input with requires_grad=True "
+            "and an output with False; (3) it does not use these parameters: forward hooks on their modules are not "
+            "called."
+        )
+
 
 Edit = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Sequence[Any], Mapping[str, Any]]]
-"""From the target's arguments and keyword arguments to others of the same batch."""
+"""Function from the target's arguments and keyword arguments to others of the same batch."""
 
 
 class Rerun(Protocol):
-    """Runs another forward over the batch: with the target's own arguments, or with what `edit` makes of them."""
+    """Run another forward over the batch: with the target's own arguments, or with what `edit` makes of them."""
 
     def __call__(self, edit: Edit | None = None) -> Step: ...
 
@@ -128,10 +143,10 @@ class Method:
 
     Attributes:
         name: as its paper writes it; figures are logged under its lower case.
-        needs_attention: whether `Step.attention` is wanted, and so modalities.
-        reads_params: whether it looks at the values of `Step.params`, or sets them, which shards do not allow.
+        needs_attention: True if `Step.attention` is wanted, and so modalities.
+        reads_params: True if it looks at the values of `Step.params`, or sets them, which shards do not allow.
         predicts: "after" the update, or "before" it.
-        balances_batch: whether its loss compares the samples of a batch, and so wants several.
+        balances_batch: True if its loss compares the samples of a batch, and so wants several.
         watches: names of modules whose outputs are wanted, and so `Step.outputs`.
     """
 
@@ -161,31 +176,34 @@ class Method:
         return collect_params(fusion.adapting)
 
     def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
-        """What else of the model differs while it adapts, put back afterwards: nothing."""
+        """Return a context in which the model adapts, and which puts back what it changes: here it changes nothing."""
         return nullcontext()
 
     def measure_source(self, observe: Callable[[Sequence[Any]], Step]) -> Mapping[str, Any]:
-        """What is measured on the source before the first batch: nothing. `observe` takes a target's arguments."""
+        """Measure the source model before the first batch: here nothing. `observe` takes the target's arguments."""
         return {}
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:
-        """The loss, None if no sample is fit for a step, and detached scalars to record, `loss` among them, in nats."""
+        """Return the loss, None if no sample is fit for a step, and what to record.
+
+        The record holds detached scalars, in nats; `loss` is among them.
+        """
         raise NotImplementedError
 
     def gradients(self, step: Step, rerun: Rerun) -> tuple[Gradients | None, Record]:
-        """The gradients of one step, None for no step, and what to record; `rerun` runs another forward."""
+        """Return the gradients of one step, None for no step, and what to record; `rerun` runs another forward."""
         made = self.loss(step)
         check_record(self, made)
         loss, record = made
         return None if loss is None else step.gradients(loss), record
 
     def wants_reset(self, state: Mapping[str, Any]) -> bool:
-        """Whether the source model should return before the next batch, for the method sees a collapse."""
+        """Return True if the source model should return before the next batch, for the method sees a collapse."""
         return False
 
 
 def collected(method: Method, model: nn.Module, fusion: JointFusion | SeparateFusion | None) -> dict[str, nn.Parameter]:
-    """What a method collects.
+    """Return the parameters that a method collects, by name.
 
     Raises:
         ValueError: if that is no mapping from names to parameters; whatever `collect` raises.
@@ -225,6 +243,6 @@ def check_range(name: str, value: float, *, above: float) -> None:
 
 
 def record_of(loss: Tensor, logits: Tensor, **figures: Tensor) -> Record:
-    """What every method records: its loss and the mean entropy of the predictions, and figures of its own."""
+    """Return what every method records: its loss, the mean entropy of the predictions, and figures of its own."""
     with torch.no_grad():
         return {"loss": loss.detach(), "entropy": entropy(logits).mean(), **{k: v.detach() for k, v in figures.items()}}

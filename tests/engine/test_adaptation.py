@@ -705,6 +705,14 @@ def test_a_forward_without_gradients():
     assert len(predictions(model, batches(1), steps=0)) == 1
 
 
+def test_gradients_that_pass_the_parameters_by():
+    """The logits have a graph, but it leads elsewhere."""
+    model = make_toy()
+    model.head.register_forward_hook(lambda module, args, output: output.detach() + torch.zeros(1, requires_grad=True))
+    with pytest.raises(ValueError, match="no gradient reaches fusion.0.attn.qkv.weight"):
+        predictions(model, batches(1), attention_weight=0.0)
+
+
 @pytest.mark.parametrize("memory_batches", [1, 2])
 def test_an_empty_batch_is_left_alone(memory_batches):
     model = make_toy()
