@@ -41,8 +41,8 @@ _LEAST_LOG = -1e4  # stands for log 0: exp is 0 there, in float64 too, and 0 tim
 class ScoreStatistics(NamedTuple):
     """Mean and unbiased standard deviation, each (B,), of one block of head-averaged attention scores.
 
-    `seen` is (B,) bool: whether a sample has the two scores at least that a standard deviation needs, in a block of
-    which a mask hides some; None if no mask does. The mean and the deviation of a sample that is not seen mean nothing.
+    `seen`, (B,) bool, is True where a mask leaves a sample the two scores that a standard deviation needs; None if no
+    mask hides any. The mean and the deviation of a sample that is not seen mean nothing.
     """
 
     mean: Tensor

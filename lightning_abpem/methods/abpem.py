@@ -60,7 +60,7 @@ class Bootstrapping(Method):
         return self.objective.attention_weight != 0
 
     def loss(self, step: Step) -> tuple[Tensor, Record]:
-        """With attention_weight="auto" that of the other parts alone: only a step's gradients set the weight."""
+        """Return the loss; with attention_weight="auto", which takes gradients, that of the other parts alone."""
         parts, weight = self._parts(step), self.objective.attention_weight
         loss = parts.confidence
         if weight != "auto" and weight:
@@ -77,7 +77,7 @@ class Bootstrapping(Method):
         return _sum(others, pull, weight), {"loss": loss, "attention_weight": weight, **parts.record}
 
     def _parts(self, step: Step) -> Parts:
-        """The objective's parts; the stream's predictions so far are the only thing that is remembered."""
+        """Return the objective's parts. The stream's predictions so far are all that is remembered."""
         known = step.state.get("stream")
         stream = None if known is None else StreamPredictions(*known)  # of a loaded state it is a list
         if self.objective.balance != "stream":
@@ -88,7 +88,7 @@ class Bootstrapping(Method):
 
 
 def _relative_length(others: Gradients, pull: Gradients) -> Tensor:
-    """How long `others` is in relation to `pull`, where that is not zero: a scalar, 0 if it is zero everywhere."""
+    """Return |others| / |pull| over the entries where `pull` is not 0: a scalar, 0 if there are none."""
     pairs = [(widen(a), widen(b)) for a, b in zip(others, pull, strict=True) if a is not None and b is not None]
     longer = torch.stack([a.where(b != 0, 0).norm() for a, b in pairs]).norm()
     length = torch.stack([b.norm() for _, b in pairs]).norm()
@@ -136,7 +136,7 @@ class ABPEM(TestTimeAdaptation):
 
     Attributes:
         updates: steps taken in the last run.
-        skipped: steps not taken in the last run, because the loss or a gradient was not finite.
+        skipped: steps not taken in the last run, because the loss, a gradient or the step was not finite.
         averages: per dataloader, the last run's figures averaged over samples.
 
     Raises:

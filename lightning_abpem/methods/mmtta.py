@@ -29,7 +29,7 @@ _EPS = 1e-6  # two equal predictions are consistent, not infinitely so
 
 
 def consistency(slow: Tensor, fast: Tensor) -> Tensor:
-    """The inverse of the symmetric KL divergence between predictions (B, C), in 1 / nats: (B,) (equation 4)."""
+    """Inverse of the symmetric KL divergence between predictions (B, C), in 1 / nats: (B,) (equation 4)."""
     log_slow, log_fast = slow.clamp_min(_EPS).log(), fast.clamp_min(_EPS).log()
     return 1 / (((slow - fast) * (log_slow - log_fast)).sum(1) / 2 + _EPS)
 
@@ -89,14 +89,14 @@ class SelectedPseudoLabels(NormMethod):
         return step.gradients(loss), record_of(loss, step.logits, agreement=agree)
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:
-        """Where nothing adapts, there are no unimodal passes: the fused entropy alone is observed."""
+        """Return no loss, and record the fused entropy alone: where nothing adapts there are no unimodal passes."""
         return None, record_of(entropy(step.logits).mean(), step.logits)
 
     def _unimodal(self, rerun: Rerun) -> list[Tensor]:
         return [widen(logits.detach()).softmax(1) for logits in unimodal_logits(self.inputs, rerun)]
 
     def _slow(self, step: Step) -> dict[str, Tensor]:
-        """The slow model's values of the parameters: the running mean of the fast one's."""
+        """Return the slow model's values of the parameters: the running mean of the fast one's."""
         before: Mapping[str, Any] = step.state.get("slow", step.params)
         return {name: before[name].detach().lerp(p.detach(), 1 - self.momentum) for name, p in step.params.items()}
 

@@ -1,4 +1,4 @@
-"""What Tent, EATA and SAR share: the affine parameters of normalisation layers move, under batch statistics."""
+"""Methods that move the affine parameters of normalisation layers, under batch statistics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NormMethod(Method):
 
 
 def running_mean(before: _Running | None, now: _Running) -> _Running:
-    """The mean of what came before, with momentum 0.9, and of now."""
+    """Return the mean of what came before, with momentum 0.9, and of now."""
     return now if before is None else _MOMENTUM * before + (1 - _MOMENTUM) * now
 
 
@@ -84,7 +84,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """One of torch's, or a subclass, or what is called so and has a vector weight."""
+    """Return True for torch's normalisation layers, their subclasses, and a ...Norm with a vector weight."""
     weight = getattr(module, "weight", None)
     named_so = type(module).__name__.endswith("Norm") and isinstance(weight, nn.Parameter) and weight.dim() == 1
     return named_so or isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm))

@@ -124,7 +124,7 @@ class Objective:
         return Parts(confidence, bootstrapping, record)
 
     def classes_kept(self, classes: int) -> int:
-        """k, for that many classes.
+        """Return k for that many classes.
 
         Raises:
             ValueError: if it exceeds them.
@@ -153,7 +153,7 @@ def weighted(weight: float, term: Tensor) -> Tensor:
 
 
 class _Compared(NamedTuple):
-    """Of each comparison, means over the samples that count, 0 if none does: (comparisons,) each.
+    """Means over the samples that count, by comparison, 0 if none does: (comparisons,) each.
 
     `counts` is 1 where any does, else 0.
     """
@@ -164,7 +164,7 @@ class _Compared(NamedTuple):
 
 
 def _compare(comparisons: Sequence[Comparison]) -> _Compared:
-    """Divergence and gap of all comparisons at once.
+    """Compute divergence and gap of all comparisons at once.
 
     A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
     silent sensor may be, and no Gaussian is near that.
@@ -189,7 +189,7 @@ def _compare(comparisons: Sequence[Comparison]) -> _Compared:
 
 
 def _over_layers(figure: Tensor, layers: Sequence[int]) -> Tensor:
-    """The mean over each pair's layers, whose numbers are `layers`: (..., comparisons) to (..., pairs)."""
+    """Average over each pair's layers, whose numbers are `layers`: (..., comparisons) to (..., pairs)."""
     if max(layers) == 1:
         return figure
     if len(set(layers)) == 1:
@@ -198,5 +198,5 @@ def _over_layers(figure: Tensor, layers: Sequence[int]) -> Tensor:
 
 
 def _is_flat(mean: Tensor, std: Tensor) -> Tensor:
-    """Whether the scores of a sample differ by no more than rounding; NaN, which is not to pass unnoticed, is not."""
+    """Return True where a sample's scores differ by no more than rounding; False for NaN, which has to be noticed."""
     return std <= 64 * torch.finfo(std.dtype).eps * mean.abs()

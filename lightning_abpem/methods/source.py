@@ -18,7 +18,7 @@ __all__ = ["Source", "Unadapted"]
 
 
 class Unadapted(Method):
-    """No parameter moves."""
+    """Method that moves no parameter."""
 
     name: ClassVar[str] = "Source"
 

@@ -1,4 +1,4 @@
-"""What the balance needs to know of the predictions along a stream: how often each class came, and in what order."""
+"""Sums over the predictions along a stream: how often each class came, and how often the same came twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StreamPredictions(NamedTuple):
 
 
 def extend_stream(stream: StreamPredictions | None, logits: Tensor) -> StreamPredictions:
-    """The stream with a batch's predictions, logits (B, C), at its end; None for a stream that begins."""
+    """Return the stream, None for one that begins, with the predictions of (B, C) logits at its end."""
     p = widen(logits.detach()).softmax(1)
     before = p[:1] if stream is None else torch.cat((stream.last[None], p[:1]))
     pairs = torch.cat((before[:-1], p))
@@ -42,7 +42,7 @@ def extend_stream(stream: StreamPredictions | None, logits: Tensor) -> StreamPre
 
 
 def shuffledness(stream: StreamPredictions) -> Tensor:
-    """How far consecutive predictions agree no more than any two of the stream: a scalar, 1 for a shuffled stream.
+    """Return how little more consecutive predictions agree than any two of the stream: a scalar, 1 if shuffled.
 
     ((1 + n B) / (1 + n A))^2, at most 1, for n samples: A is the mean p_i . p_(i+1), B the mean p_i . p_j over all
     i != j. Where labels come in clumps A is larger than B. A model that collapses into a few classes predicts them in

@@ -23,7 +23,7 @@ __all__ = ["SmoothedSharing", "SuMi", "interquartile_share", "mutual_information
 
 
 def interquartile_share(features: Tensor, progress: float) -> Tensor:
-    """How much of each sample lies within the smoothed interquartile range: the share of its features, (B,).
+    """Return the share of each sample's features that lie within the smoothed interquartile range: (B,).
 
     The quartiles of a feature are a quarter and three quarters of the way from its least to its largest value in the
     batch; the range is widened by 3/2 of its length times `progress`, so that in the end nothing but outliers is out.
@@ -41,7 +41,7 @@ def interquartile_share(features: Tensor, progress: float) -> Tensor:
 
 
 def mutual_information_sharing(fused: Tensor, unimodal: Sequence[Tensor]) -> Tensor:
-    """What each modality's prediction lacks of what the fused one and the others know, in nats: (B,).
+    """Compute what each modality's prediction lacks of what the fused one and the others know, in nats: (B,).
 
     The sum over modalities of KL(mean of the fused and the other modalities' predictions || the modality's own). A
     class with a logit of -inf is impossible for a modality: it adds nothing to that modality's term.
@@ -100,7 +100,7 @@ class SmoothedSharing(NormMethod):
         return None if loss is None else step.gradients(loss), record
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:
-        """Where nothing adapts, there are no unimodal passes: the fused entropy alone is observed."""
+        """Return no loss, and record the fused entropy alone: where nothing adapts there are no unimodal passes."""
         return None, record_of(entropy(step.logits).mean(), step.logits)
 
     def _loss(self, step: Step, unimodal: Sequence[Tensor]) -> tuple[Tensor | None, Record]:

@@ -13,7 +13,7 @@ from lightning_abpem.engine.method import Edit, Rerun
 __all__ = ["Inputs", "check_inputs", "only", "unimodal_logits"]
 
 Inputs = Mapping[str, int | str]
-"""By modality, which of the target's arguments it is: a position, or a keyword's name."""
+"""Position or keyword of each modality among the target's arguments."""
 
 
 def check_inputs(inputs: Inputs) -> None:
@@ -33,7 +33,7 @@ def check_inputs(inputs: Inputs) -> None:
 
 
 def only(inputs: Inputs, modality: str) -> Edit:
-    """What makes of the target's arguments those of a unimodal pass.
+    """Return an edit of the target's arguments that makes them those of a unimodal pass.
 
     Zeros stand for what a normalised input is on average, as when a sensor is missing.
     """
@@ -55,5 +55,5 @@ def only(inputs: Inputs, modality: str) -> Edit:
 
 
 def unimodal_logits(inputs: Inputs, rerun: Rerun) -> list[Tensor]:
-    """Logits (B, C) of a unimodal pass per modality, in the order of `inputs`."""
+    """Run a unimodal pass for each modality: their logits (B, C), in the order of `inputs`."""
     return [rerun(only(inputs, modality)).logits for modality in inputs]
