@@ -1,4 +1,4 @@
-"""Where the logits are in a module's output, and whether they are those of one distribution over classes."""
+"""The logits in a module's output, which have to be those of one distribution over classes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ _OTHER_HEADS = {
 _ONE_OUTPUT = (
     " One number for a sample is a regression, which ABPEM cannot adapt (it minimises the entropy of a distribution "
     "over classes), or a binary logit z: then `logits` may return torch.stack([torch.zeros_like(z), z], -1)."
+)
+_SEVERAL_PREDICTIONS = (
+    " One prediction for each sample adapts: pass `logits`, a function to it. Of logits (batch, tokens, classes) it "
+    "may be one token's, lambda output: output[:, 0], or the tokens' mean, output.mean(1). Of (batch, classes, ...), "
+    "as a segmentation has, output.flatten(2).mean(2). Of (tokens, batch, classes), output[0]."
 )
 _PROBLEM_TYPES = {"multi_label_classification": "several labels at once", "regression": "regression"}
 
@@ -50,6 +55,8 @@ def check_head(model: nn.Module) -> None:
 def refuse_probabilities(logits: Tensor) -> None:
     """Hold the first logits against probabilities, whose softmax would be nearly even.
 
+    Logits of -inf, of classes that cannot be, are none.
+
     Raises:
         ValueError: if every row is non-negative and adds up to one.
     """
@@ -62,42 +69,71 @@ def refuse_probabilities(logits: Tensor) -> None:
 
 
 def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:
-    """The (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's (B, C), or `how(output)`.
+    """Find the (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's (B, C), or `how(output)`.
 
     Raises:
         ValueError: if there are none, or they are not two-dimensional floats of two classes or more.
     """
-    logits = output
-    if how is not None:
-        logits = how(output)
-    elif hasattr(output, "logits"):
-        logits = output.logits
-    elif isinstance(output, Mapping):
-        logits = output.get("logits")
-    elif isinstance(output, tuple | list):
-        candidates = [item for item in output if _may_be_logits(item)]
-        if len(candidates) > 1:
-            raise ValueError(
-                f"Expected one (batch, classes) tensor in the target's output, but got {len(candidates)} that could "
-                f"be: {[tuple(item.shape) for item in candidates]}. Pass `logits`, a function to the right one."
-            )
-        logits = next(iter(candidates), None)
+    logits = _find_logits(output) if how is None else how(output)
     if how is not None and not isinstance(logits, Tensor):
         raise ValueError(f"Expected `logits` to return a (batch, classes) tensor, but got a {type(logits).__name__}.")
     if not isinstance(logits, Tensor):
-        keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
         raise ValueError(
-            f"Expected logits in the target's output, but found none in a {type(output).__name__}{keys}. Pass "
-            "`logits`, a function from that output to a (batch, classes) tensor."
+            f"Expected logits in the target's output, but found none in {_described(output)}. Pass `logits`, a "
+            "function from that output to a (batch, classes) tensor."
         )
-    one = logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        expected = "logits" if how is None else "`logits` to return logits"
         raise ValueError(
-            f"Expected logits of shape (batch, classes) with at least two classes, but got {tuple(logits.shape)} "
-            f"{logits.dtype}. Pass `logits`, a function from the target's output to them.{_ONE_OUTPUT * one}"
+            f"Expected {expected} of shape (batch, classes) with at least two classes, but got {tuple(logits.shape)} "
+            f"{logits.dtype}.{_way_out(logits)}"
         )
     return logits
 
 
+def _find_logits(output: Any) -> Any:
+    """Return what stands where logits usually do; None if nothing does.
+
+    Raises:
+        ValueError: if several tensors of a tuple could be the logits.
+    """
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if not isinstance(output, tuple | list):
+        return output
+    candidates = [item for item in output if _may_be_logits(item)]
+    if len(candidates) > 1:
+        raise ValueError(
+            f"Expected one (batch, classes) tensor in the target's output, but got {len(candidates)} that could "
+            f"be: {[tuple(item.shape) for item in candidates]}. Pass `logits`, a function to the right one."
+        )
+    return next(iter(candidates), None)
+
+
 def _may_be_logits(item: Any) -> bool:
     return isinstance(item, Tensor) and item.dim() == 2 and item.is_floating_point()
+
+
+def _described(output: Any) -> str:
+    """Return an output's type and, of a container, what it holds by shape and dtype."""
+    kind = f"a {type(output).__name__}"
+    if isinstance(output, Mapping):
+        return f"{kind} with keys {sorted(map(str, output))}"
+    if isinstance(output, tuple | list):
+        return f"{kind} of {[_shape_of(item) for item in output]}"
+    return kind
+
+
+def _shape_of(item: Any) -> str:
+    return f"{tuple(item.shape)} {item.dtype}" if isinstance(item, Tensor) else type(item).__name__
+
+
+def _way_out(logits: Tensor) -> str:
+    """Return what to pass as `logits` for an output of this shape."""
+    if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
+        return f" Pass `logits`, a function from the target's output to them.{_ONE_OUTPUT}"
+    if logits.dim() > 2:
+        return _SEVERAL_PREDICTIONS
+    return " Pass `logits`, a function from the target's output to them."

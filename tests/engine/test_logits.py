@@ -32,9 +32,13 @@ def test_forms_of_output(wrap, how):
     ("output", "message"),
     [
         ({"scores": torch.ones(2, 3)}, "none in a dict with keys \\['scores'\\]. Pass `logits`"),
-        (("text",), "none in a tuple"),
+        (("text",), r"none in a tuple of \['str'\]"),
+        ((torch.ones(2, 3, 4), "text"), r"none in a tuple of \['\(2, 3, 4\) torch.float32', 'str'\]. Pass `logits`"),
         (None, "none in a NoneType"),
         (torch.ones(2, 3, 4), r"shape \(batch, classes\) .* got \(2, 3, 4\)"),
+        ({"logits": torch.ones(2, 7, 5)}, r"got \(2, 7, 5\) .* lambda output: output\[:, 0\], or the tokens' mean"),
+        (torch.ones(2, 5, 8, 8), r"got \(2, 5, 8, 8\) .* output.flatten\(2\).mean\(2\)"),
+        (torch.ones(()), r"got \(\) torch.float32"),
         (torch.ones(2), r"got \(2,\).* One number for a sample is a regression, .* or a binary logit z"),
         (torch.ones(2, 1), r"at least two classes, but got \(2, 1\) .* regression"),
         (torch.ones(2, 3, dtype=torch.long), "torch.int64"),
@@ -54,6 +58,48 @@ def test_several_candidates_for_the_logits():
 def test_a_function_that_gives_no_tensor():
     with pytest.raises(ValueError, match="`logits` to return a .* tensor, but got a NoneType"):
         read_logits(torch.ones(2, 3), lambda output: None)
+
+
+def test_a_function_that_gives_no_logits():
+    with pytest.raises(ValueError, match=r"`logits` to return logits of shape \(batch, classes\).* got \(2, 3, 4\)"):
+        read_logits({"scores": torch.ones(2, 3, 4)}, lambda output: output["scores"])
+
+
+class PerToken(nn.Module):
+    """Logits of every token, the classes last, second or behind the batch."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.toy, self.order = make_toy(), order
+
+    def forward(self, audio, video):
+        tokens = self.toy.fusion(torch.cat((self.toy.audio(audio), self.toy.video(video)), 1))
+        return self.toy.head(tokens).permute(self.order)
+
+
+@pytest.mark.parametrize(
+    ("order", "way_out"),
+    [
+        ((0, 1, 2), lambda output: output[:, 0]),
+        ((0, 1, 2), lambda output: output.mean(1)),
+        ((0, 2, 1), lambda output: output.flatten(2).mean(2)),
+        ((1, 0, 2), lambda output: output[0]),
+    ],
+)
+def test_logits_of_every_token(order, way_out):
+    """They are refused with the shape, and the ways out that the error names are ways out."""
+    model, args = PerToken(order).eval(), batches(1)[0]
+    options = {"fusion": "toy.fusion.*.attn", "modalities": MODALITIES, "k": 2}
+    shape = tuple(model(*args).shape)
+    with pytest.raises(ValueError, match=rf"but got \({shape[0]}, {shape[1]}, {shape[2]}\) torch.float32"):
+        adapted(ABPEM(**options), model, args)
+    assert adapted(ABPEM(**options, logits=way_out), model, args).updates == 1
+
+
+def adapted(method, model, args):
+    with torch.no_grad(), method.attach(model) as adaptation:
+        model(*args)
+    return adaptation
 
 
 def with_module(module):
@@ -107,6 +153,11 @@ def test_the_problem_type_of_hugging_face(problem):
 def test_probabilities_are_no_logits():
     refuse_probabilities(torch.tensor([[0.5, 0.4], [0.5, 0.5]]))
     refuse_probabilities(torch.tensor([[1.5, -0.5]]))
+    for rows in ([[0.5, 0.5, -torch.inf]], [[0.0, -torch.inf, -torch.inf]], [[1.0, 0.0], [-torch.inf, 1.0]]):
+        refuse_probabilities(torch.tensor(rows))
+    refuse_probabilities(torch.full((2, 3), -torch.inf))
+    with pytest.raises(ValueError, match="these are probabilities"):
+        refuse_probabilities(torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.6, 0.0]]))  # of which some are 0
     model = make_toy()
     options = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2}
     with (
