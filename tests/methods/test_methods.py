@@ -293,11 +293,9 @@ def test_sar_returns_to_the_source_when_it_collapses():
 def test_sar_leaves_the_weights_where_they_were_if_the_second_forward_fails():
     model = sharp_toy()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    calls = []
 
-    def fail(module, args, output):
-        calls.append(output)
-        if len(calls) == 2:
+    def fail(module, args, output):  # a count would be put back after the first forward
+        if not torch.equal(module[0].weight, before["head.0.weight"]):
             raise RuntimeError("in the second forward")
 
     handle = model.head.register_forward_hook(fail)
