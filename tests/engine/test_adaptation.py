@@ -378,7 +378,8 @@ def test_a_sample_whose_tokens_are_all_alike_does_not_spoil_the_step(attention):
 # --------------------------------------------------------------------------------------------------- memory and resets
 
 
-def test_memory_that_misses_a_bypass():
+@pytest.mark.parametrize("hides", [False, True])
+def test_memory_that_misses_a_bypass(hides):
     """A residual around the remembered module: with a batch of one it broadcasts silently, and is found out."""
 
     class Bypass(nn.Module):
@@ -388,7 +389,8 @@ def test_memory_that_misses_a_bypass():
 
         def forward(self, audio, video):
             x = torch.cat((self.inner.audio(audio), self.inner.video(video)), dim=1)
-            return self.inner.head((x + self.inner.fusion[0](x)).mean(1))
+            logits = self.inner.head((x + self.inner.fusion[0](x)).mean(1))
+            return logits.index_fill(1, torch.tensor(4), -torch.inf) if hides else logits
 
     model = Bypass().eval()
     with pytest.raises(ValueError, match="'inner.fusion.0' to give the same logits again.*memory_at"):
