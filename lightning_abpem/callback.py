@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lightning_abpem.attention.fusion import FusionPatterns
 from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.engine.adaptation import Adaptation
-from lightning_abpem.engine.checkpoint import check_form, check_saved, read_state, write_state
+from lightning_abpem.engine.checkpoint import check_form
 from lightning_abpem.engine.method import Method, Predicts
 from lightning_abpem.engine.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
+from lightning_abpem.engine.state_file import check_saved, read_state, write_state
 from lightning_abpem.trainer.run import Run, Stage
 from lightning_abpem.trainer.strategies import check_strategy
 

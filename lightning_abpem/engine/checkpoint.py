@@ -1,126 +1,223 @@
-"""What a stream that is cut needs to go on elsewhere as if it had not been: plain values, and the file that holds them.
+"""The state of a stream, with which it goes on elsewhere as if it had not been cut: plain values, checked.
 
 A state holds tensors of the host, numbers, strings, lists and dicts, so that `torch.load(weights_only=True)`, and with
-it Lightning's checkpoints, can read it.
+it Lightning's checkpoints, can read it. Nobody has to trust it: all of it is checked before anything changes.
 """
 
 from __future__ import annotations
 
-import glob
-import os
-import pickle
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.serialization import get_crc32_options, set_crc32_options
-
-from lightning_abpem.engine.ranks import process
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "FORMAT",
     "check_form",
-    "check_saved",
+    "check_named",
     "check_weights",
-    "own_path",
-    "placed",
-    "plain",
+    "digest",
     "random_state",
-    "read_state",
     "set_random_state",
-    "source_sums",
-    "write_state",
+    "to_cpu",
+    "to_device",
 ]
 
-FORMAT = 1
-_KEYS: dict[str, tuple[str, ...]] = {  # by part; of all of it
-    "": ("process", "weights", "scale", "state", "measured", "resets_next", "memory", "random"),
-    "weights": ("params", "source", "optimizer", "optimizer_class", "counts"),
-    "scale": ("value", "streak"),
-    "random": ("cpu",),
-}
-_NOT_READABLE = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+FORMAT = 2
 
 
-def plain(value: Any) -> Any:
-    """A copy on the host, without classes of this package's own."""
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return a copy with its tensors on a device, without classes of this package's own."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to(device, copy=True)
     if isinstance(value, Mapping):
-        return {key: plain(own) for key, own in value.items()}
-    return [plain(own) for own in value] if isinstance(value, list | tuple) else value
+        return {key: to_device(own, device) for key, own in value.items()}
+    return [to_device(own, device) for own in value] if isinstance(value, list | tuple) else value
 
 
-def placed(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, Mapping):
-        return {key: placed(own, device) for key, own in value.items()}
-    return [placed(own, device) for own in value] if isinstance(value, list | tuple) else value
+def to_cpu(value: Any) -> Any:
+    """Return the same on the host."""
+    return to_device(value, torch.device("cpu"))
 
 
-def source_sums(source: Sequence[Tensor]) -> list[int]:
-    """A number for each tensor that changes if any bit of it does, the same on any device."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-    def checksum(x: Tensor) -> int:
-        bits = x.detach().contiguous().flatten().view(integers[x.element_size()]).to("cpu", torch.int64)
-        return int((bits * torch.arange(1, len(bits) + 1)).sum())  # wraps around
-
-    return [checksum(x) for x in source]
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of the tensors' bits, the same on any device."""
+    sha = hashlib.sha256()
+    for x in tensors:
+        sha.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of torch's random numbers, on the host and on the device."""
+    """Return the state of torch's random numbers, on the host and on the device."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Back to a `random_state`, as far as there are such devices."""
+    """Go back to a `random_state`, as far as there are such devices."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+# ------------------------------------------------------------------------------------------------ is it such a state?
+
+
 def check_form(state: Any, method: str) -> None:
-    """Hold what a user gave against what `state_dict` makes, as far as can be told without the model.
+    """Hold a state against what `state_dict` makes, as far as can be told without the model.
 
     Raises:
-        ValueError: if it is no such thing, of another version's form or of another method.
+        ValueError: if it is no such thing, of another version's form or of another method; if a part is missing, is not
+            what it should be, or holds NaN or infinity.
     """
     if not isinstance(state, Mapping) or not {"format", "weights", "method"} <= state.keys():
         keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"Expected the state of an adaptation, as `state_dict` makes it, but got {keys}.")
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise ValueError(
             f"Expected an adaptation's state of form {FORMAT}, but got {state['format']!r}: another version of "
             "lightning_abpem wrote it."
         )
     if state["method"] != method:
         raise ValueError(f"Expected a state of {method}, but got one of {state['method']}.")
-    for part, wanted in _KEYS.items():
-        own = state[part] if part else state
-        missing = [key for key in wanted if not isinstance(own, Mapping) or key not in own]
-        if missing:
-            raise ValueError(f"Expected a whole state, but `{part or 'state'}` has no {', '.join(missing)}.")
+    _check_values(state, "")
+    for name, (fits, wanted) in _PARTS.items():
+        part: Any = state
+        for key in name.split("."):
+            if not isinstance(part, Mapping) or key not in part:
+                raise ValueError(f"Expected a whole state, but it has no `{name}`.")
+            part = part[key]
+        if not fits(part):
+            raise ValueError(f"Expected `{name}` of a state to be {wanted}, but got {_shown(part)}.")
 
 
-def check_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def _check_values(value: Any, name: str) -> None:
+    """Raise unless everything is plain and finite, and no tensor claims more values than it stores."""
+    if isinstance(value, Mapping | list | tuple):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, own in pairs:
+            if type(key) not in (str, int):
+                raise ValueError(f"Expected the keys of a state's `{name}` to be strings or integers, but got {key!r}.")
+            _check_values(own, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Tensor):
+        is_plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+        if not is_plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"Expected `{name}` of a state to store its values, one each, but got {_shown(value)}.")
+        # A mask that enters the fusion block, to be added to scores, may hold -inf.
+        finite = value.isfinite() | (value == -math.inf) if name.startswith("memory.") else value.isfinite()
+        if not bool(finite.all()):
+            raise ValueError(f"Expected `{name}` of a state to be finite, but {int((~finite).sum())} values are not.")
+    elif type(value) not in (bool, int, float, str, type(None)):
+        raise ValueError(
+            f"Expected `{name}` of a state to be a tensor, number, string, list or dict, but got a "
+            f"{type(value).__name__}."
+        )
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"Expected `{name}` of a state to be finite, but got {value}.")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as an error shows it: of tensors the type and the shape."""
+    shown = repr(tree_map_only(Tensor, lambda x: _form(x) if x.dim() or x.is_meta else x.item(), value))
+    return shown if len(shown) < 200 else f"{shown[:200]}..."
+
+
+def _form(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+def _is_count(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**63
+
+
+def _are_counts(x: Any, number: int) -> bool:
+    return isinstance(x, list | tuple) and len(x) == number and all(map(_is_count, x))
+
+
+def _is_scalar(x: Any, least: int, floating: bool) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point() == floating and bool(x >= least)
+
+
+def _is_named(x: Any, kind: type = object) -> bool:
+    return isinstance(x, Mapping) and all(type(key) is str and isinstance(own, kind) for key, own in x.items())
+
+
+def _is_random(x: Any) -> bool:
+    """Return True if generators of their own can be set to these states."""
+    try:
+        for device, state in x.items():
+            if device == "cpu" or torch.cuda.is_available():
+                torch.Generator(device).set_state(state)
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    return "cpu" in x
+
+
+def _is_memory(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(map(_is_batch, x))
+
+
+def _is_batch(x: Any) -> bool:
+    """Return True for a remembered batch: tensors with as many rows as samples, masks for all of them or for each."""
+    if not isinstance(x, Mapping) or not {"places", "tensors", "masks"} <= x.keys():
+        return False
+    places, tensors, masks = x["places"], x["tensors"], x["masks"]
+    if not isinstance(places, list | tuple) or not all(map(_is_count, places)) or not _is_named(masks, Tensor):
+        return False
+    if not isinstance(tensors, Mapping) or bool(places) != bool(tensors) or not tensors.keys() <= set(places):
+        return False
+    if not all(isinstance(own, Tensor) and own.dim() for own in tensors.values()):
+        return False
+    rows = {own.shape[0] for own in tensors.values()}
+    of_masks = all(own.dtype == torch.bool and own.dim() == 2 and own.shape[0] in {1, *rows} for own in masks.values())
+    return len(rows) < 2 and of_masks
+
+
+_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "process": (lambda x: _are_counts(x, 2) and x[0] < x[1], "the number of a process and how many there are"),
+    "weights.params": (lambda x: _is_named(x, Tensor), "tensors by name"),
+    "weights.source": (lambda x: isinstance(x, str), "a digest"),
+    "weights.optimizer": (_is_named, "an optimizer's state"),
+    "weights.optimizer_class": (lambda x: isinstance(x, str), "a class's name"),
+    "weights.counts": (
+        lambda x: _are_counts(x, 3) and x[2] <= x[0],
+        "the updates, the steps skipped and the updates since a reset",
+    ),
+    "scale.value": (lambda x: _is_scalar(x, 1, floating=True), "a scalar tensor of at least 1"),
+    "scale.streak": (lambda x: _is_scalar(x, 0, floating=False), "a scalar tensor that counts steps"),
+    "state": (_is_named, "what the method remembers, by name"),
+    "measured": (lambda x: x is None or _is_named(x), "what the method measured on the source, by name"),
+    "resets_next": (lambda x: isinstance(x, bool), "a bool"),
+    "memory": (_is_memory, "a list of batches, each with `places`, `tensors` of as many rows, and their `masks`"),
+    "random": (_is_random, "states of torch's random number generators"),
+}
+
+
+# ------------------------------------------------------------------------------------------------ does the model fit?
+
+
+def check_weights(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], optimizer: Callable[[list[nn.Parameter]], Any]
+) -> None:
     """Hold the weights of a state against those of the model that is to go on with it.
+
+    Args:
+        theirs: the weights of a state that `check_form` let pass.
+        ours: the same of this model.
+        optimizer: makes one, from parameters.
 
     Raises:
         ValueError: if they are of another model, of another fusion pattern, of another source or optimizer.
     """
-    shapes, own_shapes = ({name: tuple(x.shape) for name, x in w["params"].items()} for w in (theirs, ours))
-    if shapes != own_shapes:
-        differ = [name for name in {**shapes, **own_shapes} if shapes.get(name) != own_shapes.get(name)][:3]
-        listed = ", ".join(f"{n} {shapes.get(n, 'missing')} instead of {own_shapes.get(n, 'nothing')}" for n in differ)
+    forms, own_forms = ({name: _form(x) for name, x in w["params"].items()} for w in (theirs, ours))
+    if forms != own_forms:
+        differ = [name for name in {**forms, **own_forms} if forms.get(name) != own_forms.get(name)][:3]
+        listed = ", ".join(f"{n} {forms.get(n, 'missing')} instead of {own_forms.get(n, 'nothing')}" for n in differ)
         raise ValueError(
             f"Expected a state of this model and these patterns, but what adapts is not the same: {listed}."
         )
@@ -131,67 +228,61 @@ def check_weights(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         )
     if theirs["optimizer_class"] != ours["optimizer_class"]:
         raise ValueError(f"Expected a state of {ours['optimizer_class']}, but got one of {theirs['optimizer_class']}.")
+    if ours["params"]:
+        _check_optimizer(theirs["optimizer"], list(ours["params"].values()), optimizer)
 
 
-def own_path(path: str | Path, rank: int, size: int) -> Path:
-    """Where this process's state lies: `path`, or one of several beside each other, as state-0-of-2.pt."""
-    path = Path(path)
-    return path if size == 1 else path.with_name(f"{path.stem}-{rank}-of-{size}{path.suffix}")
-
-
-def write_state(state: Mapping[str, Any], path: str | Path) -> Path:
-    """Write a state, all of it or nothing; with several processes, each its own."""
-    path = own_path(path, *state["process"])
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    checksums = get_crc32_options()
+def _check_optimizer(theirs: Mapping[str, Any], params: Sequence[Tensor], make: Callable[..., Any]) -> None:
+    """Hold an optimizer's state against that of one with its options after a step: kernels trust the moments' sizes."""
     try:
-        set_crc32_options(True)
-        torch.save(dict(state), partial)
-        partial.replace(path)
-    finally:
-        set_crc32_options(checksums)
-        partial.unlink(missing_ok=True)
-    return path
+        wanted = _after_a_step(theirs["param_groups"], params, make)
+        groups, own_groups = ([list(group["params"]) for group in own["param_groups"]] for own in (theirs, wanted))
+        is_same = groups == own_groups and theirs["state"].keys() <= wanted["state"].keys()
+        moments = {(i, name): x for i, own in theirs["state"].items() for name, x in own.items()}
+    except Exception as error:  # of whatever kind a stranger's optimizer has for options that it does not know
+        raise ValueError(f"The state's optimizer does not fit this one: {type(error).__name__}: {error}") from error
+    if not is_same:
+        raise ValueError("The state's optimizer does not fit this one: its parameters are others.")
+    for i in theirs["state"]:
+        for name, x in wanted["state"][i].items():
+            own: Any = moments.get((i, name))
+            alike = (
+                type(own) is type(x)
+                if not isinstance(x, Tensor)
+                else isinstance(own, Tensor) and (own.shape == x.shape and (own.dtype == x.dtype or x.dim() == 0))
+            )
+            if not alike or (name == "step" and not bool(own >= 0)):
+                raise ValueError(
+                    f"The state's optimizer does not fit this one: expected its `{name}` of parameter {i} to be like "
+                    f"{_shown(x)}, but got {_shown(own)}."
+                )
 
 
-def read_state(path: str | Path, method: str) -> dict[str, Any]:
-    """This process's state from what `write_state` wrote.
+def _after_a_step(groups: Any, params: Sequence[Tensor], make: Callable[..., Any]) -> dict[str, Any]:
+    """Return the state of an optimizer with these options after a step of zero, on parameters of its own."""
+    devices = {x.device for x in params if x.is_cuda}
+    with torch.random.fork_rng(list(devices)), torch.enable_grad():
+        twins = [nn.Parameter(torch.zeros_like(x)) for x in params]
+        optimizer = make(twins)
+        optimizer.load_state_dict({"state": {}, "param_groups": to_cpu(groups)})
+        for twin in twins:
+            twin.grad = torch.zeros_like(twin)
+        optimizer.step()
+    return optimizer.state_dict()
+
+
+def check_named(kept: Any, params: Mapping[str, Tensor]) -> None:
+    """Hold what a method keeps under the names of parameters against their shapes; it may be a scalar.
 
     Raises:
-        FileNotFoundError: if there is none, or none of this process.
-        ValueError: if the file is damaged, or holds something else.
+        ValueError: if a tensor has another shape.
     """
-    rank, size = process()
-    path = own_path(path, rank, size)
-    if not path.exists():
-        each = f" Each process has a file of its own, and this is process {rank} of {size}." if size > 1 else ""
-        raise FileNotFoundError(f"There is no '{path}' with the state of an adaptation.{each}")
-    return _read(path, method)
-
-
-def check_saved(path: str | Path, method: str) -> None:
-    """Hold what `write_state` wrote against a method, before it is known which process this will be.
-
-    Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: see `read_state`.
-    """
-    path = Path(path)
-    of_processes = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*-of-*{glob.escape(path.suffix)}"))
-    found = [path] if path.exists() else of_processes
-    if not found:
-        raise FileNotFoundError(f"There is no '{path}' with the state of an adaptation.")
-    _read(found[0], method)
-
-
-def _read(path: Path, method: str) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()  # by its checksums, at which torch.load does not look
-        state = {} if broken else torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, *_NOT_READABLE) as error:
-        raise ValueError(f"Expected '{path}' to hold the state of an adaptation, but it cannot be read.") from error
-    if broken is not None:
-        raise ValueError(f"Expected '{path}' to hold the state of an adaptation, but it is damaged at '{broken}'.")
-    check_form(state, method)
-    return state
+    if isinstance(kept, list | tuple):
+        kept = dict(enumerate(kept))
+    for name, own in kept.items() if isinstance(kept, Mapping) else ():
+        check_named(own, params)
+        if name in params and isinstance(own, Tensor) and own.dim() and own.shape != params[name].shape:
+            raise ValueError(
+                f"Expected what the method keeps for '{name}' to have its shape, {tuple(params[name].shape)}, but got "
+                f"{_form(own)}."
+            )

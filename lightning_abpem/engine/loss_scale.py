@@ -63,7 +63,7 @@ class LossScale:
         self.value, self._streak = value.clamp(min=1), streak * ~grows
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"value": self.value, "streak": self._streak}
+        return {"value": self.value.clamp(min=1), "streak": self._streak}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.value, self._streak = state["value"], state["streak"]

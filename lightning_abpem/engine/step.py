@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_abpem.attention.spans import Tokens
-from lightning_abpem.engine.checkpoint import FORMAT, check_form, placed, plain, random_state, set_random_state
+from lightning_abpem.engine.checkpoint import (
+    FORMAT,
+    check_form,
+    check_named,
+    random_state,
+    set_random_state,
+    to_cpu,
+    to_device,
+)
 from lightning_abpem.engine.forward import Forward, Pass
 from lightning_abpem.engine.logits import read_logits
 from lightning_abpem.engine.loss_scale import LossScale
@@ -186,20 +194,22 @@ class Stepper:
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
             "random": random_state(self._device),
         }
-        return {"format": FORMAT, "method": self._method.name, "process": list(process()), **plain(parts)}
+        return {"format": FORMAT, "method": self._method.name, "process": list(process()), **to_cpu(parts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Adaptation.load_state_dict`."""
         self.settle()
         check_form(state, self._method.name)
-        kept, source, scale = (placed(state[part], self._device) for part in ("state", "measured", "scale"))
-        self.weights.load_state_dict(state["weights"])
+        check_named([state["state"], state["measured"]], self._params)
+        is_own = list(state["process"]) == list(process())
+        parts = [state["state"], state["measured"], state["scale"], state["memory"] if is_own else []]
+        kept, source, scale, memory = to_device(parts, self._device)
+        self.weights.load_state_dict(state["weights"])  # the last that may be refused
         self._state, self._source, self._resets_next = kept, source, state["resets_next"]
         self._scale.load_state_dict(scale)
         set_random_state(state["random"], self._device)
         if self._memory is not None:
-            is_own = list(state["process"]) == list(process())
-            self._memory.load_state_dict(placed(state["memory"], self._device) if is_own else [])
+            self._memory.load_state_dict(memory)
             if state["memory"] and not is_own:
                 log.warning("The memory of the loaded state is another process's: this one begins with an empty one.")
 

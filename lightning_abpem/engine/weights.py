@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from lightning_abpem.engine.checkpoint import check_weights, plain, source_sums
+from lightning_abpem.engine.checkpoint import check_weights, digest, to_cpu
 from lightning_abpem.engine.flags import DeviceFlags
 from lightning_abpem.engine.settings import OptimizerFactory, Settings
 from lightning_abpem.engine.shards import assign, is_sharded, whole
@@ -55,7 +55,7 @@ class AdaptedWeights:
         self._names, self._params = list(params), list(params.values())
         self._factory, self._before_writing = optimizer, before_writing
         self._source = [p.detach().clone() for p in self._params]
-        self._sums = source_sums([whole(p) for p in self._source])
+        self._digest = digest(whole(p) for p in self._source)
         self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
         self.updates = self.skipped = self.updates_since_reset = 0
         self._reasons: set[str] = set()  # that were said
@@ -121,10 +121,10 @@ class AdaptedWeights:
             log.warning("%s Such steps are skipped, and counted in `skipped`.", reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """The adapted values, the optimizer and the counters; the source by its checksums alone."""
+        """The adapted values, the optimizer and the counters; the source by its digest alone."""
         return {
             "params": dict(zip(self._names, self._masters, strict=True)),
-            "source": self._sums,
+            "source": self._digest,
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
             "optimizer_class": type(self._optimizer).__name__,
             "counts": [self.updates, self.skipped, self.updates_since_reset],
@@ -137,13 +137,10 @@ class AdaptedWeights:
             ValueError: if it did not, or if something else does not fit; nothing has changed then.
         """
         self.settle()
-        check_weights(state, self.state_dict())
+        check_weights(state, self.state_dict(), self._factory)
         masters, optimizer = self._fresh()
-        try:
-            if masters:
-                optimizer.load_state_dict(plain(state["optimizer"]))  # a copy: it would step with the state's tensors
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(f"The state's optimizer does not fit this one: {error}") from error
+        if masters:
+            optimizer.load_state_dict(to_cpu(state["optimizer"]))  # a copy: it would step with the state's tensors
         self._use(masters, optimizer)
         with torch.no_grad():
             for name, master in zip(self._names, masters, strict=True):
