@@ -161,13 +161,15 @@ class TestTimeAdaptation(Callback):
             finally:
                 self._attached, self._counts = None, (adaptation.updates, adaptation.skipped)
                 self._state = adaptation.state_dict()
+            self._state = {**self._state, "over": True}
             if adaptation.calls == 0:
                 rank_zero_warn("The `with` block ended without a call of the target: nothing was adapted.")
 
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
         """What the stream of this run, or of the last, needs to go on: see `Adaptation.state_dict`.
 
-        Lightning puts it into checkpoints. Empty if nothing was adapted yet.
+        Lightning puts it into checkpoints. Empty if nothing was adapted yet. After a run that came to its end `over` is
+        True in it.
         """
         if self._adaptation is not None:
             return self._adaptation.state_dict(memory)
@@ -182,6 +184,18 @@ class TestTimeAdaptation(Callback):
         """
         check_form(state_dict, self.settings.method.name)
         self._loaded = state_dict
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave a state whose stream is over in its checkpoint: the run of another stream begins at the source."""
+        states = checkpoint.get("callbacks", {})
+        if states.get(self.state_key, {}).get("over"):
+            del states[self.state_key]
+            if trainer.state.fn in self.stages:
+                rank_zero_info(
+                    f"{self.settings.method.name} begins at the source: the stream whose state the checkpoint holds is "
+                    "over. To go on from it, give its state to `load_state_dict` before the run: "
+                    f'torch.load(PATH, weights_only=True)["callbacks"]["{self.state_key}"].'
+                )
 
     def save(self, path: str | Path, memory: bool = True) -> Path:
         """Write `state_dict` to a file, all of it or nothing.
@@ -257,7 +271,7 @@ class TestTimeAdaptation(Callback):
             else:
                 # The same in every process, so that to average it says nothing new, and Lightning does not warn.
                 pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False, sync_dist=all_follow)
-            self._end()  # ahead of callbacks that swap weights back, as those of weight averages do
+            self._end(is_over=True)  # ahead of callbacks that swap weights back, as those of weight averages do
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
@@ -275,11 +289,12 @@ class TestTimeAdaptation(Callback):
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
 
-    def _end(self) -> None:
+    def _end(self, is_over: bool = False) -> None:
         run, self._run = self._run, None
         if run is not None:
             run.close()
-            self._counts, self._logged, self._state = run.counts, run.logged, run.state or self._state
+            self._counts, self._logged = run.counts, run.logged
+            self._state = {**run.state, "over": is_over} if run.state else self._state
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -93,8 +93,54 @@ def test_through_a_trainer_and_its_checkpoint(tmp_path):
     path = tmp_path / "model.ckpt"
     runner.save_checkpoint(path)
     third, again = made("abpem"), make_toy()
+    third.load_state_dict(torch.load(path, weights_only=True)["callbacks"][third.state_key])
     trainer(third).test(again, later, ckpt_path=path, verbose=False, weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(rest.seen, again.seen, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_the_checkpoint_of_a_run_that_is_over_says_nothing_of_the_next(tmp_path, stage, caplog):
+    def run(callback, model, **options):
+        runner, data = trainer(callback), loader(LENGTH)
+        runner.test(model, data, verbose=False, **options) if stage == "test" else runner.predict(
+            model, data, **options
+        )
+        return runner
+
+    first, second, model, again = made("abpem"), made("abpem"), make_toy(), make_toy()
+    run(first, model).save_checkpoint(tmp_path / "model.ckpt")
+    assert first.state_dict()["over"] is True
+    caplog.clear()
+    run(second, again, ckpt_path=tmp_path / "model.ckpt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.seen, again.seen, strict=True))
+    assert second.updates == LENGTH
+    assert caplog.text.count("To go on from it, give its state to `load_state_dict` before the run: torch.load") == 1
+
+
+def test_the_checkpoint_of_a_run_that_broke_off_goes_on(tmp_path):
+    class Breaks(Callback):
+        def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == CUT:
+                raise OSError("the sensor is gone")
+
+    first, second = made("abpem"), made("abpem")
+    runner = trainer(first, Breaks())
+    with pytest.raises(OSError, match="sensor"):
+        runner.test(make_toy(), loader(LENGTH), verbose=False)
+    assert first.state_dict()["over"] is False
+    runner.save_checkpoint(tmp_path / "model.ckpt")
+    trainer(second).test(make_toy(), loader(1), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
+    assert second.updates == CUT + 1
+
+
+def test_a_stream_is_over_where_attach_came_to_its_end():
+    first = made("abpem")
+    predict(first, make_toy(), batches(1))
+    assert first.state_dict()["over"] is True
+    with pytest.raises(OSError, match="gone"), first.attach(make_toy()) as adaptation:
+        adaptation.model(*batches(1)[0])
+        raise OSError("gone")
+    assert not first.state_dict().get("over")
 
 
 def test_a_checkpoint_of_adapted_weights_is_no_source(tmp_path):
