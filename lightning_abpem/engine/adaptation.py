@@ -25,17 +25,17 @@ from lightning_abpem.engine.memory import find_memory
 from lightning_abpem.engine.method import Record, collected
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.engine.shards import check_shards, modules_of_shards, reshard
+from lightning_abpem.engine.shards import check_shards, gathers_weights, has_shards, modules_of_shards, reshard
 from lightning_abpem.engine.step import Stepper
 from lightning_abpem.engine.weights import AdaptedWeights, describe_run
-from lightning_abpem.modules.compiled import call_entry, check_entry
+from lightning_abpem.modules.compiled import check_entry
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import (
     Changes,
+    GradientFlags,
     Uncopied,
     adapt_once,
     check_eval,
-    only_trainable,
     without_inference_tensors,
 )
 
@@ -100,7 +100,8 @@ class Adaptation(Uncopied):
         check_eval(model)
         self.calls = 0
         self._under_way: weakref.ref[_CallUnderWay] | None = None
-        self._target_call: Callable[..., Any] = getattr(self.target, call_entry(self.target))
+        self._entry = _entry(self.target)
+        self._target_call: Callable[..., Any] = getattr(self.target, self._entry)
         self._scale = LossScale() if scale is None else scale
         in_memory = [] if self.memory is None else [self.memory.block]
         hooked = [attention.module for attention in self.watched] + modules_of_shards(model)
@@ -154,21 +155,27 @@ class Adaptation(Uncopied):
         adapt_once(changes, self.model)
         without_inference_tensors(changes, self.model)
         changes.enter(self.method.prepared(self.model))
-        only_trainable(changes, self.model, adapted)
+        self._flags = GradientFlags(self.model, adapted)
+        changes.note(self._flags.put_back)
+        for p in adapted:
+            p.grad = None
         is_sharded = check_shards(self.params, self.method.name, self.method.reads_params)
+        self._keeps_flags = has_shards(self.model)  # FSDP2 reads them once
+        if self._keeps_flags:
+            self._flags.freeze()
         letting_go = partial(reshard, self.model) if is_sharded else None
         weights = AdaptedWeights(self.params, self.settings.optimizer, letting_go)
         if self.settings.restore:
             changes.note(weights.restore)
         if self._replay.enabled:
-            self._replay.attach(changes)
+            self._replay.attach(changes, self._flags)
         self._stepper = Stepper(
             *(self.settings, self.params, weights, self.memory, self._forward, self._replay, self._scale),
             self._report_step,
         )
         changes.note(self._stepper.settle)
-        changes.note(self._forward.end)
-        changes.set(self.target, call_entry(self.target), self._call)
+        changes.note(self._forward.end_step)
+        changes.set(self.target, self._entry, self._call)
 
     def drain(self, is_last: bool = False, skipped: bool = False) -> bool:
         """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one.
@@ -186,9 +193,8 @@ class Adaptation(Uncopied):
         if is_last:
             ranks.leave(skipped)
         ranks.resting = False
-        with torch.inference_mode(False), torch.enable_grad():
-            while not (ranks.over or (ranks.resting and not is_last)):
-                self._stepper.adapt(None, None)
+        while not (ranks.over or (ranks.resting and not is_last)):
+            self._adapt(None, None)
         return not ranks.some_skipped
 
     def abandon(self) -> None:
@@ -247,13 +253,12 @@ class Adaptation(Uncopied):
         call = _CallUnderWay()
         self._under_way = weakref.ref(call)
         try:
-            self._forward.end()  # what a call that was interrupted has left
+            self._forward.end_step()  # what a call that was interrupted has left
             self._replay.end_batch()
             self.calls += 1
             if self._forward.ranks is not None and self._forward.ranks.over:
                 return self._target_call(*args, **kwargs)  # after the streams, in which the others have no part
-            with torch.inference_mode(False), torch.enable_grad():
-                self._stepper.adapt(args, kwargs)
+            self._adapt(args, kwargs)
             self._replay.start_pass()
             output = self._target_call(*args, **kwargs)
             with torch.inference_mode(False):
@@ -262,6 +267,19 @@ class Adaptation(Uncopied):
         finally:
             self._under_way = None
             self._replay.end_batch()
+
+    def _adapt(self, args: Any, kwargs: Any) -> None:
+        """Take the steps for a batch; without one, None, take part in those of the other processes."""
+        if self._keeps_flags:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._stepper.adapt(args, kwargs)
+            return
+        self._flags.freeze()
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._stepper.adapt(args, kwargs)
+        finally:
+            self._flags.thaw()
 
     def _is_under_way(self) -> bool:
         """Return True if a call of the target is under way in this thread.
@@ -280,3 +298,14 @@ class Adaptation(Uncopied):
     def _report_step(self, record: Record, samples: int) -> None:
         if self.on_step is not None:
             self.on_step(record, samples)
+
+
+def _entry(target: nn.Module) -> str:
+    """Return the attribute of the target that stands for its call.
+
+    That is `forward`: the target's own hooks run once, around the adaptation, and change what it gets and gives.
+    Compiled calls have their hooks inside, and FSDP2 gathers a module's weights in its hooks.
+    """
+    if getattr(target, "_compiled_call_impl", None) is not None:
+        return "_compiled_call_impl"
+    return "_call_impl" if gathers_weights(target) else "forward"

@@ -24,7 +24,7 @@ from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.ranks import Ranks, several_processes
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.engine.shards import has_shards
+from lightning_abpem.engine.shards import gathers_weights, has_shards
 from lightning_abpem.modules.compiled import compiled_around, eagerly
 from lightning_abpem.modules.patches import Changes, encoders_around, watch_outputs, without_nested_tensors
 from lightning_abpem.modules.state import Snapshot
@@ -83,8 +83,10 @@ class Forward:
             self._tokens = BatchTokens(settings.spans, self._fusion, self._trace, report)
         modules = [attention.module for attention in watched]
         self._encoders, self.compiled = encoders_around(model, modules), compiled_around(model, modules)
-        self._is_sharded = has_shards(model)
+        self._is_sharded, self._calls_hooks = has_shards(model), gathers_weights(target)
         self._is_checked = self._warned_single = False
+        self._sums_parameters = True  # in the first pass
+        self._logging = [module for module in target.modules() if hasattr(type(module), "log_dict")]
         self._snapshot: Snapshot | None = None
         self._changes = Changes()
         self.ranks: Ranks | None = None
@@ -144,36 +146,54 @@ class Forward:
     def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Pass:
         """Run one forward over memory and batch."""
         self._replay.start_pass()
+        self.end_step()  # of another pass
         try:
             snapshot = self._begin(args, kwargs)
             if self._memory is not None:
                 self._memory.attach(self._changes, tokens)
             calls = watch_attention(self._changes, self._watched)
             outputs = watch_outputs(self._changes, self._model, self._settings.method.watches)
-            output = self._target(*snapshot.args, **snapshot.kwargs)
+            output = self._run(snapshot)
         except Exception as error:
             if self._memory is not None:
                 self._memory.add_note(error)
             raise
         finally:
             self.end()
+        snapshot.check_parameters()
         return self._seen(output, calls, tokens, outputs, args, kwargs)
 
     def end(self) -> None:
-        """End the pass that is under way, if any: put back what it changed. It can be called again."""
+        """End the pass that is under way, if any: put back what it changed. It can be called again.
+
+        Once more after the gradients, for a checkpoint (torch.utils.checkpoint) runs its part again in backward.
+        """
         self._changes.close()
-        snapshot = self._snapshot
-        if snapshot is not None:
-            changed = snapshot.restore()
-            self._replay.forget(changed, snapshot.drew)
-            self._snapshot = None
-            snapshot.check_parameters()
+        if self._snapshot is not None:
+            changed = self._snapshot.restore()
+            self._replay.forget(changed, self._snapshot.drew)
+
+    def end_step(self) -> None:
+        """End the pass, and let go of the state before it."""
+        self.end()
+        self._snapshot = None
 
     def _begin(self, args: Any, kwargs: Any) -> Snapshot:
         self._snapshot = snapshot = Snapshot(self._target, args, kwargs)
+        if self._sums_parameters:
+            snapshot.sum_parameters()
+            self._sums_parameters = False
+        for module in self._logging:  # in a pass nothing is logged
+            self._changes.set(module, "log", _log_nothing)
+            self._changes.set(module, "log_dict", _log_nothing)
         without_nested_tensors(self._changes, self._encoders)
         eagerly(self._changes, self.compiled)
         return snapshot
+
+    def _run(self, snapshot: Snapshot) -> Any:
+        """Run the target's forward; with its hooks only if they gather its weights."""
+        run = self._target if self._calls_hooks else self._target.forward
+        return run(*snapshot.args, **snapshot.kwargs)
 
     def _seen(
         self,
@@ -187,7 +207,8 @@ class Forward:
         logits = read_logits(output, self._settings.logits)
         stored = 0
         if self._memory is not None:
-            stored, tokens = self._memory.verify(logits), self._memory.tokens_of_all(tokens)
+            drew = self._snapshot is not None and self._snapshot.drew
+            stored, tokens = self._memory.verify(logits, drew), self._memory.tokens_of_all(tokens)
         samples = logits.shape[0] - stored
         attention: Mapping[Pair, Sequence[Comparison]] = {}
         if samples:
@@ -225,9 +246,9 @@ class Forward:
         """Return the attention calls that a forward makes."""
         try:
             snapshot = self._begin(args, kwargs)
-            return trace_attention(self._model, lambda: self._target(*snapshot.args, **snapshot.kwargs))
+            return trace_attention(self._model, lambda: self._run(snapshot))
         finally:
-            self.end()
+            self.end_step()
 
 
 def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None:
@@ -245,6 +266,10 @@ def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None
                 "autograd.Function (the scores reach its forward detached), or after .detach(). Bootstrapping could "
                 "not act. Use an attention without these, or set attention_weight=0."
             )
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a LightningModule's `log`."""
 
 
 def _in_full_precision(device: torch.device) -> AbstractContextManager[Any]:

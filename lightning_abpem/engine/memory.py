@@ -174,8 +174,12 @@ class TokenMemory:
         if not self.verified and len(prediction):
             self._predicted = prediction.detach()
 
-    def verify(self, logits: Tensor) -> int:
-        """Hold the logits of memory and batch against the sizes and, once, against `expect`; the samples stored.
+    def verify(self, logits: Tensor, drew: bool = False) -> int:
+        """Hold the logits of memory and batch against the sizes and, once, against `expect`; return the samples stored.
+
+        Args:
+            logits: those of a pass.
+            drew: True if the pass drew random numbers.
 
         Raises:
             ValueError: if what enters the block does not determine the logits, or the block was not called.
@@ -193,9 +197,10 @@ class TokenMemory:
             largest = self._predicted.masked_fill(self._predicted.isinf(), 0).abs().max()  # -inf: no class
             bound = (5e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3) * largest
             if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
+                why = "the forward draws random numbers" if drew else "something bypasses it"
                 raise ValueError(
                     f"Expected the tokens that entered '{self.name}' to give the same logits again, but they differ: "
-                    f"something bypasses it. {ADVICE}"
+                    f"{why}. {ADVICE}"
                 )
             self._predicted, self.verified = None, True
         return stored

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
-from lightning_abpem.modules.patches import Changes, Uncopied
+from lightning_abpem.modules.patches import Changes, GradientFlags, Uncopied
 from lightning_abpem.modules.state import reachable
 from lightning_abpem.modules.tensors import reading_waits, same_bits
 
@@ -73,7 +73,9 @@ class FrozenReplay(Uncopied):
     ) -> None:
         moving = {id(p) for p in adapted}
         self._model, self.enabled = model, True
+        self._around = [m for m in model.modules() if m is not model and not moving.isdisjoint(map(id, m.parameters()))]
         hidden = {model} | inside_compiled(model)
+        self._around = [m for m in self._around if m not in hidden]
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         hidden |= {inner for m in varying for inner in m.modules()}
         self._modules = {id(m): m for m in model.modules() if m not in hidden and _is_frozen(m, moving)}
@@ -82,14 +84,25 @@ class FrozenReplay(Uncopied):
         self._heavy = {key for key, m in self._modules.items() if any(p.dim() > 1 for p in m.parameters())}
         self._audited_batches = self._unaudited = audited_batches
         self._mode: str | None = None
-        self._inside = self._audits = False
+        self._inside = self._audits = self._is_behind = False
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._replayed: set[tuple[int, int]] = set()
         self._call_index: dict[int, int] = {}
+        self._frozen: dict[int, list[nn.Parameter]] = {}
 
-    def attach(self, changes: Changes) -> None:
-        """Put the recorder in front of every frozen module's forward."""
+    def attach(self, changes: Changes, flags: GradientFlags | None = None) -> None:
+        """Put the recorder in front of every frozen module's forward.
+
+        Args:
+            changes: undo that.
+            flags: the user's hold while a module is recorded, so that it rounds as in a prediction.
+        """
         changes.note(self.end_batch)
+        if flags is not None:
+            self._frozen = {key: flags.frozen_in(module) for key, module in self._modules.items()}
+        for module in self._around:
+            entry = compiled_entry(module) or "forward"
+            changes.set(module, entry, partial(self._enter, getattr(module, entry)))
         for key, module in self._modules.items():
             entry = compiled_entry(module) or "forward"
             changes.set(module, entry, partial(self._call, key, getattr(module, entry)))
@@ -99,6 +112,7 @@ class FrozenReplay(Uncopied):
         if self.enabled:
             self._mode = "record" if self._mode is None else "replay"
             self._call_index.clear()
+            self._is_behind = False
 
     def end_batch(self) -> None:
         """Forget the batch."""
@@ -130,6 +144,10 @@ class FrozenReplay(Uncopied):
         self.enabled, self._mode = False, None
         self._recorded.clear()
 
+    def _enter(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._is_behind = True  # from here on there may be tensors with gradients
+        return forward(*args, **kwargs)
+
     def _call(self, key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._mode is None or self._inside or key not in self._recording or self._is_watched(key):
             return forward(*args, **kwargs)
@@ -143,7 +161,7 @@ class FrozenReplay(Uncopied):
             if recorded is None or not self._matches(recorded, *_flat(args, kwargs), key in self._heavy):
                 return forward(*args, **kwargs)
             if self._unaudited > 0 or (self._audited_batches and call not in self._replayed):
-                self._audit(recorded, forward)
+                self._audit(key, recorded, forward)
             self._replayed.add(call)
             alone = recorded.output_spec == _LEAF
             return recorded.outputs[0] if alone else tree_unflatten(recorded.outputs, recorded.output_spec)
@@ -162,25 +180,44 @@ class FrozenReplay(Uncopied):
         if any(isinstance(x, Tensor) and x.requires_grad for x in args):  # most modules after the fusion
             return forward(*args, **kwargs)
         inputs, spec = _flat(args, kwargs)
+        if not all(map(_is_constant, inputs)):
+            return forward(*args, **kwargs)
         before = _versions(inputs)
-        output = forward(*args, **kwargs)
+        output = self._run(call[0], forward, args, kwargs)
         if spec != _LEAF and not _is_same_tree(inputs, spec, *_flat(args, kwargs)):
             self._recording.discard(call[0])  # it edits the containers that it gets
             return output
         outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
         # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
-        if all(map(_is_constant, [*inputs, *outputs])) and before == _versions(inputs):
+        if all(map(_is_constant, outputs)) and before == _versions(inputs):
             self._recorded[call] = _Recorded(
                 inputs, before, spec, outputs, _versions(outputs), output_spec, _precision(outputs)
             )
         return output
 
-    def _audit(self, recorded: _Recorded, forward: Callable[..., Any]) -> None:
+    def _run(self, key: int, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Run a frozen module on constants, ahead of the fusion as in a prediction: by the user's flags.
+
+        Behind it the module may have a state with gradients, which have to flow.
+        """
+        if self._is_behind:
+            return forward(*args, **kwargs)
+        frozen = [p for p in self._frozen.get(key, ()) if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def _audit(self, key: int, recorded: _Recorded, forward: Callable[..., Any]) -> None:
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""
         self._audits = True
         spec = recorded.input_spec
         args, kwargs = (recorded.inputs, {}) if spec == _LEAF else tree_unflatten(recorded.inputs, spec)
-        outputs, spec = tree_flatten(forward(*args, **kwargs))
+        outputs, spec = tree_flatten(self._run(key, forward, args, kwargs))
         if spec != recorded.output_spec or not all(map(_identical, outputs, recorded.outputs)):
             recorded.outputs, recorded.output_spec = outputs, spec
             self.disable("A frozen module gave another output for the same input")
@@ -219,7 +256,9 @@ def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
 
 
 def _is_constant(x: Any) -> bool:
-    return not x.requires_grad if isinstance(x, Tensor) else isinstance(x, _PLAIN)
+    if isinstance(x, Tensor):
+        return not x.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return isinstance(x, _PLAIN)
 
 
 def _versions(leaves: list[Any]) -> list[int | None]:

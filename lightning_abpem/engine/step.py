@@ -116,6 +116,7 @@ class Stepper:
         if self._source is None:
             self._draft = {}
             self._source = self._method.measure_source(self._observe_source)
+            self._forward.end_step()
             self._replay.end_batch()
         for i in range(max(self._settings.steps, 1)):
             self.settle()
@@ -225,6 +226,7 @@ class Stepper:
         if step is None:
             return None
         computed = self._of_step(step, args, kwargs, tokens) if step.samples else None
+        self._forward.end_step()
         if ranks is not None:
             ranks.end_step()
         return computed

@@ -14,7 +14,6 @@ from torch import nn
 from lightning_abpem.modules.patches import Changes
 
 __all__ = [
-    "call_entry",
     "check_entry",
     "compiled_around",
     "compiled_entry",
@@ -72,11 +71,6 @@ def eagerly(changes: Changes, compiled: Collection[nn.Module]) -> None:
         entry = compiled_entry(module)
         if entry is not None:  # else it does so already
             changes.set(module, entry, None if entry == "_compiled_call_impl" else _plain(module))
-
-
-def call_entry(module: nn.Module) -> str:
-    """Return the attribute by which `module(...)` enters its hooks and its forward, compiled or not."""
-    return "_call_impl" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
 
 
 def _plain(module: nn.Module) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict, deque
+from functools import cache
 from operator import is_not
 from types import CellType
 from typing import Any
@@ -248,6 +249,7 @@ class SavedGenerator(Saved):
         return changed
 
 
+@cache
 def slots_of(kind: type) -> dict[str, Any]:
     """Return the descriptors of a class's `__slots__`, those of its bases included."""
     found: dict[str, Any] = {}

@@ -40,7 +40,7 @@ from lightning_abpem.modules.containers import (
 )
 from lightning_abpem.modules.patches import Uncopied
 from lightning_abpem.modules.randomness import RandomState
-from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
+from lightning_abpem.modules.tensors import SavedTensor, bit_sum, normal_tensor
 
 __all__ = ["Snapshot", "reachable"]
 
@@ -83,6 +83,7 @@ class Snapshot(Uncopied):
         self._saved: list[Saved] = []
         self._tensors: list[SavedTensor] = []
         self._parameters: list[tuple[nn.Parameter, int]] = []
+        self._sums: list[Tensor] = []
         self._random = RandomState(target)
         self.drew = False
         try:
@@ -113,6 +114,10 @@ class Snapshot(Uncopied):
         self.drew = self._random.restore() or self.drew
         return changed | {saved.key for saved in self._tensors if saved.restore()}
 
+    def sum_parameters(self) -> None:
+        """Let `check_parameters` hold all their bits too, for edits that do not count a version up."""
+        self._sums = [bit_sum(p) for p, _ in self._parameters]
+
     def check_parameters(self) -> None:
         """Hold the parameters against their versions: a forward that edits them would do so in every pass.
 
@@ -120,6 +125,9 @@ class Snapshot(Uncopied):
             ValueError: naming a parameter that was edited in place.
         """
         edited = [p for p, version in self._parameters if p._version != version]
+        for (p, _), before in zip(self._parameters, self._sums, strict=False):
+            if not torch.equal(bit_sum(p), before):
+                edited.append(p)
         if edited:
             names = {id(p): name for name, p in self._target.named_parameters()}
             raise ValueError(
@@ -146,6 +154,10 @@ class Snapshot(Uncopied):
 
     def _tensor(self, x: Tensor) -> Tensor:
         own = normal_tensor(x)
+        if x.__dict__:
+            self._save(SavedDict(x, x.__dict__))
+            if own is not x:
+                own.__dict__.update(x.__dict__)
         if not x.is_inference():  # else its clone is the pass's own
             self._tensors.append(SavedTensor(own, id(x), functools.partial(self._name, x)))
         return own
@@ -213,7 +225,13 @@ class Snapshot(Uncopied):
                 self._find(value, x, key)
         if x._buffers:
             self._save(SavedDict(x, x._buffers))
+        if slots := slots_of(type(x)):
+            self._save(SavedSlots(x, slots))
         self._find_classes(type(x))
+
+    def _save_script(self, x: torch.jit.ScriptModule) -> None:
+        for name, buffer in x.named_buffers():
+            self._find(buffer, x, name)
 
     def _save_object(self, x: Any) -> None:
         """Save an object's attributes, and its items if it is a container besides."""
@@ -327,6 +345,7 @@ def _find_handler(kind: type) -> _Handler | None:
         return None
     bases: dict[type, _Handler] = {
         Tensor: Snapshot._tensor,
+        torch.jit.ScriptModule: _queued(Snapshot._save_script),
         nn.Module: _queued(Snapshot._save_module),
         tuple: Snapshot._tuple,
         functools.partial: _queued(Snapshot._save_partial),

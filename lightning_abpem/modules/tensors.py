@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SavedTensor", "normal_tensor", "reading_waits", "same_bits"]
+__all__ = ["SavedTensor", "bit_sum", "normal_tensor", "reading_waits", "same_bits"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,6 +33,14 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
             return torch.equal(x, y)
         x, y = x.view(integers), y.view(integers)
     return torch.equal(x, y)
+
+
+@torch.no_grad()
+def bit_sum(x: Tensor) -> Tensor:
+    """Return a number that changes if a bit of `x` does, on its device; 0 for what is not strided."""
+    if x.layout != torch.strided or x.is_meta or x.is_quantized or hasattr(x, "full_tensor"):
+        return torch.zeros(())
+    return x.detach().view(_BITS[x.element_size()]).sum() if x.element_size() in _BITS else x.detach().sum()
 
 
 class SavedTensor:
