@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_abpem.attention.fusion import FusionPatterns
+from lightning_abpem.attention.projections import Projections
 from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.checkpoint import check_form
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     replay: bool
     predicts: Predicts | None
     sync: Sync
+    projections: Projections | None
 
 
 class TestTimeAdaptation(Callback):
@@ -67,6 +69,9 @@ class TestTimeAdaptation(Callback):
             as the method's paper has it.
         sync: with several processes, "global" takes one step for the batches of all of them together, the same in each;
             "local" lets each adapt on its own stream, such as that of a sensor of its own.
+        projections: what adapts in the fusion attention, where its q, k and v projections have unusual names or other
+            parameters are wanted: patterns of names inside it, as `fusion` has them, or a function from the module to
+            its parameters by name. Default: the linears whose names tell q, k and v.
 
     Attributes:
         updates: steps taken in the last run.
@@ -98,6 +103,7 @@ class TestTimeAdaptation(Callback):
         replay: bool = True,
         predicts: Predicts | None = None,
         sync: Sync = "global",
+        projections: Projections | None = None,
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -114,6 +120,7 @@ class TestTimeAdaptation(Callback):
             replay=replay,
             predicts=predicts,
             sync=sync,
+            projections=projections,
         )
         unknown = set(stages) - {"test", "predict", "validate"}
         if unknown or not stages or isinstance(stages, str):

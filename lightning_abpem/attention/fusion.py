@@ -7,7 +7,7 @@ modalities has an attention of its own, the cross blocks here, the self blocks t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_abpem.attention.calls import AttentionCall
-from lightning_abpem.attention.projections import FusionAttention, find_attention
+from lightning_abpem.attention.projections import FusionAttention, Projections, find_attention, watched_attention
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import Comparison, Pair, score_statistics, visible_keys
 from lightning_abpem.modules.names import find_modules, plain_name
@@ -156,20 +156,27 @@ class SeparateFusion:
                     )
 
 
-def find_fusion(model: nn.Module, patterns: list[str] | dict[Pair, list[str]]) -> JointFusion | SeparateFusion:
-    """The attention modules that the patterns name. `NAME[i]` stands for a module's call i in each forward, from 0.
+def find_fusion(
+    model: nn.Module, patterns: list[str] | dict[Pair, list[str]], projections: Projections | None = None
+) -> JointFusion | SeparateFusion:
+    """Find the attention modules that the patterns name. `NAME[i]` stands for call i of a module in a forward, from 0.
 
     Both kinds `check` a forward's calls against the modalities and `compare` their blocks.
+
+    Args:
+        model: the model.
+        patterns: see `fusion_patterns`.
+        projections: what adapts in them, where their names do not tell; see `TestTimeAdaptation`.
 
     Raises:
         ValueError: if a pattern matches nothing, or something that is not one attention.
     """
     if isinstance(patterns, list):
         places = _find_places(model, patterns)
-        return JointFusion(_attentions(model, places), places)
+        return JointFusion(_attentions(model, places, {name for name, _ in places}, projections), places)
     by_pair = {pair: _find_places(model, own) for pair, own in patterns.items()}
-    watched = _attentions(model, [place for places in by_pair.values() for place in places])
     moving = {name for (m, n), places in by_pair.items() if m != n for name, _ in places}
+    watched = _attentions(model, [place for places in by_pair.values() for place in places], moving, projections)
     return SeparateFusion(watched, [attention for attention in watched if attention.name in moving], by_pair)
 
 
@@ -252,10 +259,17 @@ def _find_places(model: nn.Module, patterns: Sequence[str]) -> list[_Place]:
     return list(places)
 
 
-def _attentions(model: nn.Module, places: Iterable[_Place]) -> list[FusionAttention]:
-    """The attention modules at these places, none twice."""
+def _attentions(
+    model: nn.Module, places: Iterable[_Place], moving: Collection[str], projections: Projections | None
+) -> list[FusionAttention]:
+    """The attention modules at these places, none twice; those that are called `moving` adapt."""
     names = dict.fromkeys(name for name, _ in places)
-    attentions = [find_attention(model.get_submodule(name), name) for name in names]
+    attentions = [
+        find_attention(model.get_submodule(name), name, projections)
+        if name in moving
+        else watched_attention(model.get_submodule(name), name)
+        for name in names
+    ]
     for a, b in combinations(attentions, 2):
         if a.name.startswith(f"{b.name}.") or b.name.startswith(f"{a.name}."):
             raise ValueError(f"Expected `fusion` to match each attention once, but '{a.name}' and '{b.name}' are one.")

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_abpem.attention.capture import SOFTMAX
 from lightning_abpem.attention.origins import Kind, SeenCall, Segment
-from lightning_abpem.attention.projections import has_projections
+from lightning_abpem.attention.projections import find_projections
 from lightning_abpem.modules.compiled import compiled_entry, eagerly
 from lightning_abpem.modules.names import plain_name
 from lightning_abpem.modules.patches import Changes
@@ -118,11 +118,11 @@ class _Tracer(TorchFunctionMode):
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            owns = has_projections(module)
-            widths = {child.in_features for child in module.children() if owns and isinstance(child, nn.Linear)}
+            projections = find_projections(module)
+            widths = {size for p in projections.values() if p.dim() == 2 for size in p.shape}
             inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
             inputs = [x for x in inputs if not widths or x.shape[-1] in widths]  # tokens; no mask, no rotation
-            self._frames.append(_Frame(name, self._turns[name], inputs, owns))
+            self._frames.append(_Frame(name, self._turns[name], inputs, bool(projections)))
             self._turns[name] += 1
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:

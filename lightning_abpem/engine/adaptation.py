@@ -87,7 +87,7 @@ class Adaptation(Uncopied):
         reshard(model)
         self.target = model if settings.target is None else named_module(model, settings.target, "target")
         self.method = settings.method
-        self.fusion = None if settings.patterns is None else find_fusion(model, settings.patterns)
+        self.fusion = None if settings.patterns is None else find_fusion(model, settings.patterns, settings.projections)
         self.params = collected(self.method, model, self.fusion)
         self.watched = self.fusion.watched if self.fusion is not None and self.method.needs_attention else []
         self.memory = None

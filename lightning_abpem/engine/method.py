@@ -206,14 +206,32 @@ def collected(method: Method, model: nn.Module, fusion: JointFusion | SeparateFu
     """Return the parameters that a method collects, by name.
 
     Raises:
-        ValueError: if that is no mapping from names to parameters; whatever `collect` raises.
+        ValueError: if that is no mapping from names to parameters, or one of them cannot move, for it holds no floating
+            point numbers or is on the meta device; whatever `collect` raises.
     """
     params = method.collect(model, fusion)
     if not isinstance(params, Mapping) or not all(isinstance(p, nn.Parameter) for p in params.values()):
         raise ValueError(
             f"Expected `collect` of {method.name} to give parameters by their names, but got a {type(params).__name__}."
         )
+    for name, p in params.items():
+        _check_movable(name, p)
     return dict(params)
+
+
+def _check_movable(name: str, p: nn.Parameter) -> None:
+    if p.is_meta:
+        raise ValueError(
+            f"Expected '{name}' to adapt, but it is on the meta device: it was never loaded, or its values are kept "
+            "elsewhere, as accelerate's offloading does. Keep the module that holds it on a device, for instance by "
+            "its entry in device_map."
+        )
+    if not p.is_floating_point():
+        raise ValueError(
+            f"Expected '{name}' to adapt, but it holds {p.dtype}, which has no gradients. Load the module that holds "
+            "it without quantisation (in Hugging Face transformers llm_int8_skip_modules), or name floating point "
+            "parameters, such as those of an adapter beside it, by `projections`."
+        )
 
 
 def check_record(method: Method, made: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_abpem.attention.fusion import FusionPatterns, fusion_patterns
+from lightning_abpem.attention.projections import Projections
 from lightning_abpem.attention.spans import Modalities, TokenMask, Tokens, own_spans, token_spans
 from lightning_abpem.attention.statistics import Pair
 from lightning_abpem.engine.method import Method, Predicts
@@ -45,6 +46,7 @@ class Settings:
     replay: bool = True
     predicts: Predicts | None = None
     sync: Sync = "global"
+    projections: Projections | None = None
     patterns: list[str] | dict[Pair, list[str]] | None = field(init=False)
     spans: dict[str, Tokens | TokenMask] | None = field(init=False)
 
@@ -82,6 +84,11 @@ class Settings:
             raise ValueError(
                 "Expected `optimizer` to be a function from parameters to a torch optimizer, such as "
                 f"functools.partial(torch.optim.Adam, lr=1e-4), but got {self.optimizer!r}."
+            )
+        if not (self.projections is None or callable(self.projections) or _are_names(self.projections)):
+            raise ValueError(
+                "Expected `projections` to be names inside the fusion attention, or a function from it to parameters "
+                f"by name, but got {self.projections!r}."
             )
         self._read_modalities()
 
@@ -122,3 +129,8 @@ class Settings:
 
     def _counted_reset(self) -> bool:
         return isinstance(self.reset, int) and not isinstance(self.reset, bool) and self.reset >= 1
+
+
+def _are_names(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, Sequence) and bool(names) and all(isinstance(name, str) and name for name in names)

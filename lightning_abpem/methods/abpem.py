@@ -132,7 +132,7 @@ class ABPEM(TestTimeAdaptation):
         memory_at: the module whose input tokens are remembered. Default: the layer around the fusion attention,
             or what calls them, around several.
         options: those that all methods share: `steps`, `optimizer`, `target`, `logits`, `reset`, `restore`, `stages`,
-            `replay`, `predicts`, `sync`; `TestTimeAdaptation` documents them.
+            `replay`, `predicts`, `sync`, `projections`; `TestTimeAdaptation` documents them.
 
     Attributes:
         updates: steps taken in the last run.

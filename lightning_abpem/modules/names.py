@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["find_modules", "named_module", "plain_name"]
+__all__ = ["find_modules", "name_regex", "named_module", "plain_name"]
 
 
 def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -26,7 +26,7 @@ def find_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, n
     named = {plain: module for name, module in modules if (plain := plain_name(name))}  # the inside of a compiled one
     matched: set[str] = set()
     for pattern in patterns:
-        found = {name for name in named if _regex(plain_name(pattern)).fullmatch(name)}
+        found = {name for name in named if name_regex(plain_name(pattern)).fullmatch(name)}
         if not found:
             raise ValueError(
                 f"Expected `fusion` to match a module of {type(model).__name__}, but {pattern!r} matches none of its "
@@ -45,7 +45,8 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
+def name_regex(pattern: str) -> re.Pattern[str]:
+    """Compile a name pattern: `*` for a part of a dotted name or a piece of it, `**` for any number of parts."""
     tokens = {"**.": r"(?:.*\.)?", "**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     parts = re.split(r"(\*\*\.|\*\*|\*|\?)", pattern)
     return re.compile("".join(tokens.get(part, re.escape(part)) for part in parts))
