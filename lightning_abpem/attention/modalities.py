@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Number
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_abpem.attention.calls import AttentionCall
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
@@ -20,12 +21,17 @@ __all__ = ["BatchTokens", "refuse_silence"]
 
 log = logging.getLogger(__name__)
 
+_Shape = tuple[Any, ...]
+_DEEPEST = 8  # level of objects inside objects that is looked at
+_REMEMBERED = 64  # shapes of arguments, for each of which a forward was traced
+
 
 class BatchTokens:
     """From the target's arguments to the tokens of each modality.
 
     Args:
-        spans: what is known of them; None to read them off a forward, once for each shape of the arguments.
+        spans: what is known of them; None to read them off a forward, once for each shape of the arguments. Tokens that
+            depend on an argument's value are read again where their number shows it.
         fusion: the attentions that they enter.
         trace: the attention calls of a forward with these arguments.
         report: told the spans that were read.
@@ -39,7 +45,7 @@ class BatchTokens:
         report: Callable[[str], None],
     ) -> None:
         self._spans, self._fusion, self._trace, self._report = spans, fusion, trace, report
-        self._read: dict[tuple[Any, ...], dict[str, Tokens]] = {}
+        self._read: dict[_Shape, dict[str, Tokens]] = {}  # those that were met last stand last
         self._unchecked = True
         ranges = [own for own in (spans or {}).values() if isinstance(own, Tokens) and own.of is None]
         self._doubts_ranges = bool(ranges) and isinstance(fusion, JointFusion)
@@ -52,10 +58,9 @@ class BatchTokens:
             ValueError: if they cannot be read, a mask is not one, or, in the first batch, two modalities share tokens.
         """
         if self._spans is None:
-            key = _describe(args, kwargs)
-            if key not in self._read:
-                self._read[key] = self._off_a_forward(args, kwargs)
-            return self._read[key]
+            key = _describe((args, kwargs))
+            tokens = self._read.pop(key, None)
+            return self._keep(key, self._off_a_forward(args, kwargs) if tokens is None else tokens)
         if all(isinstance(span, Tokens) for span in self._spans.values()):
             return cast(dict[str, Tokens], self._spans)
         with torch.no_grad():
@@ -80,8 +85,15 @@ class BatchTokens:
         except ValueError:
             if self._spans is not None:
                 raise
-            tokens = self._read[_describe(args, kwargs)] = self._off_a_forward(args, kwargs)
+            tokens = self._keep(_describe((args, kwargs)), self._off_a_forward(args, kwargs))
             self._fusion.check(calls, tokens)
+        return tokens
+
+    def _keep(self, key: _Shape, tokens: dict[str, Tokens]) -> dict[str, Tokens]:
+        """Remember the tokens as those met last, and forget those that were met longest ago."""
+        self._read[key] = tokens
+        if len(self._read) > _REMEMBERED:
+            del self._read[next(iter(self._read))]
         return tokens
 
     def _warn_of_other_lengths(self, calls: Sequence[AttentionCall]) -> None:
@@ -130,14 +142,25 @@ def refuse_silence(fusion: JointFusion | SeparateFusion, called: Collection[str]
     )
 
 
-def _describe(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """What the spans may depend on: the shapes of the arguments, less the batch, and what is no tensor."""
-    leaves, spec = tree_flatten((args, kwargs))
-    plain = (int, float, bool, str, type(None))
-    return (
-        spec,
-        *(x.shape[1:] if isinstance(x, Tensor) else x if isinstance(x, plain) else type(x) for x in leaves),
-    )
+def _describe(x: Any, around: tuple[int, ...] = ()) -> _Shape:
+    """What the spans may depend on: the arguments' structure, and the shapes of tensors less the batch.
+
+    Values do not count, but for those of which there are few: None, True and False. A file's name or a step's number
+    would make every call a new one.
+    """
+    if isinstance(x, Tensor):
+        return ("tensor", *(() if x.is_nested else x.shape[1:]))
+    if x is None or isinstance(x, bool):
+        return (x,)
+    if id(x) in around or len(around) > _DEEPEST or isinstance(x, str | bytes | Number):
+        return (type(x),)
+    inside = (*around, id(x))
+    if isinstance(x, Mapping):
+        return (type(x), *((str(key), _describe(value, inside)) for key, value in x.items()))
+    if isinstance(x, tuple | list):
+        return (type(x), *(_describe(value, inside) for value in x))
+    fields = {} if isinstance(x, type | nn.Module) or callable(x) else getattr(x, "__dict__", {})
+    return (type(x), *((key, _describe(value, inside)) for key, value in fields.items()))
 
 
 def _is_inside(name: str, module: str) -> bool:

@@ -59,6 +59,54 @@ def test_auto_reads_again_what_does_not_fit(as_tensor):
         torch.testing.assert_close(read[chosen], given, rtol=0, atol=1e-6)
 
 
+class Tagged(nn.Module):
+    """Takes more than the modalities, and counts its forwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.toy, self.forwards = make_toy(), 0
+
+    def forward(self, sample, *rest, **more):
+        self.forwards += 1
+        return self.toy(sample.audio, sample.video)
+
+
+class Sample:
+    """Arguments in an object of the user's own, which knows itself."""
+
+    def __init__(self, audio, video, **more):
+        self.audio, self.video, self.itself = audio, video, self
+        self.__dict__.update(more)
+
+
+def read_off(stream):
+    model = Tagged().eval()
+    _, adaptation = adapt(model, stream, fusion="toy.fusion.*.attn", modalities="auto", replay=False)
+    assert adaptation.updates == len(stream)
+    return model.forwards - 2 * len(stream)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_auto_reads_one_shape_once(inside):
+    """A name, a number or a step that differs at each call is no new shape; True, False and another size are."""
+    names = [{"name": f"clip-{i}.wav", "step": i, "rate": i / 7, "names": [f"{i}", "b"]} for i in range(6)]
+    if inside:
+        stream = [(Sample(*batch, **own),) for batch, own in zip(batches(6), names, strict=True)]
+    else:
+        stream = [(Sample(*batch), *own.values()) for batch, own in zip(batches(6), names, strict=True)]
+    assert read_off(stream) == 1
+    short = [(Sample(audio[:, :5], torch.cat([video, video[:, :1]], 1)),) for audio, video in batches(2)]
+    assert read_off([*stream, *short, *stream]) == 2
+    assert read_off([(Sample(*batches(1)[0]), flag) for flag in (True, False, None, True)]) == 3
+
+
+def test_auto_forgets_what_was_met_longest_ago(monkeypatch):
+    monkeypatch.setattr("lightning_abpem.attention.modalities._REMEMBERED", 2)
+    a, b, c = ((Sample(audio[:, :n], video),) for n, (audio, video) in zip((6, 5, 4), batches(3), strict=True))
+    assert read_off([a, b, a, b]) == 2
+    assert read_off([a, b, a, c, a, b]) == 4
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_auto_and_compiled_code(whole):
     model = make_toy()
