@@ -1,6 +1,7 @@
 """`inspect`: what it shows, and that the line it gives works when pasted."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,8 +117,9 @@ class OneWay(nn.Module):
 
 def test_a_cross_attention_without_a_self_attention():
     found = inspect(OneWay().eval(), *BATCH)
-    assert found.line == 'ABPEM(fusion={"text->audio": "cross"}, logits=lambda output: output[\'scores\'])'
-    assert found.notes == ["No self-attention of 'audio' alone was seen: name the one that 'audio->audio' stands for."]
+    assert found.line is None
+    [note] = found.notes
+    assert note.startswith("No self-attention of 'audio' alone was seen, to whose scores those of 'text->audio' could")
     found = inspect(OneWay(own=True).eval(), *BATCH)
     assert re.search(r'fusion=\{"text->audio": "cross", "audio->audio": "own"\}', found.line)
     with eval(found.line, {"ABPEM": ABPEM}).attach(OneWay(own=True).eval()) as adaptation:
@@ -139,8 +141,145 @@ class Scattered(nn.Module):
 
 
 def test_ranges_where_tokens_belong_to_nobody():
-    line = inspect(Scattered(), *BATCH).line
-    assert line == (
+    found = inspect(Scattered(), *BATCH)
+    assert found.line is None
+    [note] = found.notes
+    assert note.startswith("Expected logits in the target's output, but found none in a dict with keys ['tokens'].")
+    assert note.endswith(
         'ABPEM(\n    fusion="attn",\n    modalities={"audio": (0, 6), "video": (7, 11)},\n'
         "    logits=lambda output: ...,\n)"
     )
+
+
+class Question(nn.Module):
+    """Words, padded, ask frames; only the words' own attention knows the padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.frames = nn.Embedding(50, WIDTH, padding_idx=0), nn.Linear(3, WIDTH)
+        self.own_words, self.own_frames, self.cross = (nn.MultiheadAttention(WIDTH, 3, batch_first=True) for _ in "abc")
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, words, frames):
+        x, y = self.words(words), self.frames(frames)
+        x = x + self.own_words(x, x, x, key_padding_mask=words == 0)[0]
+        y = y + self.own_frames(y, y, y)[0]
+        return self.head((x + self.cross(x, y, y)[0])[:, 0])
+
+
+def test_padded_queries_are_told_by_their_own_attention():
+    """What the line makes of a padded question is what it makes of each question without its padding."""
+    torch.manual_seed(0)
+    model = Question().eval()
+    words, frames = torch.tensor([[4, 7, 9, 3], [6, 2, 0, 0]]), torch.randn(2, 5, 3)
+    found = inspect(model, words, frames)
+    assert '"text->text": "own_words"' in found.line
+    gaps = []
+    for questions in ([(words, frames)], [(words[:1], frames[:1]), (words[1:, :2], frames[1:])]):
+        callback = eval(found.line, {"ABPEM": ABPEM})
+        callback.settings = replace(callback.settings, steps=0)
+        with callback.attach(model) as adaptation, torch.no_grad():
+            gaps.append([model(*question) is not None and adaptation.record for question in questions])
+    whole, *_ = (own["attention_gap/text_to_video"] for own in gaps[0])
+    parts = torch.stack([own["attention_gap/text_to_video"] for own in gaps[1]])
+    torch.testing.assert_close(whole, parts.mean(), rtol=0, atol=1e-6)
+
+
+class Unnamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.reads, self.shows = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k = (part.unsqueeze(1) for part in self.reads(x).chunk(2, -1))
+        return nn.functional.scaled_dot_product_attention(q, k, self.shows(x).unsqueeze(1)).squeeze(1)
+
+
+class Detached(FusedAttention):
+    """Its scores carry no gradient."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class Failing(nn.Module):
+    """Can be called once."""
+
+    def __init__(self):
+        super().__init__()
+        self.toy, self.calls = make_toy(), 0
+
+    def forward(self, audio, video):
+        self.calls += 1
+        if self.calls > 1:
+            raise RuntimeError("no more")
+        return self.toy(audio, video)
+
+
+class Probabilities(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.toy = make_toy()
+
+    def forward(self, audio, video):
+        return self.toy(audio, video).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (make_toy(Unnamed()), "No line to paste: Expected 'fusion.0.attn' to be an attention .* projections="),
+        (make_toy(Detached()), "No line to paste: "),
+        (Failing().eval(), "No line to paste: RuntimeError: no more"),
+        (Probabilities().eval(), "these are probabilities"),
+    ],
+)
+def test_a_line_that_would_be_refused_is_not_printed(model, reason):
+    found = inspect(model, *BATCH)
+    assert found.line is None
+    assert any(re.search(reason, note) for note in found.notes)
+    assert "ABPEM(" not in str(found)
+
+
+class Uncopyable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.toy = make_toy()
+
+    def __deepcopy__(self, memo):
+        raise TypeError("no copies")
+
+    def forward(self, audio, video):
+        audio.mul_(2)  # edits its input
+        return self.toy(audio, video)
+
+
+def test_the_model_and_its_inputs_stay_as_they_were():
+    for model in (Uncopyable().eval(), make_toy()):
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        inputs = [x.clone() for x in BATCH]
+        torch.manual_seed(3)
+        assert inspect(model, *inputs).line
+        drawn = torch.rand(1)
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(1))
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        assert not any(p.grad is not None or not p.requires_grad for p in model.parameters())
+        assert torch.equal(inputs[0], BATCH[0] * (2 if isinstance(model, Uncopyable) else 1))
+
+
+def test_attention_over_other_tokens_is_left_out():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.toy, self.early = make_toy(), FusedAttention()
+
+        def forward(self, audio, video):
+            x = torch.cat((self.toy.audio(audio), self.toy.video(video[:, :2])), dim=1)
+            y = torch.cat((self.toy.audio(audio), self.toy.video(video)), dim=1)
+            return self.toy.head(self.early(x).mean(1) + self.toy.fusion(y).mean(1))
+
+    found = inspect(Pooled().eval(), *BATCH)
+    assert 'fusion="toy.fusion.*.attn"' in found.line
+    assert found.notes == ["Left out, for they see other tokens of several modules: early."]

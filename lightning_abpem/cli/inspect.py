@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from lightning_abpem.callback import TestTimeAdaptation
 from lightning_abpem.cli.importing import import_object
-from lightning_abpem.inspection import Inspection, inspecting
+from lightning_abpem.inspection import Inspected, Inspection, copy_to_try, inspecting
+from lightning_abpem.trainer.run import Stage
 
 __all__ = ["add_arguments", "run"]
 
@@ -99,13 +103,13 @@ class _Inspecting(Callback):
     """Watches the first step of a run."""
 
     def __init__(self) -> None:
-        self.inspection: Inspection | None = None
+        self.result: Inspected | None = None
         self._stack = ExitStack()
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._result = self._stack.enter_context(inspecting(pl_module))
+        self.result = self._stack.enter_context(inspecting(pl_module))
 
     def on_test_batch_end(
         self,
@@ -117,7 +121,6 @@ class _Inspecting(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._stack.close()
-        self.inspection = self._result.inspection()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stack.close()
@@ -126,13 +129,27 @@ class _Inspecting(Callback):
     on_predict_batch_end = on_validation_batch_end = on_test_batch_end
 
 
-def _inspect_step(model: LightningModule, data: Any, stage: str) -> Inspection:
+def _inspect_step(model: LightningModule, data: Any, stage: Stage) -> Inspection:
+    """Inspect one step, and try what fits in a second run."""
     watching = _Inspecting()
+    _run_step(model, data, stage, watching)
+    if watching.result is None:
+        raise ValueError(f"the {stage} loader gave no batch")
+
+    def attempt(callback: TestTimeAdaptation) -> None:
+        callback.stages = (stage,)
+        with _quiet():
+            _run_step(copy_to_try(model, callback), data, stage, callback)
+
+    return watching.result.inspection(attempt)
+
+
+def _run_step(model: LightningModule, data: Any, stage: Stage, callback: Callback) -> None:
     trainer = Trainer(
         accelerator="auto",
         devices=1,
         logger=False,
-        callbacks=[watching],
+        callbacks=[callback],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -142,6 +159,15 @@ def _inspect_step(model: LightningModule, data: Any, stage: str) -> Inspection:
     )
     quietly = {} if stage == "predict" else {"verbose": False}
     getattr(trainer, stage)(model, data, **quietly)
-    if watching.inspection is None:
-        raise ValueError(f"the {stage} loader gave no batch")
-    return watching.inspection
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a run reports of itself."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

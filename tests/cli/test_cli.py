@@ -27,6 +27,10 @@ MINE = """
         def test_step(self, batch, batch_idx):
             return self.net(*batch[:2])
 
+    class Probabilities(Toy):
+        def forward(self, audio, video):
+            return super().forward(audio, video).softmax(-1)
+
     class Data(LightningDataModule):
         def __init__(self, size: int = 4, count: int = 2):
             super().__init__()
@@ -83,6 +87,13 @@ def test_inspect(folder, capsys, arguments, layers):
 def test_the_module_that_the_step_calls(folder, capsys):
     main(["inspect", "mine.Inside", "--data", "mine.Data"])
     assert '    target="net",\n' in capsys.readouterr().out
+
+
+def test_a_line_that_would_be_refused_is_not_printed(folder, capsys):
+    main(["inspect", "mine.Probabilities", "--data", "mine.Data"])
+    shown = capsys.readouterr().out
+    assert "ABPEM(" not in shown
+    assert "No line to paste: Expected logits, but every row" in shown
 
 
 @pytest.mark.parametrize(
