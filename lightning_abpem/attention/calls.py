@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionCall", "EagerCall", "FusedCall", "masked_call", "side_by_side", "unfold_heads"]
+__all__ = ["AttentionCall", "EagerCall", "FusedCall", "masked_call", "refuse_nested", "side_by_side", "unfold_heads"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,19 @@ class EagerCall:
 
 
 AttentionCall = FusedCall | EagerCall
+
+
+def refuse_nested(name: str, *tensors: object) -> None:
+    """Hold what the attention `name` is given against nested tensors, whose samples differ in length.
+
+    Raises:
+        ValueError: if one of them is nested.
+    """
+    if any(isinstance(x, Tensor) and x.is_nested for x in tensors):
+        raise ValueError(
+            f"Expected '{name}' to get tensors of (batch, tokens, width), but got a nested one. Pad the samples to one "
+            "length (torch.nested.to_padded_tensor), and give the attention a mask of what is padded."
+        )
 
 
 def side_by_side(x: Tensor) -> Tensor:

@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_abpem.attention.calls import AttentionCall, EagerCall, FusedCall, masked_call, side_by_side, unfold_heads
+from lightning_abpem.attention.calls import (
+    AttentionCall,
+    EagerCall,
+    FusedCall,
+    masked_call,
+    refuse_nested,
+    side_by_side,
+    unfold_heads,
+)
 from lightning_abpem.attention.masks import causal_mask, read_mask
 from lightning_abpem.attention.multihead import call_multi_head
 from lightning_abpem.attention.projections import FusionAttention
@@ -54,7 +62,8 @@ class _Watch(TorchFunctionMode):
     turn: int = 0
     fused: list[FusedCall] = field(default_factory=list)
     softmaxed: list[_Softmax] = field(default_factory=list)
-    stacked: set[int] = field(default_factory=set)
+    stacked: set[tuple[int, int]] = field(default_factory=set)  # sizes of what may be heads behind one another
+    folded: list[tuple[int, ...]] = field(default_factory=list)  # (B * H, N_q, N_k) of fused calls
     entered: bool = False
 
     def __post_init__(self) -> None:
@@ -64,7 +73,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in SOFTMAX:
+            refuse_nested(self.attention.name, *args, *kwargs.values())
         if func is F.scaled_dot_product_attention:
+            self._note_folded(*args, **kwargs)
             self.fused.append(_fused_call(self.attention, self.turn, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
             output, call = call_multi_head(self.attention.name, self.turn, args, kwargs)
@@ -74,15 +86,22 @@ class _Watch(TorchFunctionMode):
             self.softmaxed.append(_Softmax(args[0] if args else kwargs["input"], softmax_dim(args, kwargs)))
         output = func(*args, **kwargs)
         if func in _STACKING:
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            self.stacked |= {output.shape[0]} if dim == 0 and output.dim() == 3 else set()
+            pieces = args[0] if args else kwargs["tensors"]
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+            if len(pieces) == self.attention.heads and output.dim() == 3 and dim in (0, -3):
+                self.stacked.add((output.shape[0], output.shape[1]))
         return output
+
+    def _note_folded(self, query: Tensor, key: Tensor, *_: Any, **__: Any) -> None:
+        if query.dim() == 3 and self.attention.is_head_width(query.shape[-1]):
+            self.folded.append((query.shape[0], query.shape[1], key.shape[1]))
 
     def enter(self, *_: Any) -> None:
         self.entered = True
         self.fused.clear()
         self.softmaxed.clear()
         self.stacked.clear()
+        self.folded.clear()
         self.__enter__()
 
     def leave(self, module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
@@ -96,8 +115,10 @@ class _Watch(TorchFunctionMode):
             self.turn += 1
 
     def _check(self) -> None:
-        heads = self.attention.heads
-        if heads > 1 and any(rows % heads == 0 for rows in self.stacked):
+        folded = list(self.folded)
+        if not self.fused and not any(x.scores.dim() == 4 for x in self.softmaxed):
+            folded += [tuple(x.scores.shape) for x in self.softmaxed if x.scores.dim() == 3]
+        if self.attention.heads > 1 and any((rows, n) in self.stacked for rows, *tokens in folded for n in tokens):
             raise ValueError(
                 f"Expected the heads of '{self.attention.name}' to be a dimension of their own, or folded into the "
                 "batch next to each other for each sample, but they are put behind one another with torch.cat. Use "

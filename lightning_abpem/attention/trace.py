@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_abpem.attention.calls import refuse_nested
 from lightning_abpem.attention.capture import SOFTMAX
 from lightning_abpem.attention.origins import Kind, SeenCall, Segment
 from lightning_abpem.attention.projections import find_projections
@@ -90,7 +91,8 @@ class _Tracer(TorchFunctionMode):
         elif func in SOFTMAX:
             self._softmax(args[0] if args else kwargs["input"])
         for out in tree_leaves(output):
-            if isinstance(out, Tensor) and out.dim() > 1 and (layout := self._follow(func, args, kwargs, out)):
+            is_followed = isinstance(out, Tensor) and not out.is_nested and out.dim() > 1
+            if is_followed and (layout := self._follow(func, args, kwargs, out)):
                 self._layouts[out] = layout
         return output
 
@@ -120,7 +122,7 @@ class _Tracer(TorchFunctionMode):
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             projections = find_projections(module)
             widths = {size for p in projections.values() if p.dim() == 2 for size in p.shape}
-            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_nested and x.dim()]
             inputs = [x for x in inputs if not widths or x.shape[-1] in widths]  # tokens; no mask, no rotation
             self._frames.append(_Frame(name, self._turns[name], inputs, bool(projections)))
             self._turns[name] += 1
@@ -131,7 +133,7 @@ class _Tracer(TorchFunctionMode):
             if len(self._frames) == 1:
                 self.outermost[name] = output
             for x in tree_leaves(output):
-                is_sequence = isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point()
+                is_sequence = isinstance(x, Tensor) and not x.is_nested and x.dim() == 3 and x.is_floating_point()
                 if is_sequence and x not in self._layouts and not isinstance(module, nn.modules.conv._ConvNd):
                     self._layouts[x] = self._kept_by(frame, x) or _Layout(1, (Segment(_label(frame), x.shape[1]),))
 
@@ -178,7 +180,7 @@ class _Tracer(TorchFunctionMode):
     def _concatenated(self, args: Any, kwargs: Any) -> _Layout | None:
         pieces: Sequence[Tensor] = args[0] if args else kwargs["tensors"]
         dim = (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % pieces[0].dim()
-        if pieces[0].dim() != 3 or dim == 2:
+        if pieces[0].dim() != 3 or dim == 2 or any(piece.is_nested for piece in pieces):
             return None
         segments: list[Segment] = []
         for piece in pieces:
@@ -192,6 +194,7 @@ class _Tracer(TorchFunctionMode):
         return joined if dim == 1 or len(joined.sources) > 1 else None
 
     def _attend(self, func: Any, args: Any, kwargs: Any) -> None:
+        refuse_nested(self._frame().name, *args, *kwargs.values())
         q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
         if func is F.multi_head_attention_forward:
             heads = args[4] if len(args) > 4 else kwargs["num_heads"]

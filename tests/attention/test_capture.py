@@ -11,6 +11,7 @@ from lightning_abpem.attention.capture import capture_attention
 from lightning_abpem.attention.projections import find_attention
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import score_statistics
+from lightning_abpem.attention.trace import trace_attention
 from tests import reference
 from tests.toy import (
     HEADS,
@@ -215,6 +216,62 @@ def test_heads_put_behind_one_another_are_refused(fused):
         capture_attention([find_attention(module := softmax_of(attend), "attn")]),
     ):
         module(torch.randn(2, 10, WIDTH))
+
+
+HARMLESS = {
+    "of the batch's halves": lambda x: torch.cat(x.split(1)),
+    "of as many tables as heads": lambda x: x + torch.cat([x.new_zeros(2, 1, 1)] * HEADS).sum(),
+    "of as many pieces as heads": lambda x: x + torch.cat([x.new_zeros(2, 10, 4)] * HEADS).sum(),
+}
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_other_concatenations_are_none_of_heads(change, folded):
+    def attend(q, k, v):
+        q, k = (change(x.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k))
+        if folded and change is not HARMLESS["of as many pieces as heads"]:  # which are as large as folded heads
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 10, WIDTH)
+    module = softmax_of(attend)
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        module(x)
+    torch.testing.assert_close(calls[0].q, module.query(x))
+    torch.testing.assert_close(calls[0].k, module.key(x))
+
+
+def test_nested_tensors_are_refused_by_the_attentions_name():
+    module = softmax_of(F.scaled_dot_product_attention)
+    clips = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(2, WIDTH)], layout=torch.jagged)
+
+    def heads(linear):
+        return linear(clips).unflatten(-1, [HEADS, 4]).transpose(1, 2)
+
+    module.forward = lambda x: F.scaled_dot_product_attention(*map(heads, (module.query, module.key, module.value)))
+    message = "'attn' to get tensors of .batch, tokens, width., but got a nested one. Pad the samples"
+    with pytest.raises(ValueError, match=message), capture_attention([find_attention(module, "attn")]):
+        module(clips)
+    with pytest.raises(ValueError, match=message):
+        trace_attention(nn.ModuleDict({"attn": module}), lambda: module(clips))
+
+
+def test_a_forward_may_keep_its_own_gradients():
+    """As Grad-CAM does: a map that is kept, and asked for its gradient."""
+
+    def attend(q, k, v):
+        kept.append(scores := (q @ k.mT * 0.5).softmax(-1))
+        if scores.requires_grad:
+            scores.retain_grad()
+        return scores @ v
+
+    kept, module = [], softmax_of(attend)
+    with capture_attention([find_attention(module, "attn")]) as calls:
+        output = module(torch.randn(2, 10, WIDTH))
+    (output.sum() + calls[0].scores.sum()).backward()
+    assert kept[0].grad is not None
 
 
 class PooledHead(nn.Module):
