@@ -14,13 +14,16 @@ from torch.utils._pytree import tree_map
 from lightning_abpem.attention.calls import AttentionCall
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
 from lightning_abpem.attention.origins import SeenCall, joint_spans
-from lightning_abpem.attention.spans import TokenMask, Tokens, check_disjoint, select_tokens
+from lightning_abpem.attention.spans import TokenMask, Tokens, check_disjoint, select_tokens, single_tokens
 from lightning_abpem.modules.tensors import normal_tensor
 
 __all__ = ["BatchTokens", "refuse_silence"]
 
 log = logging.getLogger(__name__)
 
+_NO_SPREAD = (
+    "a single score has no deviation to compare. The other parts of the loss adapt; the figures of such pairs are NaN."
+)
 _Shape = tuple[Any, ...]
 _DEEPEST = 8  # level of objects inside objects that is looked at
 _REMEMBERED = 64  # shapes of arguments, for each of which a forward was traced
@@ -61,12 +64,14 @@ class BatchTokens:
             key = _describe((args, kwargs))
             tokens = self._read.pop(key, None)
             return self._keep(key, self._off_a_forward(args, kwargs) if tokens is None else tokens)
-        if all(isinstance(span, Tokens) for span in self._spans.values()):
-            return cast(dict[str, Tokens], self._spans)
-        with torch.no_grad():
-            tokens = select_tokens(self._spans, *tree_map(normal_tensor, (args, kwargs)))
-        if self._unchecked and isinstance(self._fusion, JointFusion):
-            check_disjoint(tokens)
+        tokens = cast(dict[str, Tokens], self._spans)
+        if not all(isinstance(span, Tokens) for span in self._spans.values()):
+            with torch.no_grad():
+                tokens = select_tokens(self._spans, *tree_map(normal_tensor, (args, kwargs)))
+        if self._unchecked:
+            if isinstance(self._fusion, JointFusion):
+                check_disjoint(tokens)
+            _warn_of_single(tokens)
             self._unchecked = False
         return tokens
 
@@ -127,6 +132,17 @@ class BatchTokens:
         listed = ", ".join(f'"{name}": ({tokens.span.start}, {tokens.span.stop})' for name, tokens in spans.items())
         self._report(f"ABPEM reads off this batch, of {own[0].queries} tokens: modalities={{{listed}}}")
         return spans
+
+
+def _warn_of_single(tokens: Mapping[str, Tokens]) -> None:
+    """Say which modalities have one token: between one query and one key there is no spread of scores."""
+    single = single_tokens(tokens)
+    if not single:
+        return
+    if len(single) == len(tokens):
+        log.warning("Every modality has one token, so that attention bootstrapping cannot act: %s", _NO_SPREAD)
+    else:
+        log.warning("One token each of %s: the pairs with their keys do not count. %s", ", ".join(single), _NO_SPREAD)
 
 
 def refuse_silence(fusion: JointFusion | SeparateFusion, called: Collection[str], seen: Sequence[SeenCall]) -> NoReturn:

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-__all__ = ["Modalities", "Span", "TokenMask", "Tokens", "check_disjoint", "own_spans", "select_tokens", "token_spans"]
+__all__ = [
+    "Modalities",
+    "Span",
+    "TokenMask",
+    "Tokens",
+    "check_disjoint",
+    "own_spans",
+    "select_tokens",
+    "single_tokens",
+    "token_spans",
+]
 
 Span = Sequence[int] | range | slice
 """(start, stop), the stop excluded."""
@@ -45,7 +55,7 @@ def token_spans(modalities: Modalities) -> dict[str, Tokens | TokenMask]:
     """The tokens of each modality in one joint sequence: lengths in their order, or (start, stop) ranges and masks.
 
     Raises:
-        ValueError: fewer than two modalities, spans of fewer than two tokens or overlapping, lengths beside others.
+        ValueError: fewer than two modalities, spans that are empty or overlap, lengths beside others.
     """
     if len(modalities) < 2:
         raise ValueError(f"Expected `modalities` to name at least two modalities, but got {dict(modalities)!r}.")
@@ -94,8 +104,8 @@ def _span(name: str, value: Any, given: Any) -> slice:
     if not two:
         raise ValueError(f"Expected a length, (start, stop) or a function for modality '{name}', but got {given!r}.")
     span = slice(int(value[0]), int(value[1]))
-    if span.start < 0 or span.stop - span.start < 2:
-        raise ValueError(f"Expected at least two tokens of modality '{name}', from 0 on, but got {given!r}.")
+    if span.start < 0 or span.stop <= span.start:
+        raise ValueError(f"Expected at least one token of modality '{name}', from 0 on, but got {given!r}.")
     return span
 
 
@@ -120,6 +130,18 @@ def select_tokens(
             )
         tokens[name] = Tokens(slice(None), mask.detach(), mask.shape[1])
     return tokens
+
+
+def single_tokens(tokens: Mapping[str, Tokens]) -> list[str]:
+    """List the modalities of which no sample has more than one token."""
+    return [name for name, own in tokens.items() if _most_tokens(own) == 1]
+
+
+def _most_tokens(own: Tokens) -> int | None:
+    """The most tokens that a sample has of a modality; None if that is all of a sequence of any length."""
+    if own.keep is not None:
+        return int(own.keep.sum(1).max()) if own.keep.numel() else 0
+    return None if own.span.stop is None else own.span.stop - own.span.start
 
 
 def check_disjoint(tokens: Mapping[str, Tokens]) -> None:

@@ -41,6 +41,8 @@ def score_statistics(
         form: of a fused call: "dense" makes the N x N map; "moments" needs O(D^2) memory, and cannot be had where the
             mask or the bias differs from query to query; "auto" takes the cheaper one, "moments" where N > 2D.
     """
+    device = call.scores.device if isinstance(call, EagerCall) else call.q.device
+    rows, columns = _counted(rows, call.shape[1], device), _counted(columns, call.shape[2], device)
     if isinstance(call, EagerCall):
         return lambda m, n: map_statistics(
             call.scores[:, rows[m].span, columns[n].span], _kept(call, rows[m], columns[n])
@@ -53,6 +55,16 @@ def score_statistics(
     q = {name: token_moments(q_of[name], tokens.keep) for name, tokens in rows.items()}
     k = {name: token_moments(k_of[name], kept_keys[name]) for name in columns}
     return lambda m, n: moment_score_statistics(q[m], k[n], call.scale)
+
+
+def _counted(tokens: Mapping[str, Tokens], length: int, device: torch.device) -> dict[str, Tokens]:
+    """The tokens, a span of one with a mask: a block of one score has no deviation, which is told by masked counts."""
+    return {
+        name: own._replace(keep=torch.ones(1, 1, dtype=torch.bool, device=device))
+        if own.keep is None and len(range(*own.span.indices(length))) == 1
+        else own
+        for name, own in tokens.items()
+    }
 
 
 def visible_keys(call: AttentionCall) -> Tensor | None:

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from lightning_abpem import ABPEM
+from lightning_abpem.attention.calls import FusedCall
+from lightning_abpem.attention.spans import Tokens
+from lightning_abpem.attention.statistics import score_statistics
 from tests.attention.test_torch_models import CrossDecoder
-from tests.toy import AUDIO, CLASSES, VIDEO, WIDTH, FusedAttention, batches, make_toy
+from tests.toy import AUDIO, CLASSES, VIDEO, WIDTH, EagerFusedAttention, FusedAttention, batches, make_toy
 
 
 def adapt(model, stream, **options):
@@ -257,3 +260,64 @@ def test_ranges_are_doubted_once_where_the_number_of_tokens_varies(caplog):
     caplog.clear()
     adapt(make_toy(), [*batches(2), *longer], modalities="auto")
     assert "The ranges of" not in caplog.text
+
+
+class Pooled(nn.Module):
+    """As many tokens of each modality as its lengths say."""
+
+    def __init__(self, audio, video, attention):
+        super().__init__()
+        torch.manual_seed(0)
+        self.toy, self.lengths = make_toy(attention()), (audio, video)
+
+    def forward(self, audio, video):
+        parts = [self.toy.audio(audio)[:, : self.lengths[0]], self.toy.video(video)[:, : self.lengths[1]]]
+        return self.toy.head(self.toy.fusion(torch.cat(parts, 1)).mean(1))
+
+
+def masks(audio, video):
+    columns = torch.arange(audio + video)[None]
+    return {
+        "audio": lambda a, v: (columns < audio).expand(len(a), -1),
+        "video": lambda a, v: (columns >= audio).expand(len(a), -1),
+    }
+
+
+@pytest.mark.parametrize("attention", [FusedAttention, EagerFusedAttention])
+@pytest.mark.parametrize("weight", ["auto", 1.0])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 4), (6, 1)])
+def test_one_token_of_a_modality(lengths, weight, attention, caplog):
+    """Lengths and masks say the same: pairs that are drawn to a single score do not count, and the rest adapts."""
+    audio, video = lengths
+    options = {"fusion": "toy.fusion.*.attn", "attention_weight": weight, "balance": "marginal"}
+    given = {"audio": audio, "video": video}
+    seen = []
+    for modalities in (given, masks(audio, video)):
+        caplog.clear()
+        model = Pooled(*lengths, attention).eval()
+        logits, adaptation = adapt(model, batches(3), modalities=modalities, **options)
+        seen.append((logits, adaptation.record))
+        assert adaptation.updates == 3
+        assert caplog.text.count("a single score has no deviation") == 1
+    (logits, record), (masked_logits, masked_record) = seen
+    torch.testing.assert_close(logits, masked_logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(record, masked_record, rtol=0, atol=1e-5, equal_nan=True)
+    for pair, keys in {"audio_to_video": video, "video_to_audio": audio}.items():
+        assert bool(record[f"attention_gap/{pair}"].isnan()) == (keys == 1)
+    if lengths == (1, 1):
+        alone, _ = adapt(
+            Pooled(1, 1, attention).eval(), batches(3), modalities=given, **(options | {"attention_weight": 0.0})
+        )
+        torch.testing.assert_close(logits, alone, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["dense", "moments"])
+def test_one_token_has_no_deviation_in_any_form(form):
+    call = FusedCall("attn", torch.randn(2, 9, 3), torch.randn(2, 9, 3), 0.5)
+    tokens = {"one": Tokens(slice(0, 1)), "many": Tokens(slice(1, 9))}
+    block = score_statistics(call, tokens, tokens, form)
+    assert not block("one", "one").seen.any()
+    across = block("one", "many")
+    assert across.seen.all()
+    scores = 0.5 * call.q[:, :1] @ call.k[:, 1:].mT
+    torch.testing.assert_close(across.std, scores.flatten(1).std(1))
