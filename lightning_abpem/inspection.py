@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from lightning_abpem.suggestion import suggest
 
 __all__ = ["Attempt", "Inspected", "Inspection", "copy_to_try", "inspect", "inspecting"]
 
+Model = TypeVar("Model", bound=nn.Module)
 Attempt = Callable[[TestTimeAdaptation], None]
 """Runs the inspected forward with this callback, and raises what it raises."""
 
@@ -94,7 +95,7 @@ def inspect(model: nn.Module, *inputs: Any, **kwargs: Any) -> Inspection:
     return result.inspection(lambda callback: _adapt_once(model, callback, *untouched))
 
 
-def copy_to_try(model: nn.Module, callback: TestTimeAdaptation) -> nn.Module:
+def copy_to_try(model: Model, callback: TestTimeAdaptation) -> Model:
     """Copy the model, for a callback to be tried on; if it cannot be copied the callback is set to observe it."""
     try:
         return copy.deepcopy(model)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_abpem.attention.fits import LATENTS
 from lightning_abpem.attention.origins import SeenCall, joint_spans
 from lightning_abpem.attention.statistics import Pair
 from lightning_abpem.engine.logits import read_logits
@@ -53,16 +54,16 @@ def suggest(
     try:
         more_options |= _head_options(outputs[target])
     except ValueError as error:
-        lines = [_line(options | more_options | {"logits": "lambda output: ..."}) for options in found[:1]]
+        lines = [_line({**options, **more_options, "logits": "lambda output: ..."}) for options in found[:1]]
         return Suggestion([], [*notes, f"{error} The rest is known: {lines[0]}" if lines else str(error)])
-    return Suggestion([_line(options | more_options) for options in found], notes)
+    return Suggestion([_line({**options, **more_options}) for options in found], notes)
 
 
 _OTHER_KERNEL = "use attn_implementation='sdpa' or 'eager', or what turns flash or flex attention off."
 _NO_FUSION = (
     "No attention was seen over tokens of several modules. If the modalities are put into one sequence otherwise than "
     "by concatenation, or are put in another order, give `modalities` as functions from the forward's arguments to "
-    "(batch, tokens) bool masks. A modality of one token has no spread of scores, and does not count."
+    "(batch, tokens) bool masks. A modality of one token has no spread of scores, and does not count. " + LATENTS
 )
 
 

@@ -18,7 +18,7 @@ EXAMPLES = {
 def test_every_family_has_one():
     families = {"ViLT", "FLAVA", "VisualBERT", "LXMERT", "BridgeTower", "torch's own transformers"}
     assert families < set(EXAMPLES)
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 11
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -28,7 +28,8 @@ def test_example(name):
         pytest.importorskip("transformers")
     namespace = {}
     exec(EXAMPLES[name], namespace)
-    assert namespace["adaptation"].updates >= 1
+    if "model" in namespace or "trainer" in namespace:  # else it shows options alone
+        assert namespace["adaptation"].updates >= 1
 
 
 def test_a_method_of_ones_own():

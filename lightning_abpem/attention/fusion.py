@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_abpem.attention.calls import AttentionCall
+from lightning_abpem.attention.fits import NO_SCORES, are_apart, check_own, find_misfit, is_range, not_square
 from lightning_abpem.attention.projections import FusionAttention, Projections, find_attention, watched_attention
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import Comparison, Pair, score_statistics, visible_keys
@@ -68,12 +69,8 @@ class JointFusion:
         chosen = _at(calls, self.places)
         for call in chosen:
             if call.shape[1] != call.shape[2]:
-                raise ValueError(
-                    f"Expected '{call.name}' to attend within one joint sequence, but got {call.shape[1]} query and "
-                    f"{call.shape[2]} key tokens. For separate self- and cross-attention modules `fusion` maps each "
-                    'pair of modalities to its module: {("video", "audio"): "...", ("audio", "audio"): "...", ...}.'
-                )
-        problems = {call.name: _misfit(call, tokens) for call in chosen}
+                raise ValueError(not_square(call.name, call.shape[1], call.shape[2]))
+        problems = {call.name: find_misfit(call, tokens) for call in chosen}
         fitting = [name for name, problem in problems.items() if problem is None]
         if len(fitting) == len(problems):
             return
@@ -110,7 +107,7 @@ class SeparateFusion:
             if m == n:
                 continue
             with torch.no_grad():
-                targets = [score_statistics(call, shown, {n: shown[n]})(n, n) for call in own[n, n]]
+                targets = [score_statistics(call, {n: shown[n]}, {n: shown[n]})(n, n) for call in own[n, n]]
             targets *= len(cross) // len(targets)
             blocks = [score_statistics(call, {m: shown[m]}, {n: shown[n]})(m, n) for call in cross]
             compared[m, n] = list(zip(blocks, targets, strict=True))
@@ -119,21 +116,23 @@ class SeparateFusion:
     def check(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
         """Hold the modalities against the calls; see `find_fusion`."""
         _check_turns(calls, [place for places in self.places.values() for place in places])
-        self._check_pairs(calls)
+        self._check_pairs(calls, tokens)
         lengths: dict[str, tuple[int, str]] = {}
         for (m, n), places in self.places.items():
             for call in _at(calls, places):
                 for modality, length in ((m, call.shape[1]), (n, call.shape[2])):
                     before, where = lengths.setdefault(modality, (length, call.name))
-                    if length != before:
+                    if length != before and not is_range(tokens[modality]):
                         raise ValueError(
                             f"Expected modality '{modality}' to have the same tokens everywhere, but it has {before} "
                             f"in '{where}' and {length} in call [{call.turn}] of '{call.name}', which `fusion` names "
                             f"for the queries of '{m}' and the keys of '{n}'. A module that is called for several "
                             f"pairs is named with the call's number, as in '{call.name}[0]'."
                         )
-        for modality, (length, where) in lengths.items():
-            _check_own(modality, tokens[modality], length, where)
+        for (m, n), places in self.places.items():
+            for call in _at(calls, places):
+                check_own(m, tokens[m], call.shape[1], call.name)
+                check_own(n, tokens[n], call.shape[2], call.name)
         for m, n in self.places:
             cross, target = (len(_at(calls, self.places[pair])) for pair in ((m, n), (n, n)))
             if cross != target and target != 1:
@@ -142,17 +141,20 @@ class SeparateFusion:
                     f"one, but got {target} and {cross}."
                 )
 
-    def _check_pairs(self, calls: Sequence[AttentionCall]) -> None:
-        """No call may stand for two pairs."""
+    def _check_pairs(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
+        """A call stands for one pair or, where ranges tell its tokens apart, for several."""
         taken: dict[tuple[str, int], Pair] = {}
         for pair, places in self.places.items():
             for call in _at(calls, places):
                 before = taken.setdefault((call.name, call.turn), pair)
-                if before != pair:
+                sides = zip(before, pair, call.shape[1:], strict=True)
+                if before != pair and not all(are_apart(a, b, n, tokens) for a, b, n in sides):
                     raise ValueError(
                         f"Expected every call to stand for one pair of modalities, but call [{call.turn}] of "
                         f"'{call.name}' is named for {before} and for {pair}. A module that is called for several "
-                        f"pairs is named with the call's number, as in '{call.name}[{call.turn}]'."
+                        f"pairs is named with the call's number, as in '{call.name}[{call.turn}]'. If one call holds "
+                        "the tokens of several modalities, `modalities` gives ranges that do not overlap, counted from "
+                        'the end where that is what they share: {"audio": (0, 6), "latents": (-3, None)}.'
                     )
 
 
@@ -225,7 +227,7 @@ def fusion_patterns(fusion: FusionPatterns, modalities: Sequence[str]) -> list[s
         if (n, n) not in pairs:
             raise ValueError(
                 f"Expected `fusion` to name the self-attention ('{n}', '{n}') whose scores those of ('{m}', '{n}') are "
-                f"drawn to, but got {list(pairs)}."
+                f"drawn to, but got {list(pairs)}. If there is none, {NO_SCORES.format(', '.join(pairs[m, n]))}."
             )
     return pairs
 
@@ -285,30 +287,3 @@ def _check_turns(calls: Sequence[AttentionCall], places: Iterable[_Place]) -> No
     for name, turn in places:
         if turn is not None and turn >= (count := sum(call.name == name for call in calls)):
             raise ValueError(f"Expected a call [{turn}] of '{name}' in a forward, but it made {count} calls.")
-
-
-def _misfit(call: AttentionCall, tokens: Mapping[str, Tokens]) -> str | None:
-    """Why the tokens are not those of a joint call; None if they are."""
-    samples, length, _ = call.shape
-    for name, own in tokens.items():
-        if own.keep is not None and tuple(own.keep.shape) != (samples, length):
-            return (
-                f"Expected the mask of modality '{name}' to be {(samples, length)}, as the tokens of '{call.name}', "
-                f"but got {tuple(own.keep.shape)}."
-            )
-    spans = {name: own for name, own in tokens.items() if own.keep is None}
-    total = max((own.of or own.span.stop for own in spans.values()), default=0)
-    if total <= length and not any(own.of not in (None, length) for own in spans.values()):
-        return None
-    listed = ", ".join(f"{name} {own.span.start}:{own.span.stop}" for name, own in spans.items())
-    return (
-        f"Expected the spans of `modalities` to add up to the tokens of '{call.name}', but got {total} ({listed}) "
-        f"and {length} tokens. Tokens that belong to no modality, such as a CLS token, are left out by giving "
-        "explicit (start, stop) ranges."
-    )
-
-
-def _check_own(modality: str, tokens: Tokens, length: int, where: str) -> None:
-    expected = tokens.of or tokens.span.stop or length
-    if expected > length or tokens.of not in (None, length):
-        raise ValueError(f"Expected {expected} tokens of modality '{modality}', but '{where}' has {length} of it.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from lightning_abpem.attention.fits import LATENTS, not_square
 from lightning_abpem.attention.spans import Tokens
 
 __all__ = ["Kind", "SeenCall", "Segment", "joint_spans", "short_names"]
@@ -86,10 +87,7 @@ def joint_spans(call: SeenCall) -> dict[str, Tokens]:
         ValueError: if it is not joint, or the tokens of one module do not lie side by side.
     """
     if call.shape != "joint":
-        raise ValueError(
-            f"Expected '{call.name}' to attend over concatenated outputs of several modules, but its tokens are seen "
-            f"to come from {call.sources or 'no module'}. Give their spans, as in modalities={{'a': 512, 'v': 196}}."
-        )
+        raise ValueError(_not_joint(call))
     names = short_names(call.sources)
     spans: dict[str, Tokens] = {}
     start = 0
@@ -104,6 +102,17 @@ def joint_spans(call: SeenCall) -> dict[str, Tokens]:
             spans[names[source]] = Tokens(slice(start, stop), of=call.queries)
         start = stop
     return spans
+
+
+def _not_joint(call: SeenCall) -> str:
+    if call.queries != call.keys:
+        return not_square(call.name, call.queries, call.keys)
+    origin = f"'{call.sources[0]}' alone. {LATENTS}" if len(call.sources) == 1 else "no module."
+    return (
+        f"Expected '{call.name}' to attend over concatenated outputs of several modules, but its tokens are seen to "
+        f"come from {origin} If it holds several modalities all the same, give their spans, as in "
+        "modalities={'a': 512, 'v': 196}."
+    )
 
 
 def short_names(sources: Sequence[str]) -> dict[str, str]:

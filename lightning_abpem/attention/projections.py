@@ -152,7 +152,7 @@ def _weights(projection: nn.Module) -> dict[str, nn.Parameter]:
     path = ""
     while isinstance(base := getattr(projection, "base_layer", None), nn.Module):  # as peft wraps it
         projection, path = base, f"{path}base_layer."
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for name, module in projection.named_modules():
         if _is_linear(module):
             found |= {f"{path}{own}": p for own, p in module.named_parameters(prefix=name) if not _is_adapter(own)}

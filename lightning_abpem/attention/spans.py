@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 Span = Sequence[int] | range | slice
-"""(start, stop), the stop excluded."""
+"""(start, stop), the stop excluded; in a sequence of a modality's own also from the end, (-3, None)."""
 
 TokenMask = Callable[..., Tensor]
 """From the target's arguments to a (B, N) bool tensor: which tokens of each sample belong to the modality."""
@@ -87,8 +87,17 @@ def own_spans(modalities: Modalities) -> dict[str, Tokens | TokenMask]:
         if isinstance(value, Integral):
             spans[name] = Tokens(_span(name, (0, int(value)), value), of=int(value))
         else:
-            spans[name] = value if _is_mask(value) else Tokens(_span(name, value, value))
+            spans[name] = value if _is_mask(value) else Tokens(_from_the_end(value) or _span(name, value, value))
     return spans
+
+
+def _from_the_end(value: Any) -> slice | None:
+    """The last tokens, (-n, None); None for another span."""
+    if isinstance(value, slice):
+        value = (value.start, value.stop) if value.step in (None, 1) else ()
+    if isinstance(value, Sequence) and len(value) == 2 and isinstance(value[0], Integral) and value[1] is None:
+        return slice(int(value[0]), None) if value[0] < 0 else None
+    return None
 
 
 def _is_mask(value: Any) -> TypeGuard[TokenMask]:

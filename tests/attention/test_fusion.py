@@ -8,6 +8,7 @@ from lightning_abpem import ABPEM
 from lightning_abpem.attention.calls import FusedCall
 from lightning_abpem.attention.fusion import check_samples, find_fusion, fusion_patterns
 from lightning_abpem.attention.spans import Tokens, own_spans, token_spans
+from lightning_abpem.methods import READ
 from tests.toy import CLASSES, HEADS, WIDTH, FusedAttention, batches, heads_first, make_toy
 
 PAIRS = [("text", "image"), ("image", "text"), ("text", "text"), ("image", "image")]
@@ -133,7 +134,9 @@ def test_spans_against_the_tokens():
         fusion.check([call(queries=9, keys=9)], spans)
     with pytest.raises(ValueError, match="but got 10 .* and 12 tokens"):
         fusion.check([call(queries=12, keys=12)], lengths)
-    with pytest.raises(ValueError, match=r"one joint sequence, but got 4 query and 6 key tokens. For separate .* maps"):
+    with pytest.raises(
+        ValueError, match=r"one joint sequence, but got 4 query and 6 key tokens. .* `fusion` maps pairs"
+    ):
         fusion.check([call(queries=4, keys=6)], spans)
 
 
@@ -286,3 +289,100 @@ def test_several_layers_are_averaged():
     one_by_one = [recorded(toy, f"fusion.{layer}.attn")["divergence/audio_to_video"] for layer in range(2)]
     both = recorded(toy, "fusion.*.attn")["divergence/audio_to_video"]
     torch.testing.assert_close(both, torch.stack(one_by_one).mean())
+
+
+class Bottleneck(nn.Module):
+    """Each modality attends with latents beside it, and the modalities meet in these alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.audio, self.video, self.head = nn.Linear(3, WIDTH), nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.attn_a, self.attn_v = FusedAttention(), FusedAttention()
+        self.latents = nn.Parameter(torch.randn(1, 3, WIDTH))
+
+    def forward(self, audio, video):
+        latents = self.latents.expand(len(audio), -1, -1)
+        ya = self.attn_a(torch.cat([self.audio(audio), latents], 1))
+        yv = self.attn_v(torch.cat([self.video(video), latents + ya[:, -3:]], 1))
+        return self.head(yv.mean(1))
+
+
+BLOCKS = {
+    **{"z->audio": "attn_a", "audio->audio": "attn_a"},
+    **{"z->video": "attn_v", "video->video": "attn_v"},
+}
+RANGES = {"audio": (0, 6), "video": (0, 4), "z": (-3, None)}
+
+
+def test_blocks_of_one_call_are_pairs():
+    """The figures are those of the blocks of q k^T, by hand, and the attention of both streams moves."""
+    model, batch = Bottleneck().eval(), batches(1)[0]
+    inputs = {}
+    for name in ("attn_a", "attn_v"):
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
+    with ABPEM(BLOCKS, RANGES, k=2, steps=0).attach(model) as adaptation, torch.no_grad():
+        model(*batch)
+        for name, modality in (("attn_a", "audio"), ("attn_v", "video")):
+            q, k, _ = (
+                part.unflatten(-1, (3, -1)).transpose(1, 2)
+                for part in model.get_submodule(name).qkv(inputs[name]).chunk(3, -1)
+            )
+            scores = (q @ k.mT / 2).mean(1)
+            gap = (scores[:, :-3, :-3].mean((1, 2)) - scores[:, -3:, :-3].mean((1, 2))).mean()
+            torch.testing.assert_close(adaptation.record[f"attention_gap/z_to_{modality}"], gap)
+    with ABPEM(BLOCKS, RANGES, k=2).attach(model) as adaptation, torch.no_grad():
+        model(*batch)
+    assert adaptation.updates == 1
+    assert {name.split(".")[0] for name in adaptation.params} == {"attn_a", "attn_v"}
+
+
+@pytest.mark.parametrize(
+    ("fusion", "modalities", "message"),
+    [
+        (["attn_a", "attn_v"], {"audio": 6, "video": 4}, "add up to the tokens of 'attn_a'.* name pairs of blocks"),
+        (["attn_a", "attn_v"], "auto", "come from 'audio' alone. .* name pairs of blocks"),
+        (BLOCKS, RANGES | {"z": (6, 9)}, r"'z' to be among the 7 tokens of 'attn_v', but got the range \(6, 9\)"),
+        (BLOCKS, RANGES | {"z": (-4, None)}, "named for .*'z', 'audio'.* and for .*'audio', 'audio'.*do not overlap"),
+        (BLOCKS, ["audio", "video", "z"], "call .0. of 'attn_a' is named for"),
+    ],
+)
+def test_blocks_that_are_named_wrongly(fusion, modalities, message):
+    model = Bottleneck().eval()
+    with (
+        pytest.raises(ValueError, match=message),
+        ABPEM(fusion, modalities, k=2).attach(model) as adaptation,
+        torch.no_grad(),
+    ):
+        model(*batches(1)[0])
+    assert adaptation.updates == 0
+
+
+class Reading(nn.Module):
+    """Latents that read the joint sequence, as in Perceiver."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.audio, self.video, self.head = nn.Linear(3, WIDTH), nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.latents, self.read = (
+            nn.Parameter(torch.randn(1, 3, WIDTH)),
+            nn.MultiheadAttention(WIDTH, 3, batch_first=True),
+        )
+
+    def forward(self, audio, video):
+        x = torch.cat([self.audio(audio), self.video(video)], 1)
+        return self.head(self.read(self.latents.expand(len(x), -1, -1), x, x)[0].mean(1))
+
+
+@pytest.mark.parametrize("modalities", [{"audio": 6, "video": 4}, "auto"])
+def test_latents_that_read_all_modalities_are_for_other_methods(modalities):
+    model = Reading().eval()
+    message = r"3 query and 10 key tokens.* latents .*READ\(fusion='read'\)"
+    with pytest.raises(ValueError, match=message), ABPEM("read", modalities, k=2).attach(model):
+        model(*batches(1)[0])
+    with pytest.raises(ValueError, match=r"self-attention .'audio', 'audio'.*READ\(fusion='read'\)"):
+        ABPEM({"read->audio": "read"})
+    with READ(fusion="read").attach(model) as adaptation, torch.no_grad():
+        model(*batches(1)[0])
+    assert adaptation.updates == 1
