@@ -110,7 +110,7 @@ class Encoder(nn.Module):
 
     @property
     def runs(self) -> int:
-        return _RUNS[self]
+        return _RUNS.get(self, 0)  # none of a copy
 
     @runs.setter
     def runs(self, runs: int) -> None:

@@ -9,7 +9,7 @@ from lightning_abpem.attention.capture import capture_attention
 from lightning_abpem.attention.fusion import find_fusion
 from lightning_abpem.attention.spans import select_tokens
 from lightning_abpem.engine.adaptation import Adaptation
-from lightning_abpem.modules.patches import encoders_around, without_nested_tensors
+from lightning_abpem.modules.patches import Changes, encoders_around, without_nested_tensors
 from tests import reference
 from tests.toy import AUDIO, CLASSES, HEADS, PAPER, SPANS, VIDEO, WIDTH
 
@@ -66,7 +66,8 @@ def abpem(fusion, modalities="auto", **options):
 def captured(model, settings, *args):
     fusion = find_fusion(model, settings.patterns)
     watched = [attention.module for attention in fusion.watched]
-    with without_nested_tensors(encoders_around(model, watched)), capture_attention(fusion.watched) as calls:
+    with Changes() as changes, capture_attention(fusion.watched) as calls:
+        without_nested_tensors(changes, encoders_around(model, watched))
         model(*args)
     return calls, fusion.compare(calls, select_tokens(settings.spans, args, {}))
 
