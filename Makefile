@@ -20,9 +20,9 @@ check-demo: demo
 test: .venv/test.done
 	$(BIN)/python -m pytest
 
-# Forwards put together at random, other ones every time: a quarter of an hour. `make test` tries 300.
+# Forwards put together at random, other ones every time, and the zoo in all ways. `make test` tries 300 of them.
 fuzz-forwards: .venv/test.done
-	FUZZ_FORWARDS=5000 $(BIN)/python -m pytest tests/zoo/test_random_forwards.py
+	FUZZ_FORWARDS=5000 ZOO=all $(BIN)/python -m pytest tests/zoo
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

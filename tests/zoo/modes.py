@@ -77,7 +77,7 @@ class TrainAndBack(Dropout):
         return super().forward(audio, video)
 
 
-@entry("bfloat16 autocast inside the forward", around="autocast", tolerance=2e-2, only=("attach", "an outer mode too"))
+@entry("bfloat16 autocast around the loop", around="autocast", tolerance=2e-2, only=("attach", "an outer mode too"))
 class AutocastOutside(Net):
     @classmethod
     def calls(cls):

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.zoo.composed import ARGUMENTS, BATCHES, EDITS, KINDS, LEAVES, MODULES, Part, compose, without_behind
-from tests.zoo.harness import check_same, fingerprint, make_callback, run, twin
+from tests.zoo.harness import check_same, fingerprint, make_callback, run
+from tests.zoo.twin import twin
 
 CASES = int(os.environ.get("FUZZ_FORWARDS", "300"))
 

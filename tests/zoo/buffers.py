@@ -1,0 +1,95 @@
+"""Buffers that a forward moves, and batch normalisation in either mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tests.zoo.nets import WIDTH, Encoder, Net, entry
+
+
+@entry("a buffer that another tensor replaces")
+class BufferReassigned(Encoder):
+    def build(self):
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.mean = 0.5 * self.mean + x.mean((0, 1))
+        return x - self.mean
+
+
+@entry("a buffer edited in place, not saved with the model")
+class BufferInPlace(Encoder):
+    def build(self):
+        self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.mean.lerp_(x.mean((0, 1)), 0.5)
+        return x - self.mean
+
+
+@entry("a buffer edited by way of .data, which torch's version does not tell")
+class BufferData(Encoder):
+    def build(self):
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.mean.data.lerp_(x.mean((0, 1)), 0.5)
+        return x - self.mean
+
+
+@entry("a tensor edited by way of NumPy, which torch's version does not tell")
+class StateThroughNumpy(Encoder):
+    def build(self):
+        self.count = torch.zeros(1, dtype=torch.double)
+        self.array = self.count.numpy()
+
+    def forward(self, x):
+        self.array += 1
+        return super().forward(x) * self.count
+
+
+@entry("a buffer that is registered in the first call")
+class LazyBuffer(Encoder):
+    def forward(self, x):
+        x = super().forward(x)
+        if not hasattr(self, "mean"):
+            self.register_buffer("mean", x.new_zeros(WIDTH))
+        self.mean += x.mean((0, 1))
+        return x - self.mean
+
+
+@entry("a buffer that takes another shape, as a cache of keys", memory="")
+class GrowingBuffer(Encoder):
+    def build(self):
+        self.register_buffer("keys", torch.zeros(3, 0, WIDTH))
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.keys = torch.cat((self.keys, x), 1)
+        return x + self.keys.mean(1, keepdim=True)
+
+
+@entry("batch normalisation in eval mode: its statistics stay")
+class BatchNormEval(Encoder):
+    def build(self):
+        self.bn = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        return self.bn(super().forward(x).mT).mT
+
+
+@entry("batch normalisation set to train in the step: torch's version of its statistics stays the same")
+class BatchNormTrain(Net):
+    def build(self):
+        self.bn = nn.BatchNorm1d(WIDTH)
+
+    def encode(self, audio, video):
+        return self.bn(super().encode(audio, video).mT).mT
+
+    def step(self, call):
+        self.bn.train()
+        return super().step(call)
