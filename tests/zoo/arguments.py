@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.zoo.nets import Call, Net, entry, tensors
+from tests.zoo.nets import Call, Net, Refusal, entry, tensors
 
 # ------------------------------------------------------------------------------------------------------------ tensors
 
@@ -52,7 +52,7 @@ class EditsLater(Edits):
 @entry("only some samples are edited, and in the first batch none")
 class EditsSomeSamples(Net):
     def forward(self, audio, video):
-        audio[audio.sum((1, 2)) > 5] = 0.5
+        audio[audio.sum((1, 2)) > 5] *= 0.5
         video[video.sum((1, 2)) > 2] -= 1
         return super().forward(audio, video)
 
@@ -159,12 +159,21 @@ class TensorAttribute(Net):
         return super().forward(audio * audio.rate, video)
 
 
-@entry("a sparse tensor, edited in place")
-class Sparse(Net):
+class OfSparse(Net):
     @classmethod
     def call(cls, index, audio, video):
         return Call(audio.relu().to_sparse(), video)
 
     def forward(self, audio, video):
-        audio.mul_(2)
         return super().forward(audio.to_dense(), video)
+
+
+@entry("a sparse tensor, left as it is")
+class Sparse(OfSparse):
+    pass
+
+
+@entry("a sparse tensor, edited in place", refused=Refusal("call", "(?i)sparse", is_needed=False))
+class SparseEdited(OfSparse):
+    def forward(self, audio, video):
+        return super().forward(audio.mul_(2), video)

@@ -48,7 +48,7 @@ class DropoutInStep(Dropout):
         return super().step(call)
 
 
-@entry("dropout in the fusion set to train in the step: the adapting pass draws too")
+@entry("dropout in the fusion set to train in the step: the adapting pass draws too", memory_refused="random|draws")
 class DropoutInFusion(Net):
     def build(self):
         self.fusion[0].drop = nn.Dropout(0.3)

@@ -212,7 +212,7 @@ def hook_changes_arguments() -> Net:
 @entry("a hook on the target changes the output: the loss sees the forward's own")
 def hook_changes_output() -> Net:
     net = Net()
-    net.register_forward_hook(lambda module, args, output: output.softmax(-1))
+    net.register_forward_hook(lambda module, args, output: output + 1)
     return net
 
 
@@ -268,7 +268,7 @@ class Recovers(Net):
             x = self.audio(audio)
         except ValueError as error:
             self.failed.append(str(error))
-            x = audio.new_zeros(*audio.shape[:2], WIDTH)
+            x = self.audio.embed(audio)
         return torch.cat((x, self.video(video)), 1)
 
 
