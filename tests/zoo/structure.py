@@ -209,7 +209,7 @@ def hook_changes_arguments() -> Net:
     return net
 
 
-@entry("a hook on the target changes the output: the loss sees the forward's own")
+@entry("a hook on the target changes the output, by what no softmax sees: whether the loss sees it is left open")
 def hook_changes_output() -> Net:
     net = Net()
     net.register_forward_hook(lambda module, args, output: output + 1)
