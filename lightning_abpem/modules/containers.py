@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict, deque
-from functools import cache
+from collections.abc import Iterator
 from operator import is_not
 from types import CellType
 from typing import Any
@@ -249,17 +249,22 @@ class SavedGenerator(Saved):
         return changed
 
 
-@cache
+_SLOTS: dict[type, dict[str, Any]] = {}
+
+
 def slots_of(kind: type) -> dict[str, Any]:
     """Return the descriptors of a class's `__slots__`, those of its bases included."""
-    found: dict[str, Any] = {}
-    for own in kind.__mro__:
-        names = own.__dict__.get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            slot = own.__dict__.get(name) or own.__dict__.get(f"_{own.__name__.lstrip('_')}{name}")
-            if hasattr(slot, "__set__"):
-                found[name] = slot
-    return found
+    if kind not in _SLOTS:
+        _SLOTS[kind] = dict(pair for own in kind.__mro__ for pair in _own_slots(own))
+    return _SLOTS[kind]
+
+
+def _own_slots(kind: type) -> Iterator[tuple[str, Any]]:
+    names = kind.__dict__.get("__slots__", ())
+    for name in (names,) if isinstance(names, str) else names:
+        slot = kind.__dict__.get(name) or kind.__dict__.get(f"_{kind.__name__.lstrip('_')}{name}")
+        if hasattr(slot, "__set__"):
+            yield name, slot
 
 
 def _slot_values(x: Any, slots: dict[str, Any]) -> dict[str, Any]:
