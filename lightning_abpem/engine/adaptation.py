@@ -28,7 +28,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import check_shards, gathers_weights, has_shards, modules_of_shards, reshard
 from lightning_abpem.engine.step import Stepper
 from lightning_abpem.engine.weights import AdaptedWeights, describe_run
-from lightning_abpem.modules.compiled import check_entry
+from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import (
     Changes,
@@ -102,6 +102,7 @@ class Adaptation(Uncopied):
         self._under_way: weakref.ref[_CallUnderWay] | None = None
         self._entry = _entry(self.target)
         self._target_call: Callable[..., Any] = getattr(self.target, self._entry)
+        self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
         in_memory = [] if self.memory is None else [self.memory.block]
         hooked = [attention.module for attention in self.watched] + modules_of_shards(model)
@@ -174,8 +175,9 @@ class Adaptation(Uncopied):
             self._report_step,
         )
         changes.note(self._stepper.settle)
-        changes.note(self._forward.end_step)
-        changes.set(self.target, self._entry, self._call)
+        call = torch.compiler.disable(self._call) if is_compiled(self.model) else self._call
+        changes.set(self.target, self._entry, call)
+        changes.note(self._forward.end_step)  # which is undone first: a snapshot knows of the changes above
 
     def drain(self, is_last: bool = False, skipped: bool = False) -> bool:
         """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one.
@@ -249,11 +251,12 @@ class Adaptation(Uncopied):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the target's call: adapt to the batch, then make the call."""
         if self._is_under_way():  # the engine's own pass, or a call that the target's forward makes of itself
-            return self._target_call(*args, **kwargs)
+            call_target = self._plain_call if self._forward.is_plain else self._target_call
+            return call_target(*args, **kwargs)
         call = _CallUnderWay()
         self._under_way = weakref.ref(call)
         try:
-            self._forward.end_step()  # what a call that was interrupted has left
+            self._forward.drop()  # what a call that was interrupted has left
             self._replay.end_batch()
             self.calls += 1
             if self._forward.ranks is not None and self._forward.ranks.over:
@@ -266,6 +269,7 @@ class Adaptation(Uncopied):
             return output
         finally:
             self._under_way = None
+            self._forward.end_step()
             self._replay.end_batch()
 
     def _adapt(self, args: Any, kwargs: Any) -> None:

@@ -62,6 +62,7 @@ class Forward:
 
     Attributes:
         ranks: the processes that share every batch; None for one.
+        is_plain: True while a pass goes around the target's compiled code, in which nothing can be watched.
     """
 
     def __init__(
@@ -82,7 +83,10 @@ class Forward:
         if self._fusion is not None:
             self._tokens = BatchTokens(settings.spans, self._fusion, self._trace, report)
         modules = [attention.module for attention in watched]
-        self._encoders, self.compiled = encoders_around(model, modules), compiled_around(model, modules)
+        self._encoders, compiled = encoders_around(model, modules), compiled_around(model, modules)
+        self._compiled = [module for module in compiled if module is not target]
+        self._is_plain = target in compiled
+        self.is_plain = False
         self._is_sharded, self._calls_hooks = has_shards(model), gathers_weights(target)
         self._is_checked = self._warned_single = False
         self._sums_parameters = True  # in the first pass
@@ -178,8 +182,13 @@ class Forward:
         self.end()
         self._snapshot = None
 
+    def drop(self) -> None:
+        """Let go of a pass that was broken off: what came after it is not to be lost."""
+        self._changes.close()
+        self._snapshot = None
+
     def _begin(self, args: Any, kwargs: Any) -> Snapshot:
-        self._snapshot = snapshot = Snapshot(self._target, args, kwargs)
+        self._snapshot = snapshot = Snapshot(self._target, args, kwargs, self._is_sharded)
         if self._sums_parameters:
             snapshot.sum_parameters()
             self._sums_parameters = False
@@ -187,13 +196,17 @@ class Forward:
             self._changes.set(module, "log", _log_nothing)
             self._changes.set(module, "log_dict", _log_nothing)
         without_nested_tensors(self._changes, self._encoders)
-        eagerly(self._changes, self.compiled)
+        eagerly(self._changes, self._compiled)
         return snapshot
 
     def _run(self, snapshot: Snapshot) -> Any:
         """Run the target's forward; with its hooks only if they gather its weights."""
         run = self._target if self._calls_hooks else self._target.forward
-        return run(*snapshot.args, **snapshot.kwargs)
+        self.is_plain = self._is_plain
+        try:
+            return run(*snapshot.args, **snapshot.kwargs)
+        finally:
+            self.is_plain = False
 
     def _seen(
         self,

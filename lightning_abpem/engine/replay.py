@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.patches import Changes, GradientFlags, Uncopied
@@ -89,6 +89,7 @@ class FrozenReplay(Uncopied):
         self._replayed: set[tuple[int, int]] = set()
         self._call_index: dict[int, int] = {}
         self._frozen: dict[int, list[nn.Parameter]] = {}
+        self._gives_views: set[int] = set()
 
     def attach(self, changes: Changes, flags: GradientFlags | None = None) -> None:
         """Put the recorder in front of every frozen module's forward.
@@ -158,6 +159,8 @@ class FrozenReplay(Uncopied):
             if self._mode == "record":
                 return self._record(call, forward, args, kwargs)
             recorded = self._recorded.get(call)
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self._frozen.get(key, ())):
+                return forward(*args, **kwargs)  # the user wants the gradients of a prediction
             if recorded is None or not self._matches(recorded, *_flat(args, kwargs), key in self._heavy):
                 return forward(*args, **kwargs)
             if self._unaudited > 0 or (self._audited_batches and call not in self._replayed):
@@ -200,17 +203,21 @@ class FrozenReplay(Uncopied):
 
         Behind it the module may have a state with gradients, which have to flow.
         """
-        if self._is_behind:
+        if self._is_behind or key in self._gives_views:
             return forward(*args, **kwargs)
         frozen = [p for p in self._frozen.get(key, ()) if not p.requires_grad]
         try:
             for p in frozen:
                 p.requires_grad_(True)
             with torch.no_grad():
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
         finally:
             for p in frozen:
                 p.requires_grad_(False)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x._is_view() for x in tree_leaves(output)):
+            self._gives_views.add(key)  # autograd lets nobody edit a view that was made without it
+            return forward(*args, **kwargs)
+        return output
 
     def _audit(self, key: int, recorded: _Recorded, forward: Callable[..., Any]) -> None:
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""

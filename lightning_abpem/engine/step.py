@@ -222,11 +222,13 @@ class Stepper:
         ranks = self._forward.ranks
         if ranks is not None:
             ranks.updates = self.weights.updates
-        step = self._observe(args, kwargs, tokens)
-        if step is None:
-            return None
-        computed = self._of_step(step, args, kwargs, tokens) if step.samples else None
-        self._forward.end_step()
+        try:
+            step = self._observe(args, kwargs, tokens)
+            if step is None:
+                return None
+            computed = self._of_step(step, args, kwargs, tokens) if step.samples else None
+        finally:
+            self._forward.end_step()
         if ranks is not None:
             ranks.end_step()
         return computed

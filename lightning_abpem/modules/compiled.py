@@ -20,6 +20,7 @@ __all__ = [
     "eagerly",
     "inside_compiled",
     "is_compiled",
+    "plain_forward",
 ]
 
 
@@ -71,6 +72,11 @@ def eagerly(changes: Changes, compiled: Collection[nn.Module]) -> None:
         entry = compiled_entry(module)
         if entry is not None:  # else it does so already
             changes.set(module, entry, None if entry == "_compiled_call_impl" else _plain(module))
+
+
+def plain_forward(module: nn.Module) -> Any:
+    """Return the module's forward as it was before it was compiled."""
+    return _plain(module) or module.forward
 
 
 def _plain(module: nn.Module) -> Any:

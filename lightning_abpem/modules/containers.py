@@ -106,11 +106,13 @@ class SavedModule(SavedDict):
 
     __slots__ = ("_tables",)
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, is_sharded: bool = False) -> None:
         own = owner.__dict__
         Saved.__init__(self, owner, own.copy())
         self._dict = own
-        self._tables = [(table, table.copy() if table else _EMPTY) for table in map(own.__getitem__, _TABLES)]
+        self._tables = [
+            (table, table.copy() if table else _EMPTY) for table in map(own.__getitem__, _TABLES[is_sharded:])
+        ]
 
     def restore(self) -> bool:
         """Put attributes and entries back; return True if the pass had changed them."""

@@ -193,19 +193,28 @@ class GradientFlags:
 
 
 def without_inference_tensors(changes: Changes, model: nn.Module) -> None:
-    """Stand in normal copies for the parameters and buffers that were made in inference mode."""
-    for module in model.modules():
-        for place in (module._parameters, module._buffers):
-            for name, value in list(place.items()):
-                if isinstance(value, Tensor) and value.is_inference():
-                    own = normal_tensor(value)
-                    stand_in = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
-                    changes.note(partial(_return, place, name, value, stand_in, stand_in._version))
-                    place[name] = stand_in
+    """Stand in normal copies for what an earlier run in inference mode left in the model.
+
+    These are parameters, buffers, and tensors cached in modules' attributes or in lists and dicts there.
+    """
+    places: list[Any] = [module.__dict__ for module in model.modules()]
+    places += [value for place in list(places) for value in place.values() if isinstance(value, dict | list)]
+    for place in places:
+        for name, value in _entries(place):
+            if isinstance(value, Tensor) and value.is_inference():
+                own = normal_tensor(value)
+                stand_in = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
+                changes.note(partial(_return, place, name, value, stand_in, stand_in._version))
+                place[name] = stand_in
 
 
-def _return(place: dict[str, Any], name: str, value: Tensor, stand_in: Tensor, version: int) -> None:
-    if place.get(name) is stand_in and stand_in._version == version:  # else the run wrote something newer
+def _entries(place: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
+    return list(place.items() if isinstance(place, dict) else enumerate(place))
+
+
+def _return(place: Any, name: Any, value: Tensor, stand_in: Tensor, version: int) -> None:
+    """Put a tensor back, unless the run wrote something newer."""
+    if dict(_entries(place)).get(name) is stand_in and stand_in._version == version:
         place[name] = value
 
 

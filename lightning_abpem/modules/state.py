@@ -63,6 +63,7 @@ class Snapshot(Uncopied):
         target: the module that is called.
         args: its arguments.
         kwargs: its keyword arguments.
+        is_sharded: True if FSDP2 replaces the modules' parameters in their calls.
 
     Attributes:
         args: the arguments for a pass: the same objects, but for tensors that autograd refuses.
@@ -74,8 +75,14 @@ class Snapshot(Uncopied):
         ValueError: if an iterator that cannot be copied is among the state; it is named.
     """
 
-    def __init__(self, target: nn.Module, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None) -> None:
-        self._target = target
+    def __init__(
+        self,
+        target: nn.Module,
+        args: Iterable[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        is_sharded: bool = False,
+    ) -> None:
+        self._target, self._is_sharded = target, is_sharded
         self._own: dict[int, Any] = {}  # by id: the object itself, or what stands in for it
         self._alive: list[Any] = []
         self._places: dict[int, tuple[Any, Any]] = {}  # by id: the container that it was found in, and the key there
@@ -212,7 +219,7 @@ class Snapshot(Uncopied):
             saved.replace(stand_ins)
 
     def _save_module(self, x: nn.Module) -> None:
-        saved = SavedModule(x)
+        saved = SavedModule(x, self._is_sharded)
         self._saved.append(saved)
         own = saved.items
         if len(own) > len(_STANDARD):

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_abpem import ABPEM
 from lightning_abpem.methods import Tent
 from lightning_abpem.modules.compiled import compiled_around, compiled_entry, eagerly, inside_compiled, is_compiled
+from lightning_abpem.modules.patches import Changes
 from tests.reference import same_state
 from tests.toy import MODALITIES, WIDTH, batches, loader, make_toy
 
@@ -217,10 +218,12 @@ def test_going_around():
     model, backend = nn.Sequential(nn.Linear(3, 3)), Graphs()
     compiled = torch.compile(model, backend=backend)
     before = dict(compiled.__dict__)
-    with eagerly(compiled_around(compiled, [model[0]])):
+    with Changes() as changes:
+        eagerly(changes, compiled_around(compiled, [model[0]]))
         compiled(torch.zeros(1, 3))
         assert backend.count == 0
     assert compiled.__dict__ == before
-    with eagerly(compiled_around(compiled, [nn.Linear(3, 3)])):
+    with Changes() as changes:
+        eagerly(changes, compiled_around(compiled, [nn.Linear(3, 3)]))
         compiled(torch.zeros(1, 3))
         assert backend.count == 1

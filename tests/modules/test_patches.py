@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_abpem.modules.names import find_modules
-from lightning_abpem.modules.patches import normal_tensor, only_trainable, without_inference_tensors
+from lightning_abpem.modules.patches import Changes, GradientFlags, without_inference_tensors
+from lightning_abpem.modules.tensors import normal_tensor
 from tests.reference import same_state
 from tests.toy import TorchAttention, make_toy
 
@@ -36,18 +37,48 @@ def test_every_pattern_must_match():
         find_modules(make_toy(), [])
 
 
-def test_only_trainable_puts_everything_back_after_an_exception():
+def test_gradient_flags_are_those_of_a_pass_or_the_users():
     model = make_toy()
     own, frozen = model.head[1].weight, model.audio.embed.weight
     frozen.requires_grad_(False)
     own.grad = kept = torch.ones_like(own)
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(KeyError), only_trainable(model, [own]):
-        assert [id(p) for p in model.parameters() if p.requires_grad] == [id(own)]
-        assert own.grad is None
-        raise KeyError
-    assert [p.requires_grad for p in model.parameters()] == flags
+    before = [p.requires_grad for p in model.parameters()]
+    flags = GradientFlags(model, [own, frozen])
+    flags.freeze()
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(own), id(frozen)}
+    flags.thaw()
+    assert [p.requires_grad for p in model.parameters()] == before
+    flags.freeze()
+    own.grad = None
+    flags.put_back()
+    assert [p.requires_grad for p in model.parameters()] == before
     assert own.grad is kept
+
+
+def test_changes_are_undone_in_reverse_order_whatever_fails():
+    class Owner:
+        value = "class"
+
+    owner, order = Owner(), []
+    changes = Changes()
+    changes.note(lambda: order.append("first"))
+    changes.set(owner, "value", "one")
+    changes.set(owner, "value", "two")
+    changes.note(lambda: [][1])
+    interrupts = iter([KeyboardInterrupt()])
+
+    def interrupted():
+        for interrupt in interrupts:
+            raise interrupt
+        order.append("interrupted")
+
+    changes.note(interrupted)
+    with pytest.raises(IndexError):
+        changes.close()
+    assert order == ["interrupted", "first"]
+    assert owner.value == "class"
+    assert not owner.__dict__
+    changes.close()
 
 
 def test_inference_tensors_are_replaced_for_a_while():
@@ -56,7 +87,8 @@ def test_inference_tensors_are_replaced_for_a_while():
         model.running_mean = torch.ones(3)
         model.cached = torch.arange(3)
     before = {"mean": model.running_mean, "cached": model.cached}
-    with without_inference_tensors(model):
+    with Changes() as changes:
+        without_inference_tensors(changes, model)
         assert not model.running_mean.is_inference()
         assert not model.cached.is_inference()
         assert same_state({"mean": model.running_mean, "cached": model.cached}, before)
@@ -69,7 +101,8 @@ def test_inference_tensors_in_lists_and_dicts_are_replaced_for_a_while():
     with torch.inference_mode():
         model.cache, model.maps = {7: torch.ones(3)}, ["a", torch.zeros(2)]
     before = model.cache[7], model.maps[1]
-    with without_inference_tensors(model):
+    with Changes() as changes:
+        without_inference_tensors(changes, model)
         assert not model.cache[7].is_inference()
         assert not model.maps[1].is_inference()
         model.maps.pop()
@@ -103,7 +136,8 @@ def test_what_the_run_wrote_over_inference_tensors_stays():
     model = nn.Module()
     with torch.inference_mode():
         model.count, model.total = torch.zeros(1), torch.zeros(1)
-    with without_inference_tensors(model):
+    with Changes() as changes:
+        without_inference_tensors(changes, model)
         model.count = model.count + 1
         model.total += 2
     assert model.count == 1
