@@ -102,8 +102,11 @@ class FrozenReplay(Uncopied):
         if flags is not None:
             self._frozen = {key: flags.frozen_in(module) for key, module in self._modules.items()}
         for module in self._around:
-            entry = compiled_entry(module) or "forward"
-            changes.set(module, entry, partial(self._enter, getattr(module, entry)))
+            if compiled_entry(module) == "forward":  # its plain forward is known by what stands there
+                changes.hook(module, "register_forward_pre_hook", lambda *_: self._pass_fusion())
+            else:
+                entry = compiled_entry(module) or "forward"
+                changes.set(module, entry, partial(self._enter, getattr(module, entry)))
         for key, module in self._modules.items():
             entry = compiled_entry(module) or "forward"
             changes.set(module, entry, partial(self._call, key, getattr(module, entry)))
@@ -146,8 +149,12 @@ class FrozenReplay(Uncopied):
         self._recorded.clear()
 
     def _enter(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._is_behind = True  # from here on there may be tensors with gradients
+        self._pass_fusion()
         return forward(*args, **kwargs)
+
+    def _pass_fusion(self) -> None:
+        """From here on there may be tensors with gradients."""
+        self._is_behind = True
 
     def _call(self, key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._mode is None or self._inside or key not in self._recording or self._is_watched(key):
