@@ -100,8 +100,6 @@ class Adaptation(Uncopied):
         check_eval(model)
         self.calls = 0
         self._under_way: weakref.ref[_CallUnderWay] | None = None
-        self._entry = _entry(self.target)
-        self._target_call: Callable[..., Any] = getattr(self.target, self._entry)
         self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
         in_memory = [] if self.memory is None else [self.memory.block]
@@ -176,7 +174,7 @@ class Adaptation(Uncopied):
         )
         changes.note(self._stepper.settle)
         call = torch.compiler.disable(self._call) if is_compiled(self.model) else self._call
-        changes.set(self.target, self._entry, call)
+        changes.wrap(self.target, _entry(self.target), call)
         changes.note(self._forward.end_step)  # which is undone first: a snapshot knows of the changes above
 
     def drain(self, is_last: bool = False, skipped: bool = False) -> bool:
@@ -248,11 +246,10 @@ class Adaptation(Uncopied):
 
     # ------------------------------------------------------------------------------------------- the way of a batch
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, target_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the target's call: adapt to the batch, then make the call."""
         if self._is_under_way():  # the engine's own pass, or a call that the target's forward makes of itself
-            call_target = self._plain_call if self._forward.is_plain else self._target_call
-            return call_target(*args, **kwargs)
+            return (self._plain_call if self._forward.is_plain else target_call)(*args, **kwargs)
         call = _CallUnderWay()
         self._under_way = weakref.ref(call)
         try:
@@ -260,10 +257,10 @@ class Adaptation(Uncopied):
             self._replay.end_batch()
             self.calls += 1
             if self._forward.ranks is not None and self._forward.ranks.over:
-                return self._target_call(*args, **kwargs)  # after the streams, in which the others have no part
+                return target_call(*args, **kwargs)  # after the streams, in which the others have no part
             self._adapt(args, kwargs)
             self._replay.start_pass()
-            output = self._target_call(*args, **kwargs)
+            output = target_call(*args, **kwargs)
             with torch.inference_mode(False):
                 self._stepper.end_call(output)
             return output

@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -75,7 +74,7 @@ class TokenMemory:
             tokens: the tokens of each modality in the current batch.
         """
         self.current, self._past = None, []
-        changes.set(self.block, "forward", partial(self._run, self.block.forward, tokens))
+        changes.wrap(self.block, "forward", self._run, tokens)
 
     def tokens_of_all(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
         """Return the tokens of each modality in all batches at once, if they are `tokens` in the current one."""
@@ -97,7 +96,7 @@ class TokenMemory:
             else:  # Python 3.10
                 log.warning(note)
 
-    def _run(self, forward: Callable[..., Any], tokens: Mapping[str, Tokens], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, tokens: Mapping[str, Tokens], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         *past, current = self.enter(leaves, tokens)
         for i in current.tensors:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -105,11 +104,9 @@ class FrozenReplay(Uncopied):
             if compiled_entry(module) == "forward":  # its plain forward is known by what stands there
                 changes.hook(module, "register_forward_pre_hook", lambda *_: self._pass_fusion())
             else:
-                entry = compiled_entry(module) or "forward"
-                changes.set(module, entry, partial(self._enter, getattr(module, entry)))
+                changes.wrap(module, compiled_entry(module) or "forward", self._enter)
         for key, module in self._modules.items():
-            entry = compiled_entry(module) or "forward"
-            changes.set(module, entry, partial(self._call, key, getattr(module, entry)))
+            changes.wrap(module, compiled_entry(module) or "forward", self._call, key)
 
     def start_pass(self) -> None:
         """Begin a pass over the batch: the first one records, those after it replay."""

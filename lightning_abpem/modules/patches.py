@@ -67,6 +67,13 @@ class Changes(Uncopied):
         self.note(partial(_put_back, owner.__dict__, attribute, owner.__dict__.get(attribute, _MISSING)))
         owner.__dict__[attribute] = value
 
+    def wrap(self, owner: Any, attribute: str, wrapper: Callable[..., Any], *first: Any) -> None:
+        """Have calls of an instance's attribute go to `wrapper(*first, original, ...)`; its signature stays visible."""
+        original = getattr(owner, attribute)
+        stand_in: Any = partial(wrapper, *first, original)
+        stand_in.__wrapped__ = original
+        self.set(owner, attribute, stand_in)
+
     def hook(self, module: nn.Module, register: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a hook by the module's method of that name, such as `register_forward_hook`."""
         self.note(partial(_unhook, module, function))
