@@ -55,7 +55,7 @@ def evaluate(run: Run, checkpoint: Path) -> Row:
     model = DigitsModel.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     result = silent_trainer(callbacks=[abpem]).test(model, data, verbose=False)[0]
 
-    figures = {name.removeprefix("abpem/"): value for name, value in result.items()}
+    figures = {name.removeprefix("abpem/test/"): value for name, value in result.items()}
     return {**run.labels, "seed": run.seed, **figures, "accuracy": 100 * result["accuracy"]}
 
 

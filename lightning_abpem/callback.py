@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -20,10 +22,12 @@ from lightning_abpem.engine.checkpoint import check_form
 from lightning_abpem.engine.method import Method, Predicts
 from lightning_abpem.engine.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
 from lightning_abpem.engine.state_file import check_saved, read_state, write_state
-from lightning_abpem.trainer.run import Run, Stage
-from lightning_abpem.trainer.strategies import check_strategy
+from lightning_abpem.trainer.run import Outcome, Run, Stage
+from lightning_abpem.trainer.strategies import check_trainer
 
 __all__ = ["Options", "TestTimeAdaptation"]
+
+log = logging.getLogger(__name__)
 
 
 class Options(TypedDict, total=False):
@@ -154,11 +158,13 @@ class TestTimeAdaptation(Callback):
         Raises:
             ValueError: what the constructor could not know: names without a match, a model that is in training mode or
                 being adapted already, reset="dataloader".
+            MisconfigurationException: this callback adapts already, in a Trainer's run or an `attach`.
         """
         if self.settings.reset == "dataloader":
             raise ValueError(
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
+        self._refuse_second_use()
         with Adaptation(model, self.settings, report=rank_zero_info) as adaptation:
             self._resume(adaptation)
             self._attached, self.averages = adaptation, {}
@@ -242,20 +248,36 @@ class TestTimeAdaptation(Callback):
     # ----------------------------------------------------------------------- the hooks, in the order of a Trainer's run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end()  # a run that crashed before it could
+        self._refuse_second_use()
         if stage == "fit":  # its checkpoints are of other weights than those that were adapted before
             self._state = {}
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
-                _check_trainer(trainer)
+                check_trainer(trainer, own_stage, TestTimeAdaptation)
                 self._counts, self.averages = (0, 0), {}
-                self._run = Run(trainer, pl_module, own_stage, self.settings, self, self._logged, self._resume)
+                self._run = Run(trainer, own_stage, self.settings, self._logged, self._resume)
+                self._run.start(first=self)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None:
+            self._run.start_streams()
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int | None = None,
     ) -> None:
         if self._run is not None:
             self._run.start_batch(dataloader_idx)
+        elif trainer.state.fn in self.stages:
+            raise MisconfigurationException(
+                f"This callback does not adapt in this run of `trainer.{trainer.state.fn}`: its `setup` was not "
+                "called, or an exception has ended the run already. Give it to the Trainer before the run, and do not "
+                "go on after an exception."
+            )
 
     def on_test_batch_end(
         self,
@@ -271,50 +293,63 @@ class TestTimeAdaptation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
-            all_follow = self._run.end_stream()
+            self._run.end_streams()
             self.averages = self._run.averages()
-            if self._run.stage == "predict":  # there Lightning has no results and refuses to log
-                self._run.log(self._run.named(self.averages))
-            else:
-                # The same in every process, so that to average it says nothing new, and Lightning does not warn.
-                pl_module.log_dict(self._run.named(self.averages), add_dataloader_idx=False, sync_dist=all_follow)
+            self._run.log_averages()
             self._end(is_over=True)  # ahead of callbacks that swap weights back, as those of weight averages do
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end()
+        if self._run is not None and self._run.trainer is trainer:
+            try:
+                self._run.start_streams()  # if Lightning skipped the loop, for this process has no batch
+            finally:
+                self._end()
         if stage == "fit":
             self._loaded = None  # by a checkpoint that training went on from: of weights that are no more
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        run = self._run
+        if run is None or run.trainer is not trainer:  # but of a second one, which was refused
+            return
         try:
-            if self._run is not None:
-                self._run.abandon()
-        finally:
-            self._end()
+            try:
+                run.abandon()
+            finally:
+                self._end()
+        except Exception as error:  # to raise it would hide the exception that ends the run
+            log.warning("Another exception came up while %r ended the run: %r", exception, error)
 
+    on_validation_start = on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
 
+    def _refuse_second_use(self) -> None:
+        """Raise if this callback adapts already; put back what a run left that could not come to its end."""
+        run = self._run
+        if run is not None and (run.phase == "closing" or run.trainer.state.status != TrainerStatus.RUNNING):
+            self._end()
+        if self._run is not None or self._attached is not None:
+            where = "an `attach`" if self._run is None else f"`trainer.{self._run.stage}`"
+            raise MisconfigurationException(
+                f"This callback adapts in {where} already, which has not come to its end. Give each Trainer, and each "
+                "`attach`, that is to run inside another a callback of its own."
+            )
+
     def _end(self, is_over: bool = False) -> None:
-        run, self._run = self._run, None
-        if run is not None:
+        """Put everything back, unless that is done; keep the run's counts and its state.
+
+        Args:
+            is_over: the run came to its end, so that the next one begins at the source.
+        """
+        run = self._run
+        if run is None:
+            return
+        try:
             run.close()
-            self._counts, self._logged = run.counts, run.logged
-            self._state = {**run.state, "over": is_over} if run.state else self._state
-
-
-def _check_trainer(trainer: Any) -> None:
-    if not isinstance(trainer, Trainer):
-        raise MisconfigurationException(
-            f"This is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
-            "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
-        )
-    check_strategy(trainer.strategy)
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
-    count = sum(isinstance(callback, TestTimeAdaptation) for callback in callbacks)
-    if count > 1:
-        raise MisconfigurationException(
-            f"Expected one callback that adapts, but the Trainer has {count}: each would adapt the same model. Name "
-            "several fusion attentions in one: `fusion` takes a list of patterns."
-        )
+        finally:
+            updates, skipped, state = run.outcome or Outcome(0, 0, {})
+            self._counts, self._logged = (updates, skipped), run.figures.logged
+            self._state = {**state, "over": is_over} if state else self._state
+            if run.phase == "closed":
+                self._run = None

@@ -110,4 +110,4 @@ def test_the_readme_runs():
     namespace = {}
     for block in blocks:
         exec(block, namespace)
-    assert namespace["results"][0]["abpem/updated"] == 1
+    assert namespace["results"][0]["abpem/test/updated"] == 1

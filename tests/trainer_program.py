@@ -30,31 +30,35 @@ SAMPLES, BATCH_SIZE = 17, 4
 # divides by half of it, rounded down.
 UNEVEN = (((3, 2, 2, 1, 3), (2, 3)), ((2, 3), (1, 3, 1, 2)))
 LIMIT = 3
-LAST_EMPTY = (((3, 2, 2), (2, 3)), ((2, 4), ()))
-FIRST_EMPTY = (((), (2, 3)), ((2, 4), (1, 3, 2)))
-MIDDLE_EMPTY = (((3, 2), (), (2,)), ((2,), (4, 2), (2, 3)))
-ALL_EMPTY = (((3, 2), (2,)), ((), ()))
+EMPTY_FOR_BOTH = (((3, 2, 2), (), (2, 3)), ((2, 3), (), (3,)))
+EMPTY = {
+    "last": (((3, 2, 2), (2, 3)), ((2, 4), ())),
+    "first": (((), (2, 3)), ((2, 4), (1, 3, 2))),
+    "middle": (((3, 2), (), (2,)), ((2,), (4, 2), (2, 3))),
+    "all": (((3, 2), (2,)), ((), ())),
+    "only": (((3, 2),), ((),)),
+}
+EMPTY_NAMES = {"global": tuple(EMPTY), "local": ("first", "only")}
 
 
 class Model(Toy):
     """The toy in float64, with metrics of its own, one for each dataloader."""
 
-    def __init__(self, loaders: int = 1, fails_on: int | None = None, logs: bool = True) -> None:
+    def __init__(self, loaders: int = 1, fails_on: int | None = None) -> None:
         torch.manual_seed(0)
         super().__init__()
         self.accuracy = nn.ModuleList(MulticlassAccuracy(CLASSES, average="micro") for _ in range(loaders))
-        self.fails_on, self.logs = fails_on, logs
+        self.fails_on = fails_on
         self.double()
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         if batch_idx == 2 and self.global_rank == self.fails_on:
             raise ValueError("a sample that cannot be read")
         logits = self(*batch[:2])
-        if self.logs:
-            own = self.accuracy[dataloader_idx]
-            own(logits, batch[2])
-            self.log("accuracy", own, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(logits))
-            self.log("largest", logits.amax(1).mean(), on_epoch=True, sync_dist=True, batch_size=len(logits))
+        own = self.accuracy[dataloader_idx]
+        own(logits, batch[2])
+        self.log("accuracy", own, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(logits))
+        self.log("largest", logits.amax(1).mean(), on_epoch=True, sync_dist=True, batch_size=len(logits))
         return logits
 
     validation_step = test_step
@@ -201,28 +205,31 @@ class Program:
         self.trainer("predict", Write(self.out)).predict(Model(), loader(), return_predictions=False)
 
     def streams(self) -> None:
-        """The user's own dealing of the samples, in several dataloaders.
-
-        Where a process has no batch in one of them nothing is logged: Lightning's own averages would wait for it.
-        """
+        """The user's own dealing of the samples, in several dataloaders."""
         self.stream("unsized", Stream, UNEVEN)
         self.stream("sized", SizedStream, UNEVEN)
         self.stream("limited", Stream, UNEVEN, limit_test_batches=LIMIT)
-        self.stream("first empty", Stream, FIRST_EMPTY, logs=False)
-        self.stream("last empty", SizedStream, LAST_EMPTY, logs=False)
-        self.stream("middle empty", Stream, MIDDLE_EMPTY, logs=False)
-        self.stream("all empty", Stream, ALL_EMPTY, logs=False)
-        self.stream("reset", Stream, MIDDLE_EMPTY, logs=False, method={"reset": "dataloader"})
-        self.stream("skipped", SizedStream, ALL_EMPTY, logs=False)
+        self.stream("reset", Stream, UNEVEN, method={"reset": "dataloader"})
         self.stream("local", Stream, UNEVEN, method={"sync": "local"})
-        self.stream("local, skipped", SizedStream, ALL_EMPTY, logs=False, method={"sync": "local"})
+        self.stream("empty for both", Stream, EMPTY_FOR_BOTH)
 
-    def stream(self, run: str, kind: type[Stream], sizes: Any, logs: bool = True, **options: Any) -> None:
+    def stream(self, run: str, kind: type[Stream], sizes: Any, **options: Any) -> None:
         loaders = [DataLoader(kind([own[i] for own in sizes], i), batch_size=None) for i in range(len(sizes[0]))]
         runner = self.trainer(run, use_distributed_sampler=False, **options)
-        model = Model(len(loaders), logs=logs)
+        model = Model(len(loaders))
         model.allow_zero_length_dataloader_with_multiple_devices = True
         self.save_result(run, runner, runner.test(model, loaders, verbose=False))
+
+    def empty(self) -> None:
+        """A process has no batch of a dataloader of which the other has some: known by its length, or not."""
+        for sync, names in EMPTY_NAMES.items():
+            for name in names:
+                for kind in (Stream, SizedStream):
+                    run = f"{name}, {kind.__name__}, {sync}"
+                    try:
+                        self.stream(run, kind, EMPTY[name], method={"sync": sync})
+                    except RuntimeError as error:
+                        torch.save(str(error), self.out / f"{run}-error-{dist.get_rank()}.pt")
 
     def failing(self) -> None:
         """The second process fails at its third of five batches."""
@@ -247,7 +254,7 @@ class Program:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scenario", choices=["sampled", "predicted", "streams", "failing", "unreadable"])
+    parser.add_argument("scenario", choices=["sampled", "predicted", "streams", "empty", "failing", "unreadable"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--strategy", choices=["ddp", "ddp_spawn"], default="ddp")
     parser.add_argument("--devices", type=int, default=2)

@@ -177,25 +177,22 @@ class Adaptation(Uncopied):
         changes.wrap(self.target, _entry(self.target), call)
         changes.note(self._forward.end_step)  # which is undone first: a snapshot knows of the changes above
 
-    def drain(self, is_last: bool = False, skipped: bool = False) -> bool:
+    def drain(self, is_last: bool = False, is_empty: bool = False) -> None:
         """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one.
 
         Args:
-            is_last: whether this one will have none any more.
-            skipped: whether it has no part, either, in what Lightning exchanges after the streams.
+            is_last: this process will have no batch any more.
+            is_empty: this process had no batch of a dataloader that the others may have batches of.
 
-        Returns:
-            whether all processes have a part in that.
+        Raises:
+            RuntimeError: in all processes, if one `is_empty` and another has a batch.
         """
         ranks = self._forward.ranks
         if ranks is None:
-            return True
-        if is_last:
-            ranks.leave(skipped)
-        ranks.resting = False
-        while not (ranks.over or (ranks.resting and not is_last)):
+            return
+        ranks.leave(is_last, is_empty)
+        while not (ranks.done or (ranks.is_idle and not is_last)):
             self._adapt(None, None)
-        return not ranks.some_skipped
 
     def abandon(self) -> None:
         """Tell the other processes that this one fails, so that they stop too."""
@@ -256,7 +253,7 @@ class Adaptation(Uncopied):
             self._forward.drop()  # what a call that was interrupted has left
             self._replay.end_batch()
             self.calls += 1
-            if self._forward.ranks is not None and self._forward.ranks.over:
+            if self._forward.ranks is not None and self._forward.ranks.done:
                 return target_call(*args, **kwargs)  # after the streams, in which the others have no part
             self._adapt(args, kwargs)
             self._replay.start_pass()

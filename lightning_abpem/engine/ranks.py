@@ -20,10 +20,10 @@ from torch import Tensor
 from lightning_abpem.attention.statistics import Comparison, Pair
 from lightning_abpem.functional import ScoreStatistics
 
-__all__ = ["GlobalBatch", "Ranks", "process", "several_processes"]
+__all__ = ["GlobalBatch", "Ranks", "process", "refuse_empty", "several_processes"]
 
 log = logging.getLogger(__name__)
-_SKIPPED, _GONE, _OUT, _BATCH, _FAILED = range(5)
+_GONE, _OUT, _EMPTY, _BATCH, _FAILED = range(5)
 _COLUMNS = 6  # of a comparison: mean, deviation and whether it is seen, of the cross and of the self block
 
 
@@ -48,20 +48,39 @@ class _Form(NamedTuple):
 
 
 def several_processes() -> bool:
-    """Whether torch.distributed runs, with more than one process."""
+    """Return True if torch.distributed runs with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def process() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Return this process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if several_processes() else (0, 1)
+
+
+def refuse_empty(has_batch: Sequence[bool], dataloader: int | None = None) -> None:
+    """Raise if some processes have a batch of a dataloader and others have none.
+
+    Args:
+        has_batch: one answer for each process, the same list in all of them.
+        dataloader: its index, if that is known.
+
+    Raises:
+        RuntimeError: naming the processes without a batch.
+    """
+    without = [rank for rank, has in enumerate(has_batch) if not has]
+    if 0 < len(without) < len(has_batch):
+        which = "a dataloader" if dataloader is None else f"dataloader {dataloader}"
+        raise RuntimeError(
+            f"Expected every process to have a batch of {which}, but got none in process "
+            f"{', '.join(map(str, without))}. Give each process at least one, as Lightning's own sampler does."
+        )
 
 
 class Ranks:
     """The processes of the default process group, each with a stream of its own.
 
-    All of them call `global_batch` and `sum` in the same order. A process whose stream is over goes on doing so, with
-    nothing, until all are over; one that fails says so with `abandon` where the others expect its next batch.
+    All of them call `global_batch` and `sum` in the same order. A process without further batches calls them too, with
+    nothing, until no process has one. One that fails calls `abandon` where the others expect its next batch.
 
     Args:
         device: where the model is, and what is exchanged.
@@ -69,10 +88,9 @@ class Ranks:
     Attributes:
         rank: this process's number.
         size: the number of processes.
-        resting: whether no process had a batch the last time.
-        over: whether none will have one any more, or one has failed.
-        updates: how many steps this process has taken, which is the same in all; set by who takes them.
-        some_skipped: whether one will exchange nothing but these batches; see `leave`.
+        is_idle: no process had a batch in the last exchange.
+        done: no process will have a batch any more, or one has failed.
+        updates: the number of steps taken, which is the same in all processes; set by the stepper.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -82,7 +100,7 @@ class Ranks:
         self._without = _OUT  # what this process is while it has no batch
         self._in_step = False
         self.updates = 0
-        self.resting = self.over = self.some_skipped = False
+        self.is_idle = self.done = False
 
     def global_batch(
         self,
@@ -101,7 +119,7 @@ class Ranks:
             None if no process has a batch. One without samples if all that there are have none.
 
         Raises:
-            RuntimeError: if another process failed, or has taken other steps.
+            RuntimeError: if another process failed or has taken other steps, or one has no batch of a dataloader.
         """
         attention, status = attention or {}, self._without if logits is None else _BATCH
         if samples == 0:  # of an empty batch nothing is known, not even how many figures it has
@@ -113,21 +131,23 @@ class Ranks:
         header = self._exchange(status, samples, stored, self._form is not None, self.updates)
         statuses = [row[0] for row in header]
         if _FAILED in statuses:
-            self.over = True
+            self.done = True
             raise RuntimeError(
                 f"Process {statuses.index(_FAILED)} stopped with an error, which it has reported; the steps of this "
                 f'one, {self.rank}, need its batches. With sync="local" each process adapts on its own stream.'
             )
         if len({row[4] for row in header}) > 1:
-            self.over = True
+            self.done = True
             raise RuntimeError(
                 f"The processes have taken different numbers of steps, {[row[4] for row in header]}, so their weights "
                 "are not the same: were the states that they go on from saved at different times?"
             )
-        self.resting, self.over = _BATCH not in statuses, max(statuses) <= _GONE
-        self.some_skipped = _SKIPPED in statuses
-        if self.resting:
+        self.is_idle, self.done = _BATCH not in statuses, max(statuses) <= _GONE
+        if self.is_idle:
             return None
+        if _EMPTY in statuses:
+            self.done = True
+            refuse_empty([status != _EMPTY for status in statuses])
         if not any(row[1] for row in header):
             return GlobalBatch(torch.empty(0, 0, device=self._device), 0, {})
         self._in_step = True
@@ -144,23 +164,25 @@ class Ranks:
         """All exchanges of a step are made; the next is that of the next batch."""
         self._in_step = False
 
-    def leave(self, skipped: bool = False) -> None:
-        """From now on this process has no batches.
+    def leave(self, is_last: bool = False, is_empty: bool = False) -> None:
+        """Take part without a batch from now on: the next exchanges are those of the other processes' batches.
 
         Args:
-            skipped: whether it takes no part in what the others exchange after their streams, either.
+            is_last: this process will have no batch any more.
+            is_empty: it had no batch of this dataloader, which is an error if another process has one.
         """
-        self._without = _SKIPPED if skipped else _GONE
+        self._without = _EMPTY if is_empty else _GONE if is_last else _OUT
+        self.is_idle = False
 
     def refuse_uneven(self, has_batch: bool) -> None:
-        """Hold the processes' streams against each other before a forward that needs all processes.
+        """Compare the processes' streams before a forward that needs all processes.
 
         Raises:
             RuntimeError: in all of them, if some have a batch and some have none, or one has failed.
         """
         statuses = [row[0] for row in self._exchange(_BATCH if has_batch else _OUT)]
         if len(set(statuses)) > 1:
-            self.over = True
+            self.done = True
             without = [rank for rank, status in enumerate(statuses) if status != _BATCH]
             raise RuntimeError(
                 f"Process {without} had no batch, or failed, while others had one, but the model is cut into shards, "
@@ -198,8 +220,8 @@ class Ranks:
 
         In the middle of a step they expect something else; they stop when they lose the connection to this one.
         """
-        if not self.over:
-            self.over = True
+        if not self.done:
+            self.done = True
             try:
                 if not self._in_step:
                     self._exchange(_FAILED)

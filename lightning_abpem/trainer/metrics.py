@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["RecordMean", "merge_means"]
+from lightning_abpem.engine.ranks import refuse_empty
+
+__all__ = ["Figure", "RecordMean", "merge_mean", "new_mean"]
 
 
 class RecordMean(Metric):
     """Sample-weighted mean of each figure of the steps' records.
 
-    What is not finite, as in a skipped step, is left out, and so are steps whose record does not have the figure.
+    Values that are not finite, as in a skipped step, are left out. So are steps without the figure in their record.
     """
 
     full_state_update = False
@@ -25,7 +27,7 @@ class RecordMean(Metric):
     weight: Tensor
 
     def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)  # in several processes `merge_means` does what there is to do
+        super().__init__(sync_on_compute=False)  # `merge_mean` does it
         self.names: list[str] = []
         self.add_state("total", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("weight", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
@@ -63,26 +65,52 @@ class RecordMean(Metric):
             self.total, self.weight = (F.pad(sums, (0, len(new))) for sums in (self.total, self.weight))
 
 
-def merge_means(
-    means: Mapping[int, RecordMean], device: torch.device, skipped: bool
-) -> tuple[dict[int, RecordMean], bool]:
-    """The means by dataloader over the samples of all processes, of which some may have seen none.
+class Figure(Metric):
+    """One figure of a dataloader, as a metric that Lightning can log: it is computed when Lightning asks for it.
 
     Args:
-        means: this process's.
-        device: where the merged ones are wanted.
-        skipped: something that this process wants known.
+        value: return the figure, a scalar on any device.
+    """
 
-    Returns:
-        the merged means, and whether any process was `skipped`.
+    full_state_update = False
+
+    def __init__(self, value: Callable[[], Tensor]) -> None:
+        super().__init__(sync_on_compute=False)
+        self._value = value
+        self.update()  # torchmetrics warns of a metric that is computed without an update
+
+    def update(self) -> None:
+        """Do nothing: the records are added elsewhere."""
+
+    def compute(self) -> Tensor:
+        """Return the figure."""
+        return self._value()
+
+
+def new_mean(device: torch.device) -> RecordMean:
+    """Return an empty mean on a device."""
+    mean = RecordMean()
+    if device.type == "mps":  # which has no float64
+        mean.set_dtype(torch.float32)
+    return mean.to(device)
+
+
+def merge_mean(mean: RecordMean | None, has_batch: bool, dataloader: int, device: torch.device) -> RecordMean | None:
+    """Return a dataloader's mean over the samples of all processes; all of them have to call this.
+
+    Args:
+        mean: this process's; None if no step was computed.
+        has_batch: this process had a batch of the dataloader.
+        dataloader: its index.
+        device: where the merged one is wanted.
+
+    Raises:
+        RuntimeError: in all processes, if some had a batch and others none.
     """
     everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, ({key: mean.cpu() for key, mean in means.items()}, skipped))
-    merged: dict[int, RecordMean] = {}
-    for own, _ in everybody:
-        for key, mean in own.items():
-            if key in merged:
-                merged[key].add(mean)
-            else:
-                merged[key] = mean
-    return {key: merged[key].to(device) for key in sorted(merged)}, any(gone for _, gone in everybody)
+    dist.all_gather_object(everybody, (has_batch, None if mean is None else mean.cpu()))
+    refuse_empty([has for has, _ in everybody], dataloader)
+    means = [own.to(device) for _, own in everybody if own is not None]
+    for other in means[1:]:
+        means[0].add(other)
+    return means[0] if means else None

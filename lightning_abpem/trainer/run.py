@@ -1,13 +1,11 @@
-"""One run of a Trainer's loop with the engine in it: opening and closing it, its log, its averages."""
+"""One run of a Trainer's loop with the engine in it, from setup to its end or an exception."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -16,69 +14,88 @@ from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.ranks import Ranks
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.modules.patches import substituted
-from lightning_abpem.trainer.metrics import RecordMean, merge_means
+from lightning_abpem.modules.patches import Changes
+from lightning_abpem.trainer.figures import Figures
+from lightning_abpem.trainer.streams import Streams
 
-__all__ = ["Run", "Stage"]
+__all__ = ["Outcome", "Run", "Stage"]
 
 Stage = Literal["test", "predict", "validate"]
 
 
+class Outcome(NamedTuple):
+    """What is left of a run: its counts, and the adaptation's state as it can be saved (empty if it never began)."""
+
+    updates: int
+    skipped: int
+    state: dict[str, Any]
+
+
 class Run:
-    """One run of a Trainer's loop with the engine in it, from setup to teardown or an exception.
+    """One run of a Trainer's loop with the engine in it. Nothing changes before `start`.
 
     Args:
         trainer: the Trainer.
-        module: what it runs.
-        stage: the function of the Trainer's.
+        stage: its function.
         settings: the engine's.
-        first: the callback that is to come first.
-        logged: steps handed to the loggers so far.
-        resume: called with the adaptation when it begins, for what was loaded.
+        logged: steps handed to the loggers so far, over all runs of the callback.
+        resume: called with the adaptation when it begins, to load a state.
 
     Attributes:
-        state: the adaptation's after the run, as it can be saved; empty if it never began.
+        adaptation: from the first batch on, until the end.
+        figures: what is logged.
+        outcome: known once the end has begun.
+        phase: "closing" from the first call of `close`, "closed" after one that put everything back.
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        module: LightningModule,
-        stage: Stage,
-        settings: Settings,
-        first: Callback,
-        logged: int,
-        resume: Callable[[Adaptation], None],
+        self, trainer: Any, stage: Stage, settings: Settings, logged: int, resume: Callable[[Adaptation], None]
     ) -> None:
-        self.trainer, self.module, self.stage, self._settings = trainer, module, stage, settings
-        self._prefix = settings.method.name.lower()
-        self.logged = logged  # steps handed to the loggers, over all runs of the callback
-        self._resume = resume
+        self.trainer, self.stage, self._settings, self._resume = trainer, stage, settings, resume
         self.adaptation: Adaptation | None = None
-        self.state: dict[str, Any] = {}
-        self._means: dict[int, RecordMean] = {}
-        self._pending: list[dict[str, Tensor]] = []
-        self._processes = trainer.world_size
-        self._dataloader, self._is_left, self._is_over, self._is_awaited = 0, False, False, False
-        self._training = {m: m.training for m in module.modules()}
-        self._loop: Any = getattr(trainer, f"{stage}_loop")
-        self._changes = ExitStack()
-        # First in line, so that an exception in another callback's on_exception cannot keep this one from restoring.
-        callbacks = sorted(trainer.callbacks, key=lambda callback: callback is not first)
-        self._change(trainer, "callbacks", callbacks)
-        # In normal mode from the start, nothing the loop makes (batches, metrics, lazy buffers) is an inference tensor.
-        if hasattr(self._loop, "inference_mode"):
-            self._change(self._loop, "inference_mode", False)
-        if self._processes > 1:
-            self._stay_with_others()
+        self.figures = Figures(trainer, f"{settings.method.name.lower()}/{stage}", logged)
+        self.outcome: Outcome | None = None
+        self.phase: Literal["running", "closing", "closed"] = "running"
+        self._streams = Streams(getattr(trainer, f"{stage}_loop"), trainer.world_size)
+        self._changes = Changes()
 
-    def start_batch(self, dataloader: int) -> None:
-        """Open the engine at the first batch: by then everybody has loaded their weights and set their modes."""
-        self._opened()
-        self._go_on_to(dataloader)
+    def start(self, first: Callback) -> None:
+        """Change the Trainer for the run.
+
+        In normal mode nothing that the loop makes (batches, metrics, lazy buffers) is an inference tensor, which
+        autograd refuses.
+
+        Args:
+            first: the callback whose hooks come first, so that no other can fail before it has put everything back.
+        """
+        self._changes.note(self.figures.flush)
+        callbacks = sorted(self.trainer.callbacks, key=lambda other: other is not first)
+        self._changes.set(self.trainer, "callbacks", callbacks)
+        loop = getattr(self.trainer, f"{self.stage}_loop")
+        if hasattr(loop, "inference_mode"):  # no documented name; without it the engine copies what it has to
+            self._changes.set(loop, "inference_mode", False)
+
+    def start_streams(self) -> None:
+        """Compare the lengths of the dataloaders between processes, if that has not been done.
+
+        Raises:
+            RuntimeError: in all processes, if one has no batch of a dataloader of which another has some.
+        """
+        self._streams.compare_lengths()
+
+    def start_batch(self, dataloader: int | None) -> None:
+        """Open the engine at the first batch: by then everybody has loaded their weights and set their modes.
+
+        Args:
+            dataloader: the index that Lightning gives to the hooks; None if they get none.
+        """
+        self._open()
+        self._go_on_to(self._streams.place(dataloader))
+        self._streams.has_batch = True
+        self._show()
 
     def end_batch(self) -> None:
-        """Hold the step against what it should have done: to call the target."""
+        """Raise unless the step called the target."""
         assert self.adaptation is not None
         if self.adaptation.calls == 0:
             target = self.adaptation.settings.target
@@ -87,150 +104,97 @@ class Run:
                 "nothing was adapted. Set the callback's `target` to the name of the module that the step calls with "
                 "the batch, and call it as a function, not by its `.forward`."
             )
+        self._show()
 
-    def end_stream(self, skipped: bool = False) -> bool:
-        """See the other processes through to the end of their streams, also if this one never had a batch.
-
-        Args:
-            skipped: whether Lightning has skipped the loop of this process, and exchanges nothing after it.
-
-        Returns:
-            whether all processes will take part in what Lightning exchanges after it.
-        """
-        self._is_over = True
-        if self._processes == 1:
-            return True
-        self._go_on_to(len(self._loop.max_batches) - 1)
-        all_follow = self._drain(is_last=True, skipped=skipped)
-        if self._settings.sync == "local":
-            self._means, some_skipped = merge_means(self._means, self.module.device, skipped)
-            all_follow = not some_skipped
-        return all_follow
-
-    def abandon(self) -> None:
-        """This process fails: the others must not wait for it."""
-        if self.adaptation is not None:
-            self.adaptation.abandon()
-        elif self._is_awaited and self._settings.sync == "global":  # it has not come to its first batch
-            Ranks(self.module.device).abandon()
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """The updates taken and the steps skipped so far."""
-        return (0, 0) if self.adaptation is None else (self.adaptation.updates, self.adaptation.skipped)
+    def end_streams(self) -> None:
+        """Take part in the other processes' steps until the last of their streams ends."""
+        if self._streams.processes > 1:
+            self._go_on_to(self._streams.last)
+            self._leave()
+            if self._settings.sync == "global":
+                self._drain(is_last=True)
+            self._streams.awaited = None
 
     def averages(self) -> dict[int, dict[str, Tensor]]:
-        """The figures' means so far, by dataloader."""
-        return {dataloader: mean.compute() for dataloader, mean in self._means.items()}
+        """Return the averages of the figures by dataloader and name."""
+        return self.figures.averages()
 
-    def log(self, figures: dict[str, Tensor]) -> None:
-        """Hand figures to the loggers, after the last step."""
-        self._flush()
-        for logger in self.trainer.loggers:
-            logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self.logged)
+    def log_averages(self) -> None:
+        """Hand the averages to the loggers in predict, where Lightning has no results and refuses to log."""
+        if self.stage == "predict":
+            self.figures.log_averages(self._streams.suffix)
 
-    def named(self, averages: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The averages under the names of the result dict, with the dataloader's where the run has several."""
-        batches = {"test": "num_test_batches", "predict": "num_predict_batches", "validate": "num_val_batches"}
-        several = len(getattr(self.trainer, batches[self.stage])) > 1
-        return {
-            f"{self._prefix}/{name}" + (f"/dataloader_idx_{dataloader}" if several else ""): value
-            for dataloader, means in averages.items()
-            for name, value in means.items()
-        }
+    def abandon(self) -> None:
+        """Tell the other processes, where they expect something of this one, that it fails."""
+        if self._streams.abandon():
+            return
+        if self.adaptation is not None:
+            self.adaptation.abandon()
+        elif self._streams.awaited == "batch" and self._settings.sync == "global":  # it has not come to its first one
+            Ranks(self.trainer.lightning_module.device).abandon()
 
     def close(self) -> None:
-        """Put everything back."""
+        """Put everything back, the weights first; to be called again until it raises nothing.
+
+        Raises:
+            BaseException: an error on the way, after everything else is put back.
+        """
+        self.phase = "closing"
         self._changes.close()
-        for module, training in self._training.items():
-            module.training = training
-        if self.adaptation is not None:
-            try:
-                self.state = self.adaptation.state_dict()
-            finally:
-                self.adaptation.close()
-            self._flush()
+        self.phase = "closed"
 
-    def _change(self, owner: Any, attribute: str, value: Any) -> None:
-        self._changes.enter_context(substituted(owner, attribute, value))
+    def _close_adaptation(self) -> None:
+        if self.adaptation is None:
+            return
+        try:
+            if self.outcome is None:  # the second time the weights may be back
+                self.outcome = Outcome(self.adaptation.updates, self.adaptation.skipped, {})
+                self.outcome = self.outcome._replace(state=self.adaptation.state_dict())
+        finally:
+            self.adaptation.close()
+            self.adaptation = None
 
-    def _stay_with_others(self) -> None:
-        """Be there for the others' steps where Lightning has no hook."""
-        run, reset = self._loop.run, self._loop.reset
-        store: Any = getattr(self._loop, "_store_dataloader_outputs", None)
-
-        def run_or_follow() -> Any:
-            result = run()
-            if not self._is_over and self._loop.max_batches:  # no batch here, so that Lightning skipped the loop
-                self.module.eval()  # as the loop would have
-                self.end_stream(skipped=True)
-            return result
-
-        def reset_last() -> None:
-            self._is_awaited = True  # all dataloaders are there: the next thing to exchange is a batch
-            reset()
-
-        def store_last() -> None:
-            self._leave()  # Lightning reduces metrics now: no process may be behind
-            store()
-
-        self._change(self._loop, "run", run_or_follow)
-        self._change(self._loop, "reset", reset_last)
-        if store is not None:  # predict has no metrics
-            self._change(self._loop, "_store_dataloader_outputs", store_last)
-
-    def _leave(self) -> None:
-        """See the other processes through the rest of this dataloader."""
-        if not self._is_left:
-            self._drain()
-            self._is_left = True
-
-    def _go_on_to(self, dataloader: int) -> None:
-        """Leave those before it one by one, each when all processes do: also those that had no batch for this one."""
-        while self._dataloader < dataloader:
-            self._leave()
-            if self._settings.reset == "dataloader" and self._dataloader in self._means:  # which had batches
-                adaptation = self._opened()
-                adaptation.reset() if self._processes == 1 else adaptation.reset_next()
-            self._dataloader += 1
-            self._is_left = False
-
-    def _drain(self, is_last: bool = False, skipped: bool = False) -> bool:
-        with self.trainer.precision_plugin.forward_context():  # as around a step
-            return self._opened().drain(is_last, skipped)
-
-    def _opened(self) -> Adaptation:
+    def _open(self) -> Adaptation:
         if self.adaptation is None:
             scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))
-            self.adaptation = Adaptation(self.module, self._settings, self._on_step, rank_zero_info, scale).__enter__()
+            model = self.trainer.lightning_module
+            self.adaptation = Adaptation(model, self._settings, self._on_step, rank_zero_info, scale)
+            self._changes.note(self._close_adaptation)
+            try:
+                self.adaptation.__enter__()
+            except Exception:  # after which it has closed itself
+                self.adaptation = None
+                raise
             self._resume(self.adaptation)
         return self.adaptation
 
+    def _go_on_to(self, dataloader: int) -> None:
+        """Leave the dataloaders before this one, each together with all processes."""
+        while self._streams.dataloader < dataloader:
+            self._leave()
+            if self._settings.reset == "dataloader" and self._streams.has_batch:
+                adaptation = self._open()
+                adaptation.reset() if self._streams.processes == 1 else adaptation.reset_next()
+            self._streams.go_on()
+
+    def _leave(self) -> None:
+        """Take part in the other processes' steps until none has a batch of the current dataloader."""
+        streams = self._streams
+        if not streams.is_left and streams.processes > 1:
+            streams.is_left = True
+            if self._settings.sync == "local":
+                self.figures.merge(streams.dataloader, streams.has_batch, self.trainer.lightning_module.device)
+            else:
+                self._drain(is_empty=not streams.has_batch)
+
+    def _drain(self, **place: bool) -> None:
+        with self.trainer.precision_plugin.forward_context():  # as around a step
+            self._open().drain(**place)
+
+    def _show(self) -> None:
+        if self.stage != "predict":
+            self.figures.show(self.trainer.lightning_module, self._streams.dataloader, self._leave)
+
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
-        if self._dataloader not in self._means:
-            self._means[self._dataloader] = _new_mean(record["loss"].device)
-        self._means[self._dataloader].update(record, samples)
-        if self.trainer.loggers and self.trainer.log_every_n_steps > 0:
-            self._pending.append(record)
-            if len(self._pending) >= self.trainer.log_every_n_steps:
-                self._flush()
-
-    def _flush(self) -> None:
-        """Hand each pending step to the loggers: one copy from the device for all of them."""
-        if not self._pending:
-            return
-        values = torch.stack([value.float() for record in self._pending for value in record.values()]).tolist()
-        rest = iter(values)
-        for record in self._pending:
-            figures = {f"{self._prefix}/{name}_step": next(rest) for name in record}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(figures, step=self.logged)
-            self.logged += 1
-        self._pending.clear()
-
-
-def _new_mean(device: torch.device) -> RecordMean:
-    mean = RecordMean()
-    if device.type == "mps":  # which has no float64
-        mean.set_dtype(torch.float32)
-    return mean.to(device)
+        dataloader = self._streams.dataloader
+        self.figures.add(record, samples, dataloader, self._streams.suffix(dataloader))

@@ -1,14 +1,15 @@
-"""Which of Lightning's strategies the adaptation can run under, said before anything runs."""
+"""Trainers and strategies under which a model can adapt, checked before anything runs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.single_device import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-__all__ = ["check_strategy"]
+__all__ = ["check_strategy", "check_trainer"]
 
 _INSTEAD = (
     'Use strategy="ddp" (or "ddp_spawn", "ddp_notebook"), ModelParallelStrategy with fully_shard (FSDP2), or one '
@@ -16,11 +17,37 @@ _INSTEAD = (
 )
 
 
-def check_strategy(strategy: Any) -> None:
-    """Hold a Trainer's strategy against what the engine needs: a model whose forward it can run, with whole weights.
+def check_trainer(trainer: Any, stage: str, kind: type[Any]) -> None:
+    """Raise unless a Trainer can run a callback that adapts.
+
+    Args:
+        trainer: the Trainer.
+        stage: its function.
+        kind: the class of callbacks that adapt, in their `stages`.
 
     Raises:
-        MisconfigurationException: saying what the strategy lacks, and what to use instead.
+        MisconfigurationException: naming what is in the way, and what to do instead.
+    """
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"This is a callback of `lightning.pytorch`, but got a Trainer from `{type(trainer).__module__}`. Import "
+            "Trainer and LightningModule from `lightning.pytorch` (`pytorch_lightning` is a separate copy of it)."
+        )
+    check_strategy(trainer.strategy)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unannounced
+    count = sum(isinstance(callback, kind) and stage in callback.stages for callback in callbacks)
+    if count > 1:
+        raise MisconfigurationException(
+            f"Expected one callback that adapts in `trainer.{stage}`, but the Trainer has {count}: each would adapt "
+            "the same model. Name several fusion attentions in one: `fusion` takes a list of patterns."
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise unless the engine can run the model's forward under a strategy, with whole weights.
+
+    Raises:
+        MisconfigurationException: naming what the strategy lacks, and what to use instead.
     """
     name = type(strategy).__name__
     if isinstance(strategy, FSDPStrategy):

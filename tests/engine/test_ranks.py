@@ -221,8 +221,27 @@ def saved_apart(rank):
         return updates, str(error)
 
 
+def without_a_batch(rank):
+    """Neither has a batch of the first dataloader; the second process has none of the second, either."""
+    model = make_toy().double()
+    error = None
+    with torch.no_grad(), METHODS["abpem"](optimizer=ADAM).attach(model) as adaptation:
+        adaptation.drain(is_empty=True)
+        try:
+            model(*stream([2])[0]) if rank == 0 else adaptation.drain(is_empty=True)
+        except RuntimeError as caught:
+            error = str(caught)
+        updates = adaptation.updates
+    return error, updates, weights_of(model)
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 def corner_cases(rank):
-    return {f.__name__: f(rank) for f in (with_empty_batches, resetting, resting, reached, saved_apart)}
+    cases = (with_empty_batches, resetting, resting, reached, saved_apart, without_a_batch)
+    return {f.__name__: f(rank) for f in cases}
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +249,13 @@ def corners():
     results = in_two_processes(corner_cases)
     assert not any(isinstance(result, Exception) for result in results), results
     return lambda function: [result[function.__name__] for result in results]
+
+
+def test_a_process_without_a_batch_of_a_dataloader_stops_all(corners):
+    for error, updates, weights in corners(without_a_batch):
+        assert "Expected every process to have a batch of a dataloader, but got none in process 1." in error
+        assert updates == 0
+        assert all(torch.equal(weights[name], p) for name, p in make_toy().double().named_parameters())
 
 
 def test_empty_batches(corners):

@@ -107,9 +107,9 @@ def test_the_result_dict_has_the_averages():
     result = trainer(abpem()).test(make_toy(), loader(), verbose=False)[0]
     pairs = [f"{figure}/{pair}" for figure in ("attention_gap", "divergence") for pair in PAIRS]
     names = ["loss", "principal_entropy", "entropy", "balance", *pairs, "updated"]
-    assert set(result) == {"hits", *(f"abpem/{name}" for name in names)}
+    assert set(result) == {"hits", *(f"abpem/test/{name}" for name in names)}
     for name in names:
-        assert result[f"abpem/{name}"] == pytest.approx(sum(r[name].item() for r in records) / 4, rel=1e-5)
+        assert result[f"abpem/test/{name}"] == pytest.approx(sum(r[name].item() for r in records) / 4, rel=1e-5)
 
 
 def test_averages_are_weighted_by_samples_and_leave_out_what_is_not_finite():
@@ -119,11 +119,11 @@ def test_averages_are_weighted_by_samples_and_leave_out_what_is_not_finite():
     callback = abpem()
     result = trainer(callback).test(make_toy(), DataLoader(stream, batch_size=None), verbose=False)[0]
     assert (callback.updates, callback.skipped) == (2, 1)
-    assert result["abpem/updated"] == pytest.approx(7 / 9)
+    assert result["abpem/test/updated"] == pytest.approx(7 / 9)
     model = make_toy()
     with torch.no_grad(), abpem().attach(model) as adaptation:
         losses = [(model(*args[:2]) is None or adaptation.record["loss"].item()) for args in (stream[0], stream[2])]
-    assert result["abpem/loss"] == pytest.approx((4 * losses[0] + 3 * losses[1]) / 7, rel=1e-5)
+    assert result["abpem/test/loss"] == pytest.approx((4 * losses[0] + 3 * losses[1]) / 7, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
@@ -136,13 +136,13 @@ def test_each_step_reaches_the_loggers(stage, every, tmp_path):
     logger.save()
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    steps = [row for row in rows if row["abpem/loss_step"]]
+    steps = [row for row in rows if row[f"abpem/{stage}/loss_step"]]
     assert [int(row["step"]) for row in steps] == [0, 1, 2, 3, 4]
-    assert len({row["abpem/loss_step"] for row in steps}) == 5
-    average = sum(float(row["abpem/loss_step"]) for row in steps) / 5
+    assert len({row[f"abpem/{stage}/loss_step"] for row in steps}) == 5
+    average = sum(float(row[f"abpem/{stage}/loss_step"]) for row in steps) / 5
     assert average == pytest.approx(callback.averages[0]["loss"].item(), rel=1e-4)
-    (epoch,) = (row for row in rows if row["abpem/loss"])
-    assert float(epoch["abpem/loss"]) == pytest.approx(average, rel=1e-4)
+    (epoch,) = (row for row in rows if row[f"abpem/{stage}/loss"])
+    assert float(epoch[f"abpem/{stage}/loss"]) == pytest.approx(average, rel=1e-4)
 
 
 def test_it_says_what_adapts_once(caplog):
@@ -159,7 +159,9 @@ def test_several_dataloaders():
     alone = [trainer(abpem()).test(make_toy(), one, verbose=False)[0] for one in loaders]
     for index, expected in enumerate(alone):
         assert results[index][f"hits/dataloader_idx_{index}"] == expected["hits"]
-        assert results[0][f"abpem/loss/dataloader_idx_{index}"] == pytest.approx(expected["abpem/loss"], rel=1e-6)
+        own = {name.removesuffix(f"/dataloader_idx_{index}"): value for name, value in results[index].items()}
+        assert own == pytest.approx(expected, rel=1e-6)
+        assert {f"abpem/test/{name}" for name in callback.averages[index]} == set(expected) - {"hits"}
     assert callback.updates == 5
     model = make_toy()
     trainer(abpem()).test(model, loaders, verbose=False)
@@ -176,7 +178,7 @@ def test_validation_adapts_only_when_asked():
     result = trainer(abpem(stages=("validate",))).validate(asked, loader(), verbose=False)[0]
     expected = predictions(make_toy(), batches())
     assert all(torch.equal(a, b) for a, b in zip(asked.seen, expected, strict=True))
-    assert result["abpem/updated"] == 1
+    assert result["abpem/validate/updated"] == 1
 
 
 def test_fit_is_never_touched():
@@ -219,7 +221,8 @@ def test_everything_is_put_back(hook, error):
     except (ValueError, SystemExit):
         assert hook is not None
     after = fingerprint(model)
-    for changed_by_lightning in ("grad", "attributes"):  # Trainer.test zeroes .grad; the module keeps its trainer
+    # Trainer.test zeroes .grad and leaves training flags after a crash as they are; the module keeps its trainer.
+    for changed_by_lightning in ("grad", "attributes", *([] if hook in (None, "teardown") else ["training"])):
         before.pop(changed_by_lightning), after.pop(changed_by_lightning)
     assert after == before
     assert same_state(state, model.state_dict())
@@ -423,7 +426,7 @@ def test_the_target_is_never_called():
 
 def test_given_twice():
     callback = abpem()
-    with pytest.raises(MisconfigurationException, match="one callback that adapts, but the Trainer has 2"):
+    with pytest.raises(MisconfigurationException, match="adapts in `trainer.test`, but the Trainer has 2"):
         trainer(callback, Tent()).test(make_toy(), loader(), verbose=False)
     for pair in ((callback, callback), (abpem(), abpem())):  # which Lightning finds first: their states have one name
         with pytest.raises(RuntimeError, match="more than one stateful callback of type `ABPEM`"):
@@ -533,13 +536,13 @@ def test_steps_in_the_loggers_go_on_over_runs(tmp_path):
         runner.predict(make_toy(), loader(3))
     logger.save()
     with open(f"{logger.log_dir}/metrics.csv") as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["abpem/loss_step"]]
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["abpem/predict/loss_step"]]
     assert steps == list(range(6))
 
 
 def test_names_do_not_depend_on_the_data():
     results = trainer(abpem()).test(make_toy(), [loader(2), DataLoader([], batch_size=1)], verbose=False)
-    assert "abpem/loss/dataloader_idx_0" in results[0]
+    assert "abpem/test/loss/dataloader_idx_0" in results[0]
 
 
 def test_a_step_may_skip_a_batch():
@@ -578,5 +581,5 @@ def test_no_step_logs_when_the_trainer_wants_none(tmp_path):
     logger.save()
     with open(f"{logger.log_dir}/metrics.csv") as file:
         (row,) = csv.DictReader(file)
-    assert "abpem/loss_step" not in row
-    assert float(row["abpem/updated"]) == 1
+    assert "abpem/predict/loss_step" not in row
+    assert float(row["abpem/predict/updated"]) == 1

@@ -1,6 +1,7 @@
 """A Trainer with two real processes, however they are launched: what one process gives with the whole batch."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache, partial
@@ -9,17 +10,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_abpem.engine.forward import Observer
+from lightning_abpem.engine.forward import Forward
 from lightning_abpem.engine.ranks import GlobalBatch, Ranks
 from tests.ranks import WORLD, free_port
 from tests.reference import same_state
 from tests.trainer_program import (
-    ALL_EMPTY,
     BATCH_SIZE,
-    FIRST_EMPTY,
-    LAST_EMPTY,
+    EMPTY,
+    EMPTY_FOR_BOTH,
+    EMPTY_NAMES,
     LIMIT,
-    MIDDLE_EMPTY,
     SAMPLES,
     UNEVEN,
     Keep,
@@ -194,35 +194,33 @@ def test_dataloaders_whose_lengths_differ_by_process(streams, name, limit, tmp_p
     compare_results(left_by(out, f"{name}-result"), result)
 
 
-EMPTY = {"first": FIRST_EMPTY, "middle": MIDDLE_EMPTY, "last": LAST_EMPTY, "all": ALL_EMPTY}
-
-
-@pytest.mark.parametrize(("name", "sizes"), [(f"{which} empty", sizes) for which, sizes in EMPTY.items()])
-def test_a_process_without_a_batch_in_a_dataloader(streams, name, sizes, tmp_path):
-    out, output, _ = streams
-    assert (out / f"{name}-result-0.pt").exists(), output
-    batches, sizes = dataloaders(sizes)
-    twin, _ = in_one_process("test", batches, tmp_path)
-    compare(left_by(out, name), twin, sizes)
-
-
 def test_all_return_to_the_source_at_a_new_dataloader(streams, tmp_path):
     out, output, _ = streams
     assert (out / "reset-result-0.pt").exists(), output
-    batches, sizes = dataloaders(MIDDLE_EMPTY)
+    batches, sizes = dataloaders(UNEVEN)
     twin, _ = in_one_process("test", batches, tmp_path, reset="dataloader")
     compare(left_by(out, "reset"), twin, sizes)
 
 
-def test_a_process_whose_loop_is_skipped(streams, tmp_path):
-    """Of a process whose dataloaders all have the length 0 Lightning calls no hook between setup and teardown."""
-    out, output, code = streams
-    assert code == 0, output
-    batches, sizes = dataloaders(ALL_EMPTY)
+def test_a_dataloader_of_which_no_process_has_a_batch(streams, tmp_path):
+    out, output, _ = streams
+    assert (out / "empty for both-result-0.pt").exists(), output
+    batches, sizes = dataloaders(EMPTY_FOR_BOTH)
+    assert sizes[1] == []
     twin, _ = in_one_process("test", batches, tmp_path)
-    own, skipped = left_by(out, "skipped")
-    compare([own], twin, sizes)
-    assert skipped["outputs"] == []
+    compare(left_by(out, "empty for both"), twin, sizes)
+
+
+def test_a_process_without_a_batch_in_a_dataloader_is_refused(tmp_path):
+    """In all processes, however the lengths come to be known; the weights are the source's again."""
+    output, code = finish(start(command("tests.trainer_program", "empty", tmp_path)))
+    assert code == 0, output
+    for sync, names in EMPTY_NAMES.items():
+        for name in names:
+            without = next(rank for rank in range(WORLD) if () in EMPTY[name][rank])
+            for kind in ("Stream", "SizedStream"):
+                for error in left_by(tmp_path, f"{name}, {kind}, {sync}-error"):
+                    assert re.search(rf"batch of .*dataloader.* none in process {without}\b", error)
 
 
 def test_each_on_its_own_stream(streams, tmp_path):
@@ -230,21 +228,19 @@ def test_each_on_its_own_stream(streams, tmp_path):
     out, output, code = streams
     assert code == 0, output
     assert "was called before the ``update`` method" not in output
-    for name, sizes in (("local", UNEVEN), ("local, skipped", ALL_EMPTY)):
-        everybody, total = left_by(out, name), 0
-        for rank, (seen, own) in enumerate(zip(everybody, sizes, strict=True)):
-            if not sum(map(len, own)):
-                assert seen["outputs"] == []
-                continue
-            loaders = [stream(each, i, rank) for i, each in enumerate(own)]
-            twin, _ = in_one_process("test", loaders, tmp_path)
-            for (_, logits), (_, expected) in zip(seen["outputs"], twin["outputs"], strict=True):
-                assert torch.equal(logits, expected)
-            assert same_state(seen["adapted"], twin["adapted"])
-            total += sum(own[0]) * twin["averages"][0]["entropy"]
-        for seen in everybody if name == "local" else everybody[:1]:  # of a skipped loop there are none
-            close_float32(seen["averages"][0]["entropy"], total / sum(sum(own[0]) for own in sizes))
-            assert same_state(seen["restored"], weights_of(Model()))
+    everybody, total = left_by(out, "local"), 0
+    for rank, (seen, own) in enumerate(zip(everybody, UNEVEN, strict=True)):
+        loaders = [stream(each, i, rank) for i, each in enumerate(own)]
+        twin, _ = in_one_process("test", loaders, tmp_path)
+        for (_, logits), (_, expected) in zip(seen["outputs"], twin["outputs"], strict=True):
+            assert torch.equal(logits, expected)
+        assert same_state(seen["adapted"], twin["adapted"])
+        total += sum(own[0]) * twin["averages"][0]["entropy"]
+    average = total / sum(sum(own[0]) for own in UNEVEN)
+    for seen, result in zip(everybody, left_by(out, "local-result"), strict=True):
+        close_float32(seen["averages"][0]["entropy"], average)
+        assert result[0]["abpem/test/entropy/dataloader_idx_0"] == pytest.approx(average.item(), abs=1e-6)
+        assert same_state(seen["restored"], weights_of(Model()))
 
 
 def test_a_process_that_fails_ends_the_program(tmp_path):
@@ -266,7 +262,7 @@ class Unreachable(Ranks):
     """The other processes, as they look to one that fails after they are gone."""
 
     def __init__(self):
-        self.over, self.some_skipped, self.updates, self._in_step = False, False, 0, False
+        self.done, self.updates, self._in_step = False, 0, False
 
     def global_batch(self, logits, samples, attention):
         return GlobalBatch(logits, samples, attention)
@@ -279,7 +275,7 @@ class Unreachable(Ranks):
 
 
 def test_a_failure_shows_and_weights_return_also_if_the_others_are_gone(monkeypatch, caplog):
-    monkeypatch.setattr(Observer, "find_ranks", lambda observer: setattr(observer, "ranks", Unreachable()))
+    monkeypatch.setattr(Forward, "find_ranks", lambda forward: setattr(forward, "ranks", Unreachable()))
     model = Model(fails_on=0)
     with pytest.raises(ValueError, match="a sample that cannot be read"):
         trainer(adapting(), devices=1).test(model, DataLoader(stream([2] * 5, 0, 0), batch_size=None), verbose=False)
