@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,7 +20,6 @@ __all__ = [
     "adapt_once",
     "check_eval",
     "encoders_around",
-    "substituted",
     "watch_outputs",
     "without_inference_tensors",
     "without_nested_tensors",
@@ -247,11 +246,3 @@ def without_nested_tensors(changes: Changes, encoders: Collection[nn.Transformer
     """Keep encoders from packing padded batches into nested tensors, which only their fast path can read."""
     for encoder in encoders:
         changes.set(encoder, "use_nested_tensor", False)
-
-
-@contextmanager
-def substituted(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    """Stand `value` in for an instance's attribute while the block lasts."""
-    with Changes() as changes:
-        changes.set(owner, attribute, value)
-        yield
