@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from lightning_abpem.trainer.figures import Figures
 from lightning_abpem.trainer.streams import Streams
 
 __all__ = ["Outcome", "Run", "Stage"]
+
+_PATIENCE = 20  # steps without a call of the target
 
 Stage = Literal["test", "predict", "validate"]
 
@@ -52,6 +54,7 @@ class Run:
         self, trainer: Any, stage: Stage, settings: Settings, logged: int, resume: Callable[[Adaptation], None]
     ) -> None:
         self.trainer, self.stage, self._settings, self._resume = trainer, stage, settings, resume
+        self._without_call = 0
         self.adaptation: Adaptation | None = None
         self.figures = Figures(trainer, f"{settings.method.name.lower()}/{stage}", logged)
         self.outcome: Outcome | None = None
@@ -95,19 +98,33 @@ class Run:
         self._show()
 
     def end_batch(self) -> None:
-        """Raise unless the step called the target."""
+        """Warn if the first step did not call the target; raise if many have not."""
         assert self.adaptation is not None
         if self.adaptation.calls == 0:
-            target = self.adaptation.settings.target
-            raise MisconfigurationException(
-                f"The {self.stage} step ended without calling {f'`{target}`' if target else 'the LightningModule'}, so "
-                "nothing was adapted. Set the callback's `target` to the name of the module that the step calls with "
-                "the batch, and call it as a function, not by its `.forward`."
-            )
+            self._without_call += 1
+            if self._without_call == 1:
+                rank_zero_warn(f"{self._missing_call()} Steps that skip their batch are waited for.")
+            if self._without_call == _PATIENCE:
+                raise MisconfigurationException(self._missing_call())
         self._show()
 
+    def _missing_call(self) -> str:
+        assert self.adaptation is not None
+        target = self.adaptation.settings.target
+        return (
+            f"{self._without_call} {self.stage} steps ended without calling "
+            f"{f'`{target}`' if target else 'the LightningModule'}, so nothing was adapted. Set the callback's `target` "
+            "to the name of the module that the step calls with the batch."
+        )
+
     def end_streams(self) -> None:
-        """Take part in the other processes' steps until the last of their streams ends."""
+        """Take part in the other processes' steps until the last of their streams ends.
+
+        Raises:
+            MisconfigurationException: if no step has called the target.
+        """
+        if self._without_call and self.adaptation is not None and self.adaptation.calls == 0:
+            raise MisconfigurationException(self._missing_call())
         if self._streams.processes > 1:
             self._go_on_to(self._streams.last)
             self._leave()

@@ -100,6 +100,20 @@ def test_the_step_sees_adapted_logits(inference_mode, memory_batches):
     assert callback.updates == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*are waited for")
+@pytest.mark.parametrize("skipped", [{0, 1}, {2}])
+def test_steps_that_skip_their_batch_are_waited_for(skipped):
+    class Skips(Toy):
+        def test_step(self, batch, batch_idx):
+            if batch_idx not in skipped:
+                self(*batch[:2])
+
+    torch.manual_seed(0)
+    callback = abpem()
+    trainer(callback).test(Skips(), loader(), verbose=False)
+    assert callback.updates == 4 - len(skipped)
+
+
 def test_the_result_dict_has_the_averages():
     model = make_toy()
     with torch.no_grad(), abpem().attach(model) as adaptation:
@@ -411,11 +425,12 @@ class Outer(Toy):
         self.model(*batch[:2])
 
 
+@pytest.mark.filterwarnings("ignore:.*are waited for")
 def test_the_target_is_never_called():
     model = Outer()
     before = fingerprint(model)
     with pytest.raises(
-        MisconfigurationException, match="test step ended without calling the LightningModule.*`target`"
+        MisconfigurationException, match="test steps ended without calling the LightningModule.*`target`"
     ):
         trainer(abpem(fusion="model.fusion.*.attn")).test(model, loader(), verbose=False)
     assert fingerprint(model)["hooks"] == before["hooks"]
