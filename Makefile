@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test fuzz-forwards lint docs results bench bench-gpu speech clean
+.PHONY: demo check-demo test fuzz-forwards fuzz-interrupts lint docs results bench bench-gpu speech clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m demo
@@ -23,6 +23,10 @@ test: .venv/test.done
 # Forwards put together at random, other ones every time, and the zoo in all ways. `make test` tries 300 of them.
 fuzz-forwards: .venv/test.done
 	FUZZ_FORWARDS=5000 ZOO=all $(BIN)/python -m pytest tests/zoo
+
+# Interrupts at 5,000 byte codes of opening, two batches and closing, in a quarter of an hour. `make test` tries 200.
+fuzz-interrupts: .venv/test.done
+	FUZZ_INTERRUPTS=5000 $(BIN)/python -m pytest tests/engine/test_interrupts.py -s
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,6 +23,7 @@ from lightning_abpem.engine.checkpoint import check_form
 from lightning_abpem.engine.method import Method, Predicts
 from lightning_abpem.engine.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
 from lightning_abpem.engine.state_file import check_saved, read_state, write_state
+from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer.run import Outcome, Run, Stage
 from lightning_abpem.trainer.strategies import check_trainer
 
@@ -165,18 +167,32 @@ class TestTimeAdaptation(Callback):
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
         self._refuse_second_use()
-        with Adaptation(model, self.settings, report=rank_zero_info) as adaptation:
-            self._resume(adaptation)
-            self._attached, self.averages = adaptation, {}
+        adaptation = Adaptation(model, self.settings, report=rank_zero_info)
+        with Changes() as changes:  # which are undone at the latest when this frame is gone
+            changes.note(partial(self._detach, adaptation))
+            adaptation.__enter__()
             try:
+                self._resume(adaptation)
+                self._attached, self.averages = adaptation, {}
                 yield adaptation
                 adaptation.drain(is_last=True)
-            finally:
-                self._attached, self._counts = None, (adaptation.updates, adaptation.skipped)
+            except BaseException:
+                adaptation.abandon()
+                raise
+        self._state = {**self._state, "over": True}
+        if adaptation.calls == 0:
+            rank_zero_warn("The `with` block ended without a call of the target: nothing was adapted.")
+
+    def _detach(self, adaptation: Adaptation) -> None:
+        """Keep what an `attach` has come to, and close its adaptation; it can be called again."""
+        try:
+            if self._attached is adaptation:
+                self._counts = adaptation.updates, adaptation.skipped
                 self._state = adaptation.state_dict()
-            self._state = {**self._state, "over": True}
-            if adaptation.calls == 0:
-                rank_zero_warn("The `with` block ended without a call of the target: nothing was adapted.")
+        finally:
+            if self._attached is adaptation:
+                self._attached = None
+            adaptation.close()
 
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
         """What the stream of this run, or of the last, needs to go on: see `Adaptation.state_dict`.

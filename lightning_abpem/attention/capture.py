@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_abpem.attention.calls import (
     AttentionCall,
@@ -53,7 +53,7 @@ SOFTMAX = frozenset((F.softmax, torch.softmax, torch.special.softmax, Tensor.sof
 _STACKING = frozenset((torch.cat, torch.concat, torch.concatenate))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Watch(TorchFunctionMode):
     """Watches one attention module, between its forward pre-hook and its forward hook."""
 
@@ -64,12 +64,9 @@ class _Watch(TorchFunctionMode):
     softmaxed: list[_Softmax] = field(default_factory=list)
     stacked: set[tuple[int, int]] = field(default_factory=set)  # sizes of what may be heads behind one another
     folded: list[tuple[int, ...]] = field(default_factory=list)  # (B * H, N_q, N_k) of fused calls
-    entered: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
-
-    __hash__ = object.__hash__
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,7 +94,6 @@ class _Watch(TorchFunctionMode):
             self.folded.append((query.shape[0], query.shape[1], key.shape[1]))
 
     def enter(self, *_: Any) -> None:
-        self.entered = True
         self.fused.clear()
         self.softmaxed.clear()
         self.stacked.clear()
@@ -105,11 +101,11 @@ class _Watch(TorchFunctionMode):
         self.__enter__()
 
     def leave(self, module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
-        if not self.entered:
-            return
-        self.entered = False
-        self.__exit__(None, None, None)
-        if output is not None:
+        """End the watch, if it is on: an interrupt may have come before it was, or while it ended."""
+        was_on = self in _get_current_function_mode_stack()
+        while self in _get_current_function_mode_stack():
+            self.__exit__(None, None, None)
+        if was_on and output is not None:
             self._check()
             self.calls.extend(self.fused or [_eager_call(self.attention, self.turn, self.softmaxed)])
             self.turn += 1

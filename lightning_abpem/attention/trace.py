@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,16 +99,15 @@ class _Tracer(TorchFunctionMode):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """While it lasts, every module of the model is followed."""
-        with ExitStack() as stack:
-            compiled = [module for module in self._model.modules() if compiled_entry(module) is not None]
-            eagerly(stack.enter_context(Changes()), compiled)
+        with Changes() as changes:
+            eagerly(changes, [module for module in self._model.modules() if compiled_entry(module) is not None])
             inner = {plain_name(name): module for name, module in self._model.named_modules()}
             for name, module in inner.items():
                 if isinstance(module, torch.jit.ScriptModule) or not name:  # a script takes no hooks from Python
                     continue
                 enter, leave = self._hooks(name)
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+                changes.hook(module, "register_forward_pre_hook", enter, with_kwargs=True)
+                changes.hook(module, "register_forward_hook", leave, always_call=True)
             with self:
                 yield
 

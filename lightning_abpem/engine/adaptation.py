@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class _CallUnderWay:
-    """A call of the target: it is under way as long as its frame holds this, also if an interrupt ends it."""
+    """Mark of a call of the target: it is under way as long as its frame holds this, also if an interrupt ends it."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -99,7 +99,7 @@ class Adaptation(Uncopied):
         check_entry(model, self.target)
         check_eval(model)
         self.calls = 0
-        self._under_way: weakref.ref[_CallUnderWay] | None = None
+        self._under_way: list[weakref.ref[_CallUnderWay]] = []  # the first one's turn it is
         self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
         in_memory = [] if self.memory is None else [self.memory.block]
@@ -245,10 +245,21 @@ class Adaptation(Uncopied):
 
     def _call(self, target_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the target's call: adapt to the batch, then make the call."""
-        if self._is_under_way():  # the engine's own pass, or a call that the target's forward makes of itself
+        first = self._first_call()
+        if first is not None and first.thread == threading.get_ident():
+            # The engine's own pass, or a call that the target's forward makes of itself.
             return (self._plain_call if self._forward.is_plain else target_call)(*args, **kwargs)
         call = _CallUnderWay()
-        self._under_way = weakref.ref(call)
+        try:
+            # To append is atomic: of two threads at once one is the first.
+            self._under_way.append(weakref.ref(call, self._under_way.remove))
+            self._refuse_two(call)
+            return self._adapted_call(target_call, args, kwargs)
+        finally:
+            del call, first  # also if somebody keeps the error, and this frame with it
+
+    def _adapted_call(self, target_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Adapt to the batch, then make the call."""
         try:
             self._forward.drop()  # what a call that was interrupted has left
             self._replay.end_batch()
@@ -262,36 +273,37 @@ class Adaptation(Uncopied):
                 self._stepper.end_call(output)
             return output
         finally:
-            self._under_way = None
-            self._forward.end_step()
             self._replay.end_batch()
 
     def _adapt(self, args: Any, kwargs: Any) -> None:
         """Take the steps for a batch; without one, None, take part in those of the other processes."""
-        if self._keeps_flags:
-            with torch.inference_mode(False), torch.enable_grad():
-                self._stepper.adapt(args, kwargs)
-            return
-        self._flags.freeze()
         try:
+            if not self._keeps_flags:
+                self._flags.freeze()
             with torch.inference_mode(False), torch.enable_grad():
                 self._stepper.adapt(args, kwargs)
         finally:
-            self._flags.thaw()
+            self._forward.end_step()  # of a pass that was broken off
+            if not self._keeps_flags:
+                self._flags.thaw()
 
-    def _is_under_way(self) -> bool:
-        """Return True if a call of the target is under way in this thread.
+    def _first_call(self) -> _CallUnderWay | None:
+        """Return the call that is under way; None if there is none."""
+        calls = (reference() for reference in tuple(self._under_way))
+        return next((call for call in calls if call is not None), None)
+
+    def _refuse_two(self, call: _CallUnderWay) -> None:
+        """Raise if a call of another thread came first.
 
         Raises:
-            RuntimeError: if one is under way in another thread.
+            RuntimeError: naming both threads.
         """
-        call = None if self._under_way is None else self._under_way()
-        if call is not None and call.thread != threading.get_ident():
+        first = self._first_call()
+        if first is not None and first is not call:
             raise RuntimeError(
-                f"{type(self.target).__name__} is called from thread {threading.get_ident()} while its call in thread "
-                f"{call.thread} is under way. It adapts to one batch at a time: use one thread, or a lock."
+                f"{type(self.target).__name__} is called from thread {call.thread} while its call in thread "
+                f"{first.thread} is under way. It adapts to one batch at a time: use one thread, or a lock."
             )
-        return call is not None
 
     def _report_step(self, record: Record, samples: int) -> None:
         if self.on_step is not None:

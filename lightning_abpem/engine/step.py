@@ -284,9 +284,9 @@ class Stepper:
                 self._state = computed.state
                 self.weights.skip(record["loss"])
         else:
+            self._unsettled = computed  # ahead of the step: none that is taken goes uncounted
             updated = self.weights.step(computed.gradients, record["loss"])
             self._scale.update(updated)
-            self._unsettled = computed
         self.record = record | {"updated": updated.to(record["loss"])}
         self._on_step(self.record, computed.samples)
 

@@ -80,18 +80,19 @@ class AdaptedWeights:
         Returns:
             Whether the step was taken: a bool scalar. `settle` tells the host.
         """
-        for old, master, gradient in zip(self._before, self._masters, gradients, strict=True):
+        for old, master in zip(self._before, self._masters, strict=True):
             old.copy_(master)
-            master.grad = None if gradient is None else gradient.to(master)
         step = self._step_on_device if reading_waits(loss) else self._step_on_host
         try:
+            for master, gradient in zip(self._masters, gradients, strict=True):
+                master.grad = None if gradient is None else gradient.to(master)
             taken = step(loss, *gradients)
-        except BaseException:
+            for master in self._masters:
+                master.grad = None
+            self._set(self._masters)
+        except BaseException:  # an interrupt is one, too
             self._take_back()
             raise
-        for master in self._masters:
-            master.grad = None
-        self._set(self._masters)
         return taken
 
     def settle(self) -> bool | None:
@@ -148,11 +149,13 @@ class AdaptedWeights:
         self._set(masters)
         self.updates, self.skipped, self.updates_since_reset = state["counts"]
 
+    @torch.no_grad()  # also if an interrupt kept the optimizer's enable_grad() from its end
     def _take_back(self) -> None:
         """Put the weights back to what they were before a step that failed, with a fresh optimizer."""
         for old, master in zip(self._before, self._masters, strict=True):
             master.copy_(old)
             master.grad = None
+        self._fate = None
         self.skipped += 1
         self._start()
         self._set(self._masters)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import ClassVar, TypeVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
 from lightning_abpem.engine.method import Method, Predicts
+from lightning_abpem.modules.patches import Changes
 
 __all__ = ["NormMethod", "batch_statistics", "norm_params", "running_mean"]
 
@@ -72,15 +74,34 @@ def norm_params(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.P
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let every batch normalisation use the batch's own mean and variance while the block lasts."""
-    kept = [(m, m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _BatchNorm)]
-    try:
-        for module, _, _ in kept:
-            module.running_mean = module.running_var = None
+    """Let every batch normalisation use the batch's own mean and variance while the block lasts.
+
+    The running ones are there as ever, but for the time of its forward.
+    """
+    with Changes() as changes:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                changes.note(partial(_put_back, module, module.running_mean, module.running_var))
+                changes.set(module, "forward", partial(_run_without_statistics, module, module.forward))
         yield
+
+
+def _run_without_statistics(module: _BatchNorm, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a batch normalisation, or of a subclass that does more, while it has no running statistics."""
+    mean, variance = module.running_mean, module.running_var
+    try:
+        module.running_mean = module.running_var = None
+        return forward(*args, **kwargs)
     finally:
-        for module, mean, variance in kept:
-            module.running_mean, module.running_var = mean, variance
+        _put_back(module, mean, variance)
+
+
+def _put_back(module: _BatchNorm, mean: Tensor | None, variance: Tensor | None) -> None:
+    """Put running statistics back where there are none."""
+    if module.running_mean is None:
+        module.running_mean = mean
+    if module.running_var is None:
+        module.running_var = variance
 
 
 def _is_norm(module: nn.Module) -> bool:

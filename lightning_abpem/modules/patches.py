@@ -42,7 +42,8 @@ class Changes(Uncopied):
     """A list of undoings, the last one first.
 
     Each is noted before its change is made, and does no harm if it is made twice. So an interrupt at any point loses
-    nothing: `close` can be called again until it is done.
+    nothing: `close` can be called again until it is done. It is called at the latest when nobody holds the list any
+    more, for an interrupt may come ahead of the first instruction of `close`.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,9 @@ class Changes(Uncopied):
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
         self.close()
 
     def __len__(self) -> int:

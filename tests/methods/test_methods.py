@@ -163,6 +163,37 @@ def test_batch_normalisation_uses_the_batch():
     assert reference.same_state(before, model.state_dict())
 
 
+class NormAct(nn.BatchNorm1d):
+    """Does more than to normalise, as timm's does."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, NormAct])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_running_statistics_are_there_while_batches_have_their_own(kind, compiled):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, WIDTH), kind(WIDTH), nn.Linear(WIDTH, CLASSES)).eval()
+    x = torch.randn(6, 3)
+    source = {name: value.clone() for name, value in model.state_dict().items()}
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        plain = run(x)
+        hidden = nn.functional.batch_norm(model[0](x), None, None, model[1].weight, model[1].bias, training=True)
+        with batch_statistics(model):
+            assert torch.equal(run(x), model[2](hidden.relu() if kind is NormAct else hidden))
+            assert reference.same_state(model.state_dict(), source)
+        assert torch.equal(run(x), plain)
+        with Tent(optimizer=SGD).attach(model):
+            model(x)
+            state = model.state_dict()
+            assert state.keys() == source.keys()
+            assert not torch.equal(state["1.weight"], source["1.weight"])
+            assert torch.equal(state["1.running_mean"], source["1.running_mean"])
+    assert reference.same_state(model.state_dict(), source)
+
+
 def test_norm_params():
     class RMSNorm(nn.Module):
         def __init__(self):
@@ -175,9 +206,6 @@ def test_norm_params():
     shared = nn.ModuleDict({"a": nn.LayerNorm((2, 6)), "b": nn.LayerNorm((2, 6))})
     shared["b"].weight = shared["a"].weight
     assert list(norm_params(shared)) == ["a.weight", "a.bias", "b.bias"]
-
-    class NormAct(nn.BatchNorm1d):
-        pass
 
     assert list(norm_params(nn.Sequential(NormAct(3)))) == ["0.weight", "0.bias"]
     with pytest.raises(ValueError, match="normalisation layers with weights .* found none outside a, b"):

@@ -1,0 +1,218 @@
+"""What fails in the user's code during a call: the call raises, no step is half made, and the next batch goes on."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_abpem.engine.adaptation import Adaptation
+from tests.engine.interrupts import Stateful, abpem, left_behind, marks
+from tests.toy import Toy, batches, loader, make_toy
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+WAYS = [{}, {"memory_batches": 2}, {"replay": False}, {"predicts": "before"}]
+
+
+def qkv(model):
+    return [p.detach().clone() for p in model.fusion[0].attn.qkv.parameters()]
+
+
+def without_the_second(options):
+    """The predictions for the first and the third batch, where the second never came."""
+    model = Stateful().eval()
+    with torch.no_grad(), abpem(optimizer=SGD, **options).attach(model):
+        return [model(*args) for i, args in enumerate(batches(3)) if i != 1]
+
+
+def run(callback, model, fail, taken=False):
+    """Three batches, of which the second fails; `fail(True)` makes it so. The step of it is `taken`, or is not."""
+    outputs, before = [], marks(model)
+    with torch.no_grad(), callback.attach(model) as adaptation:
+        for i, args in enumerate(batches(3)):
+            if i != 1:
+                outputs.append(model(*args))
+                continue
+            weights = qkv(model)
+            fail(True)
+            with pytest.raises(RuntimeError, match="lost"):
+                model(*args)
+            fail(False)
+            if not taken:
+                assert all(map(torch.equal, qkv(model), weights))
+            assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in Stateful().parameters()]
+            assert adaptation.updates == 1 + taken
+        assert adaptation.updates == 2 + taken
+    assert not left_behind(model, before)
+    return adaptation, outputs
+
+
+class Loses(torch.optim.SGD):
+    """Raises with a part of a step made."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if Loses.fails:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(100.0)
+            raise RuntimeError("the device is lost")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_an_optimizer_that_raises(options):
+    model = Stateful().eval()
+
+    def fail(fails):
+        Loses.fails = fails
+
+    callback = abpem(optimizer=partial(Loses, lr=0.1), **options)
+    adaptation, outputs = run(callback, model, fail)
+    assert adaptation.skipped == 1
+    assert all(map(torch.equal, outputs, without_the_second(options)))
+
+
+FAILS_AT = 0  # calls from now; outside the models, whose state is put back
+
+
+class Fragile(Stateful):
+    """Its forward fails at a call that is yet to come, with its state moved."""
+
+    def forward(self, audio, video):
+        global FAILS_AT
+        output = super().forward(audio, video)
+        if FAILS_AT:
+            FAILS_AT -= 1
+            if not FAILS_AT:
+                raise RuntimeError("the file is lost")
+        return output
+
+
+@pytest.mark.parametrize("options", WAYS)
+@pytest.mark.parametrize("at", ["the adapting pass", "the prediction"])
+def test_a_forward_that_raises(options, at):
+    model = Fragile().eval()
+    in_pass = at == "the adapting pass"
+
+    def fail(fails):
+        global FAILS_AT
+        FAILS_AT = (1 if in_pass else 2) if fails else 0
+
+    taken = not in_pass and options.get("predicts") != "before"
+    adaptation, outputs = run(abpem(optimizer=SGD, **options), model, fail, taken)
+    assert adaptation.skipped == 0
+    # A prediction that fails has moved the state, as it would have without the engine.
+    assert model.calls == int(model.total) == len(model.history) == int(model.kept["video"][0]) == 3 - in_pass
+    if not taken:
+        assert all(map(torch.equal, outputs, without_the_second(options)))
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_a_loss_that_raises(options, monkeypatch):
+    model, callback = Stateful().eval(), abpem(optimizer=SGD, **options)
+    kind = type(callback.settings.method)
+    loss = kind.loss
+    fails = []
+
+    def lost(self, step):
+        if fails:
+            raise RuntimeError("the loss is lost")
+        return loss(self, step)
+
+    monkeypatch.setattr(kind, "loss", lost)
+    adaptation, outputs = run(callback, model, lambda now: fails.append(1) if now else fails.clear())
+    assert adaptation.skipped == 0
+    assert all(map(torch.equal, outputs, without_the_second(options)))
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_an_observer_that_raises_loses_no_step(options):
+    def stream(on_step):
+        model = Stateful().eval()
+        before, outputs = marks(model), []
+        settings = abpem(optimizer=SGD, **options).settings
+        with torch.no_grad(), Adaptation(model, settings, on_step) as adaptation:
+            for i, args in enumerate(batches(3)):
+                try:
+                    outputs.append(model(*args))
+                except RuntimeError:
+                    assert i == 1
+            assert adaptation.updates == 3
+        assert not left_behind(model, before)
+        return outputs
+
+    seen = []
+
+    def observe(record, samples):
+        seen.append(samples)
+        if len(seen) == 2:
+            raise RuntimeError("the observer is lost")
+
+    whole = stream(None)
+    first, last = stream(observe)
+    assert torch.equal(first, whole[0])
+    assert torch.equal(last, whole[2])
+    assert len(seen) == 3
+
+
+class Broken(Logger):
+    name, version = "broken", 0
+
+    def log_metrics(self, metrics, step=None):
+        raise RuntimeError("the disk is lost")
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def test_a_logger_that_raises_leaves_nothing_behind(tmp_path):
+    model = make_toy()
+    before = {key: value for key, value in marks(model).items() if not key.startswith("attribute ")}
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=Broken(),
+        log_every_n_steps=1,
+        callbacks=[abpem()],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(RuntimeError, match="the disk is lost"):
+        trainer.test(model, loader())
+    after = marks(model)
+    assert {key: after[key] for key in before} == before
+
+
+class Logs(Toy):
+    """Logs in its own forward, as some do."""
+
+    def forward(self, audio, video):
+        logits = super().forward(audio, video)
+        self.log("largest", logits.detach().max(), batch_size=len(audio), reduce_fx="sum")
+        self.log_dict({"rows": float(len(audio))}, batch_size=len(audio), reduce_fx="sum")
+        return logits
+
+
+@pytest.mark.parametrize("memory_batches", [1, 2])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_a_forward_logs_is_logged_once_for_a_batch(memory_batches, steps, tmp_path):
+    class Collects(Broken):
+        def log_metrics(self, metrics, step=None):
+            pass
+
+    model = Logs().eval()
+    model.load_state_dict(make_toy().state_dict())
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=Collects(),
+        callbacks=[abpem(memory_batches=memory_batches, steps=steps)],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    (results,) = trainer.test(model, loader(3), verbose=False)
+    assert results["rows"] == 12
+    assert results["largest"] == pytest.approx(sum(float(x.max()) for x in model.seen), rel=1e-5)
+    assert "log" not in vars(model)
