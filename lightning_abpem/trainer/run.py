@@ -113,8 +113,8 @@ class Run:
         target = self.adaptation.settings.target
         return (
             f"{self._without_call} {self.stage} steps ended without calling "
-            f"{f'`{target}`' if target else 'the LightningModule'}, so nothing was adapted. Set the callback's `target` "
-            "to the name of the module that the step calls with the batch."
+            f"{f'`{target}`' if target else 'the LightningModule'}, so nothing was adapted. Set the callback's "
+            "`target` to the name of the module that the step calls with the batch."
         )
 
     def end_streams(self) -> None:
