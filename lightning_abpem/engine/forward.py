@@ -204,7 +204,7 @@ class Forward:
         run = self._target if self._calls_hooks else self._target.forward
         self.is_plain = self._is_plain
         try:
-            return run(*snapshot.args, **snapshot.kwargs)
+            return snapshot.call(run)
         finally:
             self.is_plain = False
 

@@ -16,14 +16,18 @@ _EMPTY: dict[Any, Any] = {}
 
 __all__ = [
     "Saved",
+    "SavedAttributes",
+    "SavedCache",
     "SavedCell",
     "SavedClass",
     "SavedDict",
     "SavedGenerator",
     "SavedModule",
+    "SavedScript",
     "SavedSequence",
     "SavedSet",
     "SavedSlots",
+    "SavedStream",
     "SavedValues",
     "slots_of",
 ]
@@ -101,6 +105,25 @@ class SavedDict(Saved):
         _write_dict(self._dict, items)
 
 
+class SavedAttributes(Saved):
+    """The attributes of a tensor, but for the compiler's own."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: Any, items: dict[str, Any] | None = None) -> None:
+        super().__init__(owner, items if items is not None else {})
+        if items is None:
+            self.items = self.given = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return {name: value for name, value in self.owner.__dict__.items() if not name.startswith("_dynamo")}
+
+    def _write(self, items: dict[str, Any]) -> None:
+        for name in self._read().keys() - items.keys():
+            self.owner.__dict__.pop(name, None)
+        self.owner.__dict__.update(items)
+
+
 class SavedModule(SavedDict):
     """The attributes of a module, and the entries of its parameters, buffers, submodules and hooks."""
 
@@ -122,6 +145,42 @@ class SavedModule(SavedDict):
                 _write_dict(table, before)
                 changed = True
         return changed
+
+
+class SavedScript(Saved):
+    """The attributes of a scripted module; each reading of a list is a new one."""
+
+    __slots__ = ("_names",)
+
+    def __init__(self, owner: Any) -> None:
+        kinds = owner._concrete_type.get_attributes()
+        self._names = [name for name, (_, is_parameter) in kinds.items() if not is_parameter]
+        super().__init__(owner, {})
+        self.items = self.given = self._read()
+
+    def restore(self) -> bool:
+        """Put the attributes back; return True if the pass had changed them."""
+        now = self._read()
+        changed = {name: value for name, value in self.items.items() if not _same(now[name], self.given[name])}
+        if changed or self.given is not self.items:
+            self._write(self.items)
+            self.given = self.items
+        return bool(changed)
+
+    def _read(self) -> dict[str, Any]:
+        return {name: self.owner._c.getattr(name) for name in self._names}
+
+    def _write(self, items: dict[str, Any]) -> None:
+        for name, value in items.items():
+            self.owner._c.setattr(name, value)
+
+
+def _same(x: Any, y: Any) -> bool:
+    if isinstance(x, list | tuple) and isinstance(y, list | tuple):
+        return len(x) == len(y) and all(map(_same, x, y))
+    if isinstance(x, dict) and isinstance(y, dict):
+        return list(x) == list(y) and all(map(_same, x.values(), y.values()))
+    return x is y or (isinstance(x, bool | int | float | complex | str) and x == y)
 
 
 class SavedSequence(Saved):
@@ -251,6 +310,43 @@ class SavedGenerator(Saved):
         return changed
 
 
+class SavedStream(Saved):
+    """The content of a file in memory, and the position in it."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner, {})
+        self._before = owner.getvalue(), owner.tell()
+
+    def restore(self) -> bool:
+        """Put content and position back; return True if the pass had changed them."""
+        changed = not self.owner.closed and (self.owner.getvalue(), self.owner.tell()) != self._before
+        if changed:
+            self.owner.seek(0)
+            self.owner.truncate()
+            self.owner.write(self._before[0])
+            self.owner.seek(self._before[1])
+        return changed
+
+
+class SavedCache(Saved):
+    """What `functools.lru_cache` keeps: only one that was empty can be put back."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner, {})
+        self._before = owner.cache_info()
+
+    def restore(self) -> bool:
+        """Empty the cache if it was empty; return True if the pass filled it."""
+        changed = bool(self.owner.cache_info().misses != self._before.misses)
+        if changed and not self._before.currsize:
+            self.owner.cache_clear()
+        return changed
+
+
 _SLOTS: dict[type, dict[str, Any]] = {}
 
 
@@ -263,7 +359,7 @@ def slots_of(kind: type) -> dict[str, Any]:
 
 def _own_slots(kind: type) -> Iterator[tuple[str, Any]]:
     names = kind.__dict__.get("__slots__", ())
-    for name in (names,) if isinstance(names, str) else names:
+    for name in {names} if isinstance(names, str) else {*names} - {"__weakref__", "__dict__"}:
         slot = kind.__dict__.get(name) or kind.__dict__.get(f"_{kind.__name__.lstrip('_')}{name}")
         if hasattr(slot, "__set__"):
             yield name, slot

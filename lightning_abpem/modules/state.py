@@ -10,16 +10,18 @@ Out of reach are variables of Python modules and the inside of objects that are 
 
 from __future__ import annotations
 
-import copy
+import contextvars
 import functools
 import io
 import random
 import sys
+import threading
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 from operator import is_not
-from types import CellType, FunctionType, MethodType
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
 import torch
@@ -27,17 +29,22 @@ from torch import Tensor, nn
 
 from lightning_abpem.modules.containers import (
     Saved,
+    SavedAttributes,
+    SavedCache,
     SavedCell,
     SavedClass,
     SavedDict,
     SavedGenerator,
     SavedModule,
+    SavedScript,
     SavedSequence,
     SavedSet,
     SavedSlots,
+    SavedStream,
     SavedValues,
     slots_of,
 )
+from lightning_abpem.modules.iterators import Refusing, copied
 from lightning_abpem.modules.patches import Uncopied
 from lightning_abpem.modules.randomness import RandomState
 from lightning_abpem.modules.tensors import SavedTensor, bit_sum, normal_tensor
@@ -45,13 +52,14 @@ from lightning_abpem.modules.tensors import SavedTensor, bit_sum, normal_tensor
 __all__ = ["Snapshot", "reachable"]
 
 _PLAIN = frozenset(
-    {int, float, complex, bool, str, bytes, type(None), range, slice, type, torch.dtype, torch.device, torch.Size}
+    {int, float, complex, bool, str, bytes, type(None), range, slice, torch.dtype, torch.device, torch.Size}
 )
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 _LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "tensorboard"}
 _OPAQUE = {*_LIBRARIES, *_LOGGERS, *sys.stdlib_module_names}  # their objects hold no state of a forward
-_WALKED = {"types", "collections", "argparse"}  # of the standard library: SimpleNamespace, UserDict, Namespace
+_WALKED = {"types", "collections", "argparse", "functools", "weakref", "queue"}  # UserDict, Queue, ...
 _STATELESS = {*_OPAQUE, "torchmetrics", "transformers", "timm", "torchvision", "torchaudio"}  # their classes
+_IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
 _STATELESS_KINDS: set[type] = set()
 _STANDARD = nn.Module().__dict__.keys()  # attributes of every module
 
@@ -90,8 +98,11 @@ class Snapshot(Uncopied):
         self._saved: list[Saved] = []
         self._tensors: list[SavedTensor] = []
         self._parameters: list[tuple[nn.Parameter, int]] = []
+        self._gradients: list[Tensor | None] = []  # of the parameters
+        self._bare: list[nn.Parameter] = []  # those without attributes
         self._sums: list[Tensor] = []
-        self._random = RandomState(target)
+        self._used: set[int] = set()
+        self._random, self._dtype = RandomState(target), torch.get_default_dtype()
         self.drew = False
         try:
             self._find(target, None, "the target")
@@ -118,8 +129,26 @@ class Snapshot(Uncopied):
             ValueError: if a tensor that cannot be put back was edited in place; it is named.
         """
         changed = {id(saved.owner) for saved in self._saved if saved.restore()}
+        for (p, _), gradient in zip(self._parameters, self._gradients, strict=False):
+            if p.grad is not gradient:
+                p.grad = gradient
+                changed.add(id(p))
+        changed.update(id(p) for p in self._bare if p.__dict__ and SavedAttributes(p, {}).restore())
+        if torch.get_default_dtype() != self._dtype:
+            torch.set_default_dtype(self._dtype)
+            changed.update(self._own)
         self.drew = self._random.restore() or self.drew
-        return changed | {saved.key for saved in self._tensors if saved.restore()}
+        return changed | self._used | {saved.key for saved in self._tensors if saved.restore()}
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """Call with the arguments of a pass, in a copy of the context, so that context variables keep their values."""
+        before = contextvars.copy_context()
+        own = before.copy()
+        try:
+            return own.run(function, *self.args, **self.kwargs)
+        finally:
+            if len(own) != len(before) or any(own[variable] is not before[variable] for variable in before):
+                self._used.update(self._own)  # any module may have set them
 
     def sum_parameters(self) -> None:
         """Let `check_parameters` hold all their bits too, for edits that do not count a version up."""
@@ -139,7 +168,8 @@ class Snapshot(Uncopied):
             names = {id(p): name for name, p in self._target.named_parameters()}
             raise ValueError(
                 f"Expected a forward that leaves its parameters alone, but it edited '{names.get(id(edited[0]))}' in "
-                "place. The adapting passes would edit it once more for every batch. Keep such a value in a buffer."
+                "place. The adapting passes would edit it once more for every batch. Keep such a value in a buffer, "
+                "and load the parameter again: this pass moved it."
             )
 
     # ------------------------------------------------------------------------------------------------------- finding
@@ -159,12 +189,16 @@ class Snapshot(Uncopied):
             own = self._own[id(x)] = handler(self, x)
         return own
 
+    def _find_fixed(self, x: Any, parent: Any, key: Any) -> None:
+        """Note an object in a place where nothing can stand in for it."""
+        if isinstance(own := self._find(x, parent, key), Refusing):
+            next(own)
+
     def _tensor(self, x: Tensor) -> Tensor:
         own = normal_tensor(x)
-        if x.__dict__:
-            self._save(SavedDict(x, x.__dict__))
-            if own is not x:
-                own.__dict__.update(x.__dict__)
+        self._save(SavedAttributes(x))
+        if own is not x:
+            own.__dict__.update(x.__dict__)
         if not x.is_inference():  # else its clone is the pass's own
             self._tensors.append(SavedTensor(own, id(x), functools.partial(self._name, x)))
         return own
@@ -178,13 +212,13 @@ class Snapshot(Uncopied):
         return type(x)(own) if hasattr(x, "n_sequence_fields") else tuple.__new__(type(x), own)
 
     def _iterator(self, x: Any) -> Any:
-        try:
-            return copy.copy(x)
-        except TypeError:
-            raise ValueError(
-                f"Expected state that can be copied, but {self._name(x)} is a {type(x).__name__}, which the adapting "
-                "pass would use up. Pass a list or a tensor instead."
-            ) from None
+        own = copied(x)
+        if own is None:
+            return Refusing(self._name(x), type(x))
+        self._used.add(id(x))  # nobody can tell whether the copy was
+        for part in x.__reduce__()[1]:
+            self._find(part, x, "its items")
+        return own
 
     def _name(self, x: Any) -> str:
         """Return where an object was found, in words."""
@@ -227,6 +261,12 @@ class Snapshot(Uncopied):
         for p in x._parameters.values():
             if p is not None and not p.is_inference():
                 self._parameters.append((p, p._version))
+                self._gradients.append(p.grad)
+                self._own[id(p)] = p
+                if p.__dict__:
+                    self._save(SavedAttributes(p))
+                else:
+                    self._bare.append(p)
         for name in ("_modules", "_forward_pre_hooks", "_forward_hooks"):
             for key, value in own[name].items():
                 self._find(value, x, key)
@@ -237,29 +277,39 @@ class Snapshot(Uncopied):
         self._find_classes(type(x))
 
     def _save_script(self, x: torch.jit.ScriptModule) -> None:
-        for name, buffer in x.named_buffers():
-            self._find(buffer, x, name)
+        for own in x.modules():
+            self._own[id(own)] = own
+            self._save(SavedScript(own))
 
     def _save_object(self, x: Any) -> None:
         """Save an object's attributes, and its items if it is a container besides."""
         if isinstance(x, dict):
-            self._save(SavedDict(x, x))
+            self._save_dict(x)
         elif isinstance(x, list | deque):
             self._save(SavedSequence(x))
         elif isinstance(x, set):
             self._save(SavedSet(x))
-        attributes = getattr(x, "__dict__", None)
-        if attributes:
-            self._save(SavedDict(x, attributes))
+        if type(x).__dictoffset__ or isinstance(x, threading.local):
+            self._save(SavedDict(x, x.__dict__))
         if slots := slots_of(type(x)):
             self._save(SavedSlots(x, slots))
         self._find_classes(type(x))
 
     def _save_dict(self, x: dict[Any, Any]) -> None:
         self._save(SavedDict(x, x))
+        if not _PLAIN.issuperset(map(type, x)):
+            self._save_parts(x)
+
+    def _save_parts(self, x: Iterable[Any]) -> None:
+        for part in x:
+            self._find_fixed(part, x, "one of its keys")
 
     def _save_list(self, x: list[Any]) -> None:
         self._save(SavedSequence(x))
+
+    def _class(self, x: type) -> type:
+        self._find_classes(x)
+        return x
 
     def _save_class(self, x: type) -> None:
         self._save(SavedClass(x))
@@ -269,6 +319,13 @@ class Snapshot(Uncopied):
 
     def _save_values(self, x: Any) -> None:
         self._saved.append(SavedValues(x))
+        if getattr(getattr(x, "dtype", None), "hasobject", False):
+            for item in x.flat:
+                self._find_fixed(item, x, "one of its items")
+
+    def _save_stream(self, x: io.BytesIO | io.StringIO) -> None:
+        if not x.closed:
+            self._saved.append(SavedStream(x))
 
     def _save_generator(self, x: Any) -> None:
         self._saved.append(SavedGenerator(x))
@@ -277,17 +334,36 @@ class Snapshot(Uncopied):
         for cell in x.__closure__ or ():
             self._find(cell, x, "its closure")
         for default in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
-            self._find(default, x, "its defaults")
-        if x.__dict__:
-            self._save(SavedDict(x, x.__dict__))
+            self._find_fixed(default, x, "its defaults")
+        self._save(SavedDict(x, x.__dict__))
 
-    def _save_method(self, x: MethodType) -> None:
-        self._find(x.__self__, x, "its object")
-        self._find(x.__func__, x, "its function")
+    def _save_method(self, x: Any) -> None:
+        self._find_fixed(x.__self__, x, "its object")
+        self._find(getattr(x, "__func__", None), x, "its function")
+
+    def _save_descriptor(self, x: Any) -> None:
+        for name in ("fget", "fset", "fdel", "__func__"):
+            self._find(getattr(x, name, None), x, "its function")
 
     def _save_partial(self, x: functools.partial[Any]) -> None:
         for part in (x.func, *x.args, *x.keywords.values()):
-            self._find(part, x, "its arguments")
+            self._find_fixed(part, x, "its arguments")
+
+    def _save_cache(self, x: Any) -> None:
+        self._saved.append(SavedCache(x))
+        self._find(x.__wrapped__, x, "its function")
+
+    def _save_reference(self, x: Any) -> None:
+        self._find(x(), x, "what it refers to")
+
+    def _save_proxy(self, x: Any) -> None:
+        try:
+            self._find(x.__init__.__self__, x, "what it refers to")
+        except ReferenceError:
+            return
+
+    def _save_variable(self, x: contextvars.ContextVar[Any]) -> None:
+        self._find_fixed(x.get(None), x, "its value")
 
     def _find_classes(self, kind: type) -> None:
         """Find the classes of an object, which may hold state, or functions that do."""
@@ -296,7 +372,7 @@ class Snapshot(Uncopied):
         if kind.__module__.partition(".")[0] in _STATELESS:
             _STATELESS_KINDS.add(kind)
             return
-        for own in kind.__mro__:
+        for own in {*type.mro(kind), *type.mro(type(kind))}:
             if own.__module__.partition(".")[0] not in _STATELESS and id(own) not in self._own:
                 self._own[id(own)] = own
                 self._places[id(own)] = (None, f"class {own.__name__}")
@@ -332,8 +408,16 @@ _HANDLERS: dict[type, _Handler | None] = {
     Tensor: Snapshot._tensor,
     FunctionType: _queued(Snapshot._save_function),
     MethodType: _queued(Snapshot._save_method),
+    BuiltinMethodType: _queued(Snapshot._save_method),
+    MethodWrapperType: _queued(Snapshot._save_method),
+    property: _queued(Snapshot._save_descriptor),
+    staticmethod: _queued(Snapshot._save_descriptor),
+    classmethod: _queued(Snapshot._save_descriptor),
     CellType: _queued(Snapshot._save_cell),
     bytearray: _queued(Snapshot._save_values),
+    weakref.ProxyType: _queued(Snapshot._save_proxy),
+    contextvars.ContextVar: _queued(Snapshot._save_variable),
+    type(functools.cache(len)): _queued(Snapshot._save_cache),
     random.SystemRandom: None,
 }
 """What is done with an object of a kind; None if it holds nothing that a forward could change."""
@@ -348,7 +432,7 @@ def _handler(kind: type) -> _Handler | None:
 
 def _find_handler(kind: type) -> _Handler | None:
     package = kind.__module__.partition(".")[0]
-    if issubclass(kind, Uncopied | nn.Parameter | type | frozenset):
+    if issubclass(kind, Uncopied | nn.Parameter | ModuleType):
         return None
     bases: dict[type, _Handler] = {
         Tensor: Snapshot._tensor,
@@ -356,6 +440,12 @@ def _find_handler(kind: type) -> _Handler | None:
         nn.Module: _queued(Snapshot._save_module),
         tuple: Snapshot._tuple,
         functools.partial: _queued(Snapshot._save_partial),
+        type: Snapshot._class,
+        io.BytesIO: _queued(Snapshot._save_stream),
+        io.StringIO: _queued(Snapshot._save_stream),
+        threading.local: _queued(Snapshot._save_object),
+        frozenset: _queued(Snapshot._save_parts),
+        weakref.ref: _queued(Snapshot._save_reference),
         array: _queued(Snapshot._save_values),
         torch.Generator: _queued(Snapshot._save_generator),
         random.Random: _queued(Snapshot._save_generator),
@@ -369,8 +459,8 @@ def _find_handler(kind: type) -> _Handler | None:
         return _queued(Snapshot._save_values) if hasattr(kind, "tobytes") and hasattr(kind, "__setitem__") else None
     if issubclass(kind, dict | list | set | deque):
         return _queued(Snapshot._save_object)
-    if hasattr(kind, "__next__") and not issubclass(kind, io.IOBase):
-        return Snapshot._iterator
+    if hasattr(kind, "__next__") and (package in _OPAQUE or not kind.__flags__ & _IN_PYTHON):
+        return None if issubclass(kind, io.IOBase) else Snapshot._iterator
     if package in _OPAQUE and package not in _WALKED:
         return None
     return _queued(Snapshot._save_object) if kind.__dictoffset__ or slots_of(kind) else None

@@ -61,17 +61,23 @@ class SavedTensor:
     def __init__(self, tensor: Tensor, key: int, name: Callable[[], str]) -> None:
         self._tensor, self.key, self._name, self._version = tensor, key, name, tensor._version
         self._alias = self._before = None
-        if type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized:
-            self._alias = tensor.data  # the same memory; the shape, the version and the history are its own
-            self._before = _without_repeats(self._alias).clone()
+        if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+            with torch._C.DisableTorchFunctionSubclass():
+                plain = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+                if plain.layout == torch.strided and not plain.is_meta and not plain.is_quantized:
+                    self._alias = plain.data  # the same memory; the shape, the version and the history are its own
+                    self._before = _without_repeats(self._alias).clone()
 
-    @torch.no_grad()
     def restore(self) -> bool:
         """Put the values back; return True if the pass had changed them.
 
         Raises:
             ValueError: if another kind of tensor was edited in place: its values were not saved.
         """
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            return self._restore()
+
+    def _restore(self) -> bool:
         x, alias = self._tensor, self._alias
         version, self._version = self._version, x._version
         if alias is None or self._before is None:

@@ -119,6 +119,7 @@ class Refusal(NamedTuple):
     batch: int = 0  # of the call that raises
     is_needed: bool = True  # False: the thing may as well be kept, to the last bit
     steps: tuple[int, ...] = (0, 1)  # with which it is refused
+    moved: str = ""  # parameters that the forward itself has edited by then, by the beginning of their names
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import types
 from collections import UserDict, deque
 from collections.abc import Mapping
@@ -113,7 +114,7 @@ class Album:
             self._out[f"{path}.set"] = sorted(map(repr, x))
 
     def _attributes(self, x: Any, path: str) -> None:
-        own = getattr(x, "__dict__", {})
+        own = x.__dict__ if type(x).__dictoffset__ or isinstance(x, threading.local) else {}
         held = {name: getattr(x, name) for name in _slots(type(x)) if hasattr(x, name)}
         named = {name: value for name, value in {**held, **own}.items() if not _is_left_out(name, value)}
         self._out[f"{path}.attributes"] = sorted(named)

@@ -264,7 +264,9 @@ class OutputIsState(Net):
         return logits + self.last if torch.is_grad_enabled() else self.last.add_(logits)
 
 
-@entry("an exponential mean kept as a frozen parameter", refused=Refusal("call", "moves|edit|param", is_needed=False))
+@entry(
+    "an exponential mean kept as a frozen parameter", refused=Refusal("call", "edited 'audio.mean'", moved="audio.mean")
+)
 class ParameterAsState(Encoder):
     def build(self):
         self.mean = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from typing import Any
 
 import pytest
 
@@ -96,13 +97,17 @@ def test_what_cannot_be_kept_is_refused_by_name(entry, how, replay, memory, step
         loop(entry, model, calls, make_callback(entry, **options), given, [])
     except Exception as error:
         check_message(error, refused.message)
-        assert fingerprint(model, names=False) == before
+        assert without(fingerprint(model, names=False), refused.moved) == without(before, refused.moved)
         assert len(given) <= refused.batch
         assert not (stepped and refused.at == "opening" and refused.is_needed)
     else:
         assert not (refused.is_needed and steps in refused.steps), "not refused"
         got = run(entry, how, make_callback(entry, **options))
         check_adapted(got, entry, how, memory) if steps else check_same(got, plain_run(entry.name, how))
+
+
+def without(marks: dict[str, Any], moved: str) -> dict[str, Any]:
+    return {name: mark for name, mark in marks.items() if not (moved and name.startswith(moved) and name[-1] == "=")}
 
 
 def check_message(error: Exception, message: str) -> None:
