@@ -177,7 +177,7 @@ class Snapshot(Uncopied):
     def _find(self, x: Any, parent: Any, key: Any) -> Any:
         """Note an object for saving; return what the pass gets in its place, mostly itself."""
         kind = type(x)
-        if kind in _PLAIN:
+        if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, x))):
             return x
         handler = _HANDLERS.get(kind) or _handler(kind)
         if handler is None:
@@ -346,6 +346,10 @@ class Snapshot(Uncopied):
             self._find(getattr(x, name, None), x, "its function")
 
     def _save_partial(self, x: functools.partial[Any]) -> None:
+        if isinstance(getattr(x.func, "__self__", None), Uncopied):  # ours, in front of a forward
+            if type(x.args[-1]) is not MethodType:
+                self._find_fixed(x.args[-1], x, "its function")
+            return
         for part in (x.func, *x.args, *x.keywords.values()):
             self._find_fixed(part, x, "its arguments")
 
