@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.patches import Changes, GradientFlags, Uncopied
@@ -88,7 +88,6 @@ class FrozenReplay(Uncopied):
         self._replayed: set[tuple[int, int]] = set()
         self._call_index: dict[int, int] = {}
         self._frozen: dict[int, list[nn.Parameter]] = {}
-        self._gives_views: set[int] = set()
 
     def attach(self, changes: Changes, flags: GradientFlags | None = None) -> None:
         """Put the recorder in front of every frozen module's forward.
@@ -196,7 +195,7 @@ class FrozenReplay(Uncopied):
             return output
         outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
         # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
-        if all(map(_is_constant, outputs)) and before == _versions(inputs):
+        if all(map(_is_constant, outputs)) and before == _versions(inputs) and not _share_memory(outputs):
             self._recorded[call] = _Recorded(
                 inputs, before, spec, outputs, _versions(outputs), output_spec, _precision(outputs)
             )
@@ -207,7 +206,7 @@ class FrozenReplay(Uncopied):
 
         Behind it the module may have a state with gradients, which have to flow.
         """
-        if self._is_behind or key in self._gives_views:
+        if self._is_behind:
             return forward(*args, **kwargs)
         frozen = [p for p in self._frozen.get(key, ()) if not p.requires_grad]
         try:
@@ -218,10 +217,9 @@ class FrozenReplay(Uncopied):
         finally:
             for p in frozen:
                 p.requires_grad_(False)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x._is_view() for x in tree_leaves(output)):
-            self._gives_views.add(key)  # autograd lets nobody edit a view that was made without it
-            return forward(*args, **kwargs)
-        return output
+        if isinstance(output, Tensor):
+            return _editable(output)
+        return tree_map_only(Tensor, _editable, output)
 
     def _audit(self, key: int, recorded: _Recorded, forward: Callable[..., Any]) -> None:
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""
@@ -248,6 +246,17 @@ class FrozenReplay(Uncopied):
 
     def _name(self, key: int) -> str:
         return next(name for name, module in self._model.named_modules() if id(module) == key)
+
+
+def _editable(x: Tensor) -> Tensor:
+    """Return a tensor that may be edited under autograd, which refuses that for a view made without it."""
+    return x.data if x._is_view() and not x.is_nested else x
+
+
+def _share_memory(leaves: list[Any]) -> bool:
+    """Return True if two tensors lie in the same memory: an edit of one would be an edit of the other."""
+    places = [x.untyped_storage().data_ptr() for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
+    return len(set(places)) < len(places)
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.engine.checkpoint import (
@@ -250,7 +251,14 @@ class Stepper:
                 self._memory.current = entered  # not what the method made of it
             return step
 
-        made = self._method.gradients(step, rerun)
+        try:
+            made = self._method.gradients(step, rerun)
+        except CheckpointError as error:
+            raise ValueError(
+                "Expected a fusion that runs as in its pass, but torch.utils.checkpoint runs a part of it again in "
+                "backward, where nothing is captured and no stored sample enters. Switch checkpointing off "
+                "(gradient_checkpointing_disable() in Hugging Face transformers), or set memory_batches=1."
+            ) from error
         check_record(self._method, made)
         return _Computed(*made, step.samples, logits, self._draft)
 

@@ -56,7 +56,10 @@ class DropoutInFusion(Net):
 
     def step(self, call):
         self.fusion[0].drop.train()
-        return super().step(call)
+        try:
+            return super().step(call)
+        finally:
+            self.fusion[0].drop.eval()
 
 
 @entry("a flag that the forward turns round, and leaves so")

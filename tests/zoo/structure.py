@@ -64,7 +64,7 @@ class CheckpointedEncoder(Encoder):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-@entry("non-reentrant checkpointing around the fusion")
+@entry("non-reentrant checkpointing around the fusion", memory_refused="checkpoint")
 class CheckpointedFusion(Net):
     def classify(self, x):
         return 3 * self.head(checkpoint(self.fusion, x, use_reentrant=False).mean(1))
