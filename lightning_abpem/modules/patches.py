@@ -118,12 +118,16 @@ def _put_back(place: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _unhook(module: nn.Module, function: Callable[..., Any]) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    tables: Any = (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_always_called),
+    )
+    for hooks, flags in tables:
         for key in [key for key, own in hooks.items() if own is function]:
-            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
-                flags.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
             hooks.pop(key, None)
+        for key in flags.keys() - hooks.keys():  # also of a hook that a snapshot took away
+            flags.pop(key, None)
 
 
 def check_eval(model: nn.Module) -> None:
