@@ -368,7 +368,7 @@ def test_in_a_trainer(name, inference_mode, tmp_path):
         accelerator="cpu",
     )
     [results] = trainer.test(model, loader(), verbose=False)
-    prefix = method.settings.method.name.lower()
+    prefix = method.settings.method.name.lower() + "/test"
     assert {f"{prefix}/loss", f"{prefix}/entropy", f"{prefix}/updated"} <= set(results)
     assert method.updates == (0 if name == "source" else len(loader()))
     assert reference.same_state(before, model.state_dict())
@@ -403,7 +403,7 @@ def test_a_figure_that_not_every_step_has(log_every_n_steps, tmp_path):
     [results] = trainer.test(make_toy(), loader(), verbose=False)
     assert method.updates >= 4
     assert results["sometimes/count"] == 2.5
-    logged = [row.get("sometimes/count_step") for row in csv_rows(tmp_path) if row.get("sometimes/entropy_step")]
+    logged = [row.get("sometimes/test/count_step") for row in csv_rows(tmp_path) if row.get("sometimes/test/entropy_step")]
     assert logged == ["", "2.0", "3.0", *[""] * (method.updates - 3)]
 
 
