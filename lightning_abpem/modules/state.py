@@ -102,6 +102,7 @@ class Snapshot(Uncopied):
         self._bare: list[nn.Parameter] = []  # those without attributes
         self._sums: list[Tensor] = []
         self._used: set[int] = set()
+        self._is_compiled = False
         self._random, self._dtype = RandomState(target), torch.get_default_dtype()
         self.drew = False
         try:
@@ -147,7 +148,8 @@ class Snapshot(Uncopied):
         try:
             return own.run(function, *self.args, **self.kwargs)
         finally:
-            if len(own) != len(before) or any(own[variable] is not before[variable] for variable in before):
+            moved = len(own) != len(before) or any(own[variable] is not before[variable] for variable in before)
+            if moved and not self._is_compiled:  # the compiler sets variables of its own
                 self._used.update(self._own)  # any module may have set them
 
     def sum_parameters(self) -> None:
@@ -331,6 +333,10 @@ class Snapshot(Uncopied):
         self._saved.append(SavedGenerator(x))
 
     def _save_function(self, x: FunctionType) -> None:
+        if x.__globals__.get("__name__", "").startswith("torch._dynamo"):  # the compiler's state is its own
+            self._is_compiled = True
+            self._find(getattr(x, "_torchdynamo_orig_callable", None), x, "its function")
+            return
         for cell in x.__closure__ or ():
             self._find(cell, x, "its closure")
         for default in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
