@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from operator import is_not
 from types import CellType
 from typing import Any
-
-from lightning_abpem.modules.randomness import generator_state, set_generator_state
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")  # of a module
 _EMPTY: dict[Any, Any] = {}
@@ -17,18 +14,14 @@ _EMPTY: dict[Any, Any] = {}
 __all__ = [
     "Saved",
     "SavedAttributes",
-    "SavedCache",
     "SavedCell",
     "SavedClass",
     "SavedDict",
-    "SavedGenerator",
     "SavedModule",
-    "SavedScript",
+    "SavedObject",
     "SavedSequence",
     "SavedSet",
     "SavedSlots",
-    "SavedStream",
-    "SavedValues",
     "slots_of",
 ]
 
@@ -124,7 +117,28 @@ class SavedAttributes(Saved):
         self.owner.__dict__.update(items)
 
 
-class SavedModule(SavedDict):
+class SavedObject(SavedDict):
+    """The class of an object, and its attributes."""
+
+    __slots__ = ("_kind",)
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner, owner.__dict__)
+        self._kind = type(owner)
+
+    def restore(self) -> bool:
+        """Put class and attributes back; return True if the pass had changed them."""
+        owner, changed = self.owner, False
+        if type(owner) is not self._kind:
+            object.__setattr__(owner, "__class__", self._kind)
+            changed = True
+        if owner.__dict__ is not self._dict:
+            object.__setattr__(owner, "__dict__", self._dict)
+            changed = True
+        return super().restore() or changed
+
+
+class SavedModule(SavedObject):
     """The attributes of a module, and the entries of its parameters, buffers, submodules and hooks."""
 
     __slots__ = ("_tables",)
@@ -132,7 +146,7 @@ class SavedModule(SavedDict):
     def __init__(self, owner: Any, is_sharded: bool = False) -> None:
         own = owner.__dict__
         Saved.__init__(self, owner, own.copy())
-        self._dict = own
+        self._dict, self._kind = own, type(owner)
         self._tables = [
             (table, table.copy() if table else _EMPTY) for table in map(own.__getitem__, _TABLES[is_sharded:])
         ]
@@ -145,42 +159,6 @@ class SavedModule(SavedDict):
                 _write_dict(table, before)
                 changed = True
         return changed
-
-
-class SavedScript(Saved):
-    """The attributes of a scripted module; each reading of a list is a new one."""
-
-    __slots__ = ("_names",)
-
-    def __init__(self, owner: Any) -> None:
-        kinds = owner._concrete_type.get_attributes()
-        self._names = [name for name, (_, is_parameter) in kinds.items() if not is_parameter]
-        super().__init__(owner, {})
-        self.items = self.given = self._read()
-
-    def restore(self) -> bool:
-        """Put the attributes back; return True if the pass had changed them."""
-        now = self._read()
-        changed = {name: value for name, value in self.items.items() if not _same(now[name], self.given[name])}
-        if changed or self.given is not self.items:
-            self._write(self.items)
-            self.given = self.items
-        return bool(changed)
-
-    def _read(self) -> dict[str, Any]:
-        return {name: self.owner._c.getattr(name) for name in self._names}
-
-    def _write(self, items: dict[str, Any]) -> None:
-        for name, value in items.items():
-            self.owner._c.setattr(name, value)
-
-
-def _same(x: Any, y: Any) -> bool:
-    if isinstance(x, list | tuple) and isinstance(y, list | tuple):
-        return len(x) == len(y) and all(map(_same, x, y))
-    if isinstance(x, dict) and isinstance(y, dict):
-        return list(x) == list(y) and all(map(_same, x.values(), y.values()))
-    return x is y or (isinstance(x, bool | int | float | complex | str) and x == y)
 
 
 class SavedSequence(Saved):
@@ -276,77 +254,6 @@ class SavedCell(Saved):
             self.owner.cell_contents = value
 
 
-class SavedValues(Saved):
-    """The values of a NumPy array, a bytearray or an array."""
-
-    __slots__ = ("_before",)
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__(owner, {})
-        self._before = owner[:] if isinstance(owner, bytearray | array) else owner.copy()
-
-    def restore(self) -> bool:
-        """Put the values back; return True if the pass had changed them."""
-        changed = _values(self.owner) != _values(self._before)
-        if changed:
-            self.owner[... if hasattr(self.owner, "shape") else slice(None)] = self._before
-        return changed
-
-
-class SavedGenerator(Saved):
-    """The state of a random number generator that somebody keeps."""
-
-    __slots__ = ("_state",)
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__(owner, {})
-        self._state = generator_state(owner)
-
-    def restore(self) -> bool:
-        """Put the state back; return True if the pass had drawn from it."""
-        changed = generator_state(self.owner) != self._state
-        if changed:
-            set_generator_state(self.owner, self._state)
-        return changed
-
-
-class SavedStream(Saved):
-    """The content of a file in memory, and the position in it."""
-
-    __slots__ = ("_before",)
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__(owner, {})
-        self._before = owner.getvalue(), owner.tell()
-
-    def restore(self) -> bool:
-        """Put content and position back; return True if the pass had changed them."""
-        changed = not self.owner.closed and (self.owner.getvalue(), self.owner.tell()) != self._before
-        if changed:
-            self.owner.seek(0)
-            self.owner.truncate()
-            self.owner.write(self._before[0])
-            self.owner.seek(self._before[1])
-        return changed
-
-
-class SavedCache(Saved):
-    """What `functools.lru_cache` keeps: only one that was empty can be put back."""
-
-    __slots__ = ("_before",)
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__(owner, {})
-        self._before = owner.cache_info()
-
-    def restore(self) -> bool:
-        """Empty the cache if it was empty; return True if the pass filled it."""
-        changed = bool(self.owner.cache_info().misses != self._before.misses)
-        if changed and not self._before.currsize:
-            self.owner.cache_clear()
-        return changed
-
-
 _SLOTS: dict[type, dict[str, Any]] = {}
 
 
@@ -383,7 +290,3 @@ def _cell_value(cell: CellType) -> dict[str, Any]:
         return {"variable": cell.cell_contents}
     except ValueError:  # it is empty
         return {}
-
-
-def _values(x: Any) -> bytes:
-    return bytes(x) if isinstance(x, bytearray) else x.tobytes()

@@ -1,0 +1,378 @@
+"""The walk from a module and its arguments to all that a call of it can reach, by kind of object.
+
+It follows attributes, closures, bound methods, references and classes of the user's own. Out of reach are variables of
+Python modules and the inside of objects that are written in C.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import io
+import random
+import sys
+import threading
+import weakref
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from operator import is_not
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_abpem.modules.containers import (
+    Saved,
+    SavedAttributes,
+    SavedCell,
+    SavedClass,
+    SavedDict,
+    SavedModule,
+    SavedObject,
+    SavedSequence,
+    SavedSet,
+    SavedSlots,
+    slots_of,
+)
+from lightning_abpem.modules.contents import SavedCache, SavedGenerator, SavedScript, SavedStream, SavedValues
+from lightning_abpem.modules.iterators import Refusing, copied
+from lightning_abpem.modules.patches import Uncopied
+from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
+
+__all__ = ["Walk"]
+
+_PLAIN = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), range, slice, torch.dtype, torch.device, torch.Size}
+)
+_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
+_LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "tensorboard"}
+_OPAQUE = {*_LIBRARIES, *_LOGGERS, *sys.stdlib_module_names}  # their objects hold no state of a forward
+_WALKED = {"types", "collections", "argparse", "functools", "weakref", "queue"}  # UserDict, Queue, ...
+_STATELESS = {*_OPAQUE, "torchmetrics", "transformers", "timm", "torchvision", "torchaudio"}  # their classes
+_IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
+_STATELESS_KINDS: set[type] = set()
+_STANDARD = nn.Module().__dict__.keys()  # attributes of every module
+
+
+class Walk(Uncopied):
+    """Saves what can be reached, as it is now; see `Snapshot`.
+
+    Args:
+        target: the module that is called.
+        is_sharded: True if FSDP2 replaces the modules' parameters in their calls.
+    """
+
+    def __init__(self, target: nn.Module, is_sharded: bool) -> None:
+        self._target, self._is_sharded = target, is_sharded
+        self._own: dict[int, Any] = {}  # by id: the object itself, or what stands in for it
+        self._alive: list[Any] = []
+        self._places: dict[int, tuple[Any, Any]] = {}  # by id: the container that it was found in, and the key there
+        self._todo: list[tuple[Callable[[Walk, Any], None], Any]] = []
+        self._saved: list[Saved] = []
+        self._tensors: list[SavedTensor] = []
+        self._parameters: list[nn.Parameter] = []
+        self._used: set[int] = set()  # ids of what may have changed without a trace
+        self._is_compiled = False
+
+    def _save_all(self) -> None:
+        """Save all that was found, and what is found in it."""
+        while self._todo:
+            save, x = self._todo.pop()
+            save(self, x)
+        for p in self._parameters:
+            if p.__dict__:
+                self._save(SavedAttributes(p))
+        if self._todo:
+            self._save_all()
+
+    def _find(self, x: Any, parent: Any, key: Any) -> Any:
+        """Note an object for saving; return what the pass gets in its place, mostly itself."""
+        kind = type(x)
+        if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, x))):
+            return x
+        handler = _HANDLERS.get(kind) or _handler(kind)
+        if handler is None:
+            return x
+        own = self._own.get(id(x))
+        if own is None:
+            self._places[id(x)] = (parent, key)
+            self._alive.append(x)
+            own = self._own[id(x)] = handler(self, x)
+        return own
+
+    def _find_fixed(self, x: Any, parent: Any, key: Any) -> None:
+        """Note an object in a place where nothing can stand in for it."""
+        if isinstance(own := self._find(x, parent, key), Refusing):
+            next(own)
+
+    def _tensor(self, x: Tensor) -> Tensor:
+        own = normal_tensor(x)
+        self._save(SavedAttributes(x))
+        if own is not x:
+            own.__dict__.update(x.__dict__)
+        if not x.is_inference():  # else its clone is the pass's own
+            self._tensors.append(SavedTensor(own, id(x), functools.partial(self._name, x)))
+        return own
+
+    def _tuple(self, x: tuple[Any, ...]) -> Any:
+        own = [self._find(item, x, i) for i, item in enumerate(x)]
+        if not any(map(is_not, own, x)):
+            return x
+        if type(x) is tuple:
+            return tuple(own)
+        return type(x)(own) if hasattr(x, "n_sequence_fields") else tuple.__new__(type(x), own)
+
+    def _iterator(self, x: Any) -> Any:
+        own = copied(x)
+        if own is None:
+            return Refusing(self._name(x), type(x))
+        self._used.add(id(x))  # nobody can tell whether the copy was
+        for part in x.__reduce__()[1]:
+            self._find(part, x, "its items")
+        return own
+
+    def _name(self, x: Any) -> str:
+        """Return where an object was found, in words."""
+        steps: list[str] = []
+        parent, key = self._places.get(id(x), (None, "an object"))
+        while parent is not None and not isinstance(parent, nn.Module):
+            steps.append(str(key))
+            parent, key = self._places.get(id(parent), (None, ""))
+        if isinstance(parent, nn.Module):
+            names = {id(module): name for name, module in self._target.named_modules()}
+            steps.append(f"attribute '{key}' of module '{names.get(id(parent)) or type(parent).__name__}'")
+        else:
+            steps.append(str(key))
+        return ", ".join(reversed(steps))
+
+    # -------------------------------------------------------------------------------------------------------- saving
+
+    def _save(self, saved: Saved) -> None:
+        """Save a container's items, find what they hold, and replace those that the pass cannot take."""
+        self._saved.append(saved)
+        if not _PLAIN.issuperset(map(type, saved.items.values())):
+            self._find_items(saved, saved.items)
+
+    def _find_items(self, saved: Saved, items: dict[Any, Any]) -> None:
+        stand_ins = {}
+        for key, value in items.items():
+            if type(value) not in _PLAIN:
+                own = self._find(value, saved.owner, key)
+                if own is not value:
+                    stand_ins[key] = own
+        if stand_ins:
+            saved.replace(stand_ins)
+
+    def _save_module(self, x: nn.Module) -> None:
+        saved = SavedModule(x, self._is_sharded)
+        self._saved.append(saved)
+        own = saved.items
+        if more := {key: value for key, value in own.items() if type(value) not in _PLAIN and key not in _STANDARD}:
+            self._find_items(saved, more)
+        self._parameters += [p for p in x._parameters.values() if p is not None and not p.is_inference()]
+        for name in ("_modules", "_forward_pre_hooks", "_forward_hooks"):
+            if table := own[name]:
+                for key, value in table.items():
+                    self._find(value, x, key)
+        if x._buffers:
+            self._save(SavedDict(x, x._buffers))
+        if slots := slots_of(type(x)):
+            self._save(SavedSlots(x, slots))
+        self._find_classes(type(x))
+
+    def _save_script(self, x: torch.jit.ScriptModule) -> None:
+        for own in x.modules():
+            self._own[id(own)] = own
+            self._save(SavedScript(own))
+
+    def _save_object(self, x: Any) -> None:
+        """Save an object's attributes, and its items if it is a container besides."""
+        if isinstance(x, dict):
+            self._save_dict(x)
+            self._find_fixed(getattr(x, "default_factory", None), x, "its factory")
+        elif isinstance(x, list | deque):
+            self._save(SavedSequence(x))
+        elif isinstance(x, set):
+            self._save(SavedSet(x))
+        if type(x).__dictoffset__ or isinstance(x, threading.local):
+            self._save(SavedObject(x))
+        if slots := slots_of(type(x)):
+            self._save(SavedSlots(x, slots))
+        self._find_classes(type(x))
+
+    def _save_dict(self, x: dict[Any, Any]) -> None:
+        self._save(SavedDict(x, x))
+        if not _PLAIN.issuperset(map(type, x)):
+            self._save_parts(x)
+
+    def _save_parts(self, x: Iterable[Any]) -> None:
+        for part in x:
+            self._find_fixed(part, x, "one of its keys")
+
+    def _save_list(self, x: list[Any]) -> None:
+        self._save(SavedSequence(x))
+
+    def _class(self, x: type) -> type:
+        self._find_classes(x)
+        return x
+
+    def _save_class(self, x: type) -> None:
+        self._save(SavedClass(x))
+
+    def _save_cell(self, x: CellType) -> None:
+        self._save(SavedCell(x))
+
+    def _save_values(self, x: Any) -> None:
+        self._saved.append(SavedValues(x))
+        if getattr(getattr(x, "dtype", None), "hasobject", False):
+            for item in x.flat:
+                self._find_fixed(item, x, "one of its items")
+
+    def _save_view(self, x: memoryview) -> None:
+        self._find_fixed(x.obj, x, "its memory")
+
+    def _save_stream(self, x: io.BytesIO | io.StringIO) -> None:
+        if not x.closed:
+            self._saved.append(SavedStream(x))
+
+    def _save_generator(self, x: Any) -> None:
+        self._saved.append(SavedGenerator(x))
+
+    def _save_function(self, x: FunctionType) -> None:
+        if x.__globals__.get("__name__", "").startswith("torch._dynamo"):  # the compiler's state is its own
+            self._is_compiled = True
+            self._find(getattr(x, "_torchdynamo_orig_callable", None), x, "its function")
+            return
+        for cell in x.__closure__ or ():
+            self._find(cell, x, "its closure")
+        for default in (*(x.__defaults__ or ()), x.__kwdefaults__):
+            self._find_fixed(default, x, "its defaults")
+        self._save(SavedDict(x, x.__dict__))
+
+    def _save_method(self, x: Any) -> None:
+        self._find_fixed(x.__self__, x, "its object")
+        self._find(getattr(x, "__func__", None), x, "its function")
+
+    def _save_descriptor(self, x: Any) -> None:
+        for name in ("fget", "fset", "fdel", "__func__"):
+            self._find(getattr(x, name, None), x, "its function")
+
+    def _save_partial(self, x: functools.partial[Any]) -> None:
+        if isinstance(getattr(x.func, "__self__", None), Uncopied):  # ours, in front of a forward
+            if type(x.args[-1]) is not MethodType:
+                self._find_fixed(x.args[-1], x, "its function")
+            return
+        for part in (x.func, *x.args, x.keywords):
+            self._find_fixed(part, x, "its arguments")
+
+    def _save_cache(self, x: Any) -> None:
+        self._saved.append(SavedCache(x))
+        self._find(x.__wrapped__, x, "its function")
+
+    def _save_reference(self, x: Any) -> None:
+        self._find(x(), x, "what it refers to")
+
+    def _save_proxy(self, x: Any) -> None:
+        try:
+            self._find(x.__init__.__self__, x, "what it refers to")
+        except ReferenceError:
+            return
+
+    def _save_variable(self, x: contextvars.ContextVar[Any]) -> None:
+        self._find_fixed(x.get(None), x, "its value")
+
+    def _find_classes(self, kind: type) -> None:
+        """Find the classes of an object, which may hold state, or functions that do."""
+        if kind in _STATELESS_KINDS or id(kind) in self._own:
+            return
+        if kind.__module__.partition(".")[0] in _STATELESS:
+            _STATELESS_KINDS.add(kind)
+            return
+        for own in {*kind.__mro__, *type.mro(type(kind))}:
+            if own.__module__.partition(".")[0] not in _STATELESS and id(own) not in self._own:
+                self._own[id(own)] = own
+                self._places[id(own)] = (None, f"class {own.__name__}")
+                self._todo.append((Walk._save_class, own))
+
+
+# ------------------------------------------------------------------------------------------------- by kind of object
+
+_Handler = Callable[[Walk, Any], Any]
+
+
+def _queued(save: Callable[[Walk, Any], None]) -> _Handler:
+    """Return a handler for objects that stay the same in a pass: they are saved, all in one loop."""
+
+    def handle(snapshot: Walk, x: Any) -> Any:
+        snapshot._todo.append((save, x))
+        return x
+
+    return handle
+
+
+_HANDLERS: dict[type, _Handler | None] = {
+    dict: _queued(Walk._save_dict),
+    list: _queued(Walk._save_list),
+    tuple: Walk._tuple,
+    Tensor: Walk._tensor,
+    FunctionType: _queued(Walk._save_function),
+    MethodType: _queued(Walk._save_method),
+    BuiltinMethodType: _queued(Walk._save_method),
+    MethodWrapperType: _queued(Walk._save_method),
+    property: _queued(Walk._save_descriptor),
+    staticmethod: _queued(Walk._save_descriptor),
+    classmethod: _queued(Walk._save_descriptor),
+    CellType: _queued(Walk._save_cell),
+    bytearray: _queued(Walk._save_values),
+    memoryview: _queued(Walk._save_view),
+    weakref.ProxyType: _queued(Walk._save_proxy),
+    contextvars.ContextVar: _queued(Walk._save_variable),
+    type(functools.cache(len)): _queued(Walk._save_cache),
+    random.SystemRandom: None,
+}
+"""What is done with an object of a kind; None if it holds nothing that a forward could change."""
+
+
+def _handler(kind: type) -> _Handler | None:
+    """Return the handler of a kind of object, and remember it."""
+    if kind not in _HANDLERS:
+        _HANDLERS[kind] = _find_handler(kind)
+    return _HANDLERS[kind]
+
+
+def _find_handler(kind: type) -> _Handler | None:
+    package = kind.__module__.partition(".")[0]
+    if issubclass(kind, Uncopied | nn.Parameter | ModuleType):
+        return None
+    bases: dict[type, _Handler] = {
+        Tensor: Walk._tensor,
+        torch.jit.ScriptModule: _queued(Walk._save_script),
+        nn.Module: _queued(Walk._save_module),
+        tuple: Walk._tuple,
+        functools.partial: _queued(Walk._save_partial),
+        type: Walk._class,
+        io.BytesIO: _queued(Walk._save_stream),
+        io.StringIO: _queued(Walk._save_stream),
+        threading.local: _queued(Walk._save_object),
+        frozenset: _queued(Walk._save_parts),
+        weakref.ref: _queued(Walk._save_reference),
+        array: _queued(Walk._save_values),
+        torch.Generator: _queued(Walk._save_generator),
+        random.Random: _queued(Walk._save_generator),
+    }
+    for base, handler in bases.items():
+        if issubclass(kind, base):
+            return handler
+    if package == "numpy":
+        if kind.__name__ in ("Generator", "RandomState"):
+            return _queued(Walk._save_generator)
+        return _queued(Walk._save_values) if hasattr(kind, "tobytes") and hasattr(kind, "__setitem__") else None
+    if issubclass(kind, dict | list | set | deque):
+        return _queued(Walk._save_object)
+    if hasattr(kind, "__next__") and (package in _OPAQUE or not kind.__flags__ & _IN_PYTHON):
+        return None if issubclass(kind, io.IOBase) else Walk._iterator
+    if package in _OPAQUE and package not in _WALKED:
+        return None
+    return _queued(Walk._save_object) if kind.__dictoffset__ or slots_of(kind) else None
