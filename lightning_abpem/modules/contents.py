@@ -28,13 +28,15 @@ class SavedValues(Saved):
             owner.shape = self._form[0]
         changed = bool(_values(owner) != _values(self._before))
         if changed and form:
-            owner.flags.writeable = True
+            if not owner.flags.writeable:
+                owner.flags.writeable = True
             owner[...] = self._before
         elif changed:
             owner[:] = self._before
         if changed or form != self._form:
             for flag in self._form[1:]:
-                owner.flags.writeable = flag
+                if owner.flags.writeable is not flag:  # memory that is another's may refuse it
+                    owner.flags.writeable = flag
         return changed or form != self._form
 
 
