@@ -210,7 +210,12 @@ def test_a_writer_that_lives_keeps_its_partial_file(state, tmp_path):
 
 def in_a_child(function, *args):
     """Start a child process, by fork: to import torch would take longer than all else."""
-    child = get_context("fork").Process(target=function, args=args)
+
+    def runs():
+        torch.set_num_threads(1)  # a fork has none of its parent's threads, and OpenMP would wait for them for ever
+        function(*args)
+
+    child = get_context("fork").Process(target=runs, daemon=True)
     child.start()
     return child
 
@@ -267,6 +272,7 @@ def test_killed_at_any_time(state, tmp_path):
         ours, theirs = Pipe()
         child = in_a_child(saves_on, theirs, states, path)
         for _ in range(generator.randint(1, 4)):
+            assert ours.poll(60)
             ours.recv()
         for _ in range(generator.randrange(10**5)):
             pass
