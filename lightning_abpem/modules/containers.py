@@ -8,21 +8,20 @@ from operator import is_not
 from types import CellType
 from typing import Any
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")  # of a module
-_EMPTY: dict[Any, Any] = {}
-
 __all__ = [
     "Saved",
     "SavedAttributes",
     "SavedCell",
     "SavedClass",
     "SavedDict",
-    "SavedModule",
     "SavedObject",
     "SavedSequence",
     "SavedSet",
     "SavedSlots",
+    "differ",
+    "restore_object",
     "slots_of",
+    "write_dict",
 ]
 
 
@@ -50,7 +49,7 @@ class Saved:
     def restore(self) -> bool:
         """Put the items back, which can be done again; return True if the pass had changed them."""
         now = self._read()
-        changed = _differ(now, self.given)
+        changed = differ(now, self.given)
         if changed or self.given is not self.items:
             self._write(self.items)
             self.given = self.items
@@ -64,7 +63,8 @@ class Saved:
         """Replace the items of now. An interrupt may come at any point: never leave an object without attributes."""
 
 
-def _write_dict(own: dict[Any, Any], items: dict[Any, Any]) -> None:
+def write_dict(own: dict[Any, Any], items: dict[Any, Any]) -> None:
+    """Give a dict these items, in their order; an interrupt leaves old and new ones, never none."""
     base: Any = OrderedDict if isinstance(own, OrderedDict) else dict
     for key in [key for key in own if key not in items]:
         base.__delitem__(own, key)
@@ -76,7 +76,8 @@ def _write_dict(own: dict[Any, Any], items: dict[Any, Any]) -> None:
             base.__setitem__(own, key, value)
 
 
-def _differ(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+def differ(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    """Return True if two dicts have other objects as keys or values, or in another order."""
     if len(now) != len(before) or any(map(is_not, now.values(), before.values())):
         return True
     return any(map(is_not, now, before))
@@ -95,7 +96,7 @@ class SavedDict(Saved):
         return self._dict
 
     def _write(self, items: dict[Any, Any]) -> None:
-        _write_dict(self._dict, items)
+        write_dict(self._dict, items)
 
 
 class SavedAttributes(Saved):
@@ -128,37 +129,20 @@ class SavedObject(SavedDict):
 
     def restore(self) -> bool:
         """Put class and attributes back; return True if the pass had changed them."""
-        owner, changed = self.owner, False
-        if type(owner) is not self._kind:
-            object.__setattr__(owner, "__class__", self._kind)
-            changed = True
-        if owner.__dict__ is not self._dict:
-            object.__setattr__(owner, "__dict__", self._dict)
-            changed = True
+        changed = restore_object(self.owner, self._kind, self._dict)
         return super().restore() or changed
 
 
-class SavedModule(SavedObject):
-    """The attributes of a module, and the entries of its parameters, buffers, submodules and hooks."""
-
-    __slots__ = ("_tables",)
-
-    def __init__(self, owner: Any, is_sharded: bool = False) -> None:
-        own = owner.__dict__
-        Saved.__init__(self, owner, own.copy())
-        self._dict, self._kind = own, type(owner)
-        self._tables = [
-            (table, table.copy() if table else _EMPTY) for table in map(own.__getitem__, _TABLES[is_sharded:])
-        ]
-
-    def restore(self) -> bool:
-        """Put attributes and entries back; return True if the pass had changed them."""
-        changed = super().restore()
-        for table, before in self._tables:
-            if (table or before) and _differ(table, before):
-                _write_dict(table, before)
-                changed = True
-        return changed
+def restore_object(owner: Any, kind: type, attributes: dict[str, Any]) -> bool:
+    """Give an object its class and its own `__dict__` back; return True if it had others."""
+    changed = False
+    if type(owner) is not kind:
+        object.__setattr__(owner, "__class__", kind)
+        changed = True
+    if owner.__dict__ is not attributes:
+        object.__setattr__(owner, "__dict__", attributes)
+        changed = True
+    return changed
 
 
 class SavedSequence(Saved):

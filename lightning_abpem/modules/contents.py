@@ -1,4 +1,4 @@
-"""What objects hold that are written in C or C++, as it was before a pass of the engine."""
+"""The content of objects written in C or C++, as it was before a pass of the engine."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class SavedStream(Saved):
 
 
 class SavedCache(Saved):
-    """What `functools.lru_cache` keeps: only one that was empty can be put back."""
+    """The content of a `functools.lru_cache`: only an empty one can be put back."""
 
     __slots__ = ("_before",)
 

@@ -76,7 +76,7 @@ class Snapshot(Walk):
             ValueError: if a tensor that cannot be put back was edited in place; it is named.
         """
         changed = {id(saved.owner) for saved in self._saved if saved.restore()}
-        changed |= self._held.restore()
+        changed |= self._modules.restore() | self._held.restore()
         if torch.get_default_dtype() != self._dtype:
             torch.set_default_dtype(self._dtype)
             changed.update(self._own)

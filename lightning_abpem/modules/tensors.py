@@ -56,17 +56,19 @@ class SavedTensor:
         name: called for the tensor's name, if that is needed.
     """
 
-    __slots__ = ("_alias", "_before", "_name", "_tensor", "_version", "key")
+    __slots__ = ("_alias", "_before", "_layout", "_name", "_part", "_tensor", "_version", "key")
 
     def __init__(self, tensor: Tensor, key: int, name: Callable[[], str]) -> None:
         self._tensor, self.key, self._name, self._version = tensor, key, name, tensor._version
-        self._alias = self._before = None
+        self._alias: Tensor | None = None
         if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
             with torch._C.DisableTorchFunctionSubclass():
                 plain = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
                 if plain.layout == torch.strided and not plain.is_meta and not plain.is_quantized:
                     self._alias = plain.data  # the same memory; the shape, the version and the history are its own
-                    self._before = _without_repeats(self._alias).clone()
+                    self._layout = _layout(tensor)
+                    self._part = _without_repeats(self._alias)
+                    self._before = self._part.clone()
 
     def restore(self) -> bool:
         """Put the values back; return True if the pass had changed them.
@@ -80,7 +82,7 @@ class SavedTensor:
     def _restore(self) -> bool:
         x, alias = self._tensor, self._alias
         version, self._version = self._version, x._version
-        if alias is None or self._before is None:
+        if alias is None:
             if x._version != version:
                 raise ValueError(
                     f"Expected a forward that leaves {self._name()} alone, but it edits it in place. It is a "
@@ -90,10 +92,10 @@ class SavedTensor:
         if x.requires_grad:
             x.detach_() if x.grad_fn is not None else x.requires_grad_(False)
             x.grad = None
-        moved = _layout(x) != _layout(alias)
+        moved = _layout(x) != self._layout
         if moved:
             x.data = alias
-        part = _without_repeats(alias)
+        part = self._part
         if reading_waits(alias):
             part.copy_(self._before)
             return moved or x._version != version
@@ -109,9 +111,11 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 
 def _without_repeats(x: Tensor) -> Tensor:
     """Return the part of a tensor that holds each place of memory once, where it was expanded."""
-    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            x = x.narrow(dim, 0, 1)
+    strides = x.stride()
+    if 0 in strides:
+        for dim, (size, stride) in enumerate(zip(x.shape, strides, strict=True)):
+            if stride == 0 and size > 1:
+                x = x.narrow(dim, 0, 1)
     return x
 
 

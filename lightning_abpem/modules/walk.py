@@ -29,7 +29,6 @@ from lightning_abpem.modules.containers import (
     SavedCell,
     SavedClass,
     SavedDict,
-    SavedModule,
     SavedObject,
     SavedSequence,
     SavedSet,
@@ -39,6 +38,7 @@ from lightning_abpem.modules.containers import (
 from lightning_abpem.modules.contents import SavedCache, SavedGenerator, SavedScript, SavedStream, SavedValues
 from lightning_abpem.modules.iterators import Refusing, copied
 from lightning_abpem.modules.patches import Uncopied
+from lightning_abpem.modules.saved_modules import SavedModules
 from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
 
 __all__ = ["Walk"]
@@ -51,9 +51,10 @@ _LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "tensorb
 _OPAQUE = {*_LIBRARIES, *_LOGGERS, *sys.stdlib_module_names}  # their objects hold no state of a forward
 _WALKED = {"types", "collections", "argparse", "functools", "weakref", "queue"}  # UserDict, Queue, ...
 _STATELESS = {*_OPAQUE, "torchmetrics", "transformers", "timm", "torchvision", "torchaudio"}  # their classes
+_STANDARD = list(nn.Module().__dict__)  # attributes of every module, most often its first
+_COUNT = len(_STANDARD)
 _IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
 _STATELESS_KINDS: set[type] = set()
-_STANDARD = nn.Module().__dict__.keys()  # attributes of every module
 
 
 class Walk(Uncopied):
@@ -65,12 +66,13 @@ class Walk(Uncopied):
     """
 
     def __init__(self, target: nn.Module, is_sharded: bool) -> None:
-        self._target, self._is_sharded = target, is_sharded
+        self._target = target
         self._own: dict[int, Any] = {}  # by id: the object itself, or what stands in for it
         self._alive: list[Any] = []
         self._places: dict[int, tuple[Any, Any]] = {}  # by id: the container that it was found in, and the key there
         self._todo: list[tuple[Callable[[Walk, Any], None], Any]] = []
         self._saved: list[Saved] = []
+        self._modules = SavedModules(is_sharded)
         self._tensors: list[SavedTensor] = []
         self._parameters: list[nn.Parameter] = []
         self._used: set[int] = set()  # ids of what may have changed without a trace
@@ -166,21 +168,47 @@ class Walk(Uncopied):
             saved.replace(stand_ins)
 
     def _save_module(self, x: nn.Module) -> None:
-        saved = SavedModule(x, self._is_sharded)
-        self._saved.append(saved)
-        own = saved.items
-        if more := {key: value for key, value in own.items() if type(value) not in _PLAIN and key not in _STANDARD}:
-            self._find_items(saved, more)
-        self._parameters += [p for p in x._parameters.values() if p is not None and not p.is_inference()]
-        for name in ("_modules", "_forward_pre_hooks", "_forward_hooks"):
-            if table := own[name]:
+        """Save a module and all in it, those that are known already excepted."""
+        modules = [x]
+        for own in modules:
+            for child in own._modules.values():
+                if id(child) not in self._own and isinstance(child, nn.Module):
+                    if isinstance(child, torch.jit.ScriptModule):
+                        self._find(child, own, "its modules")
+                    else:
+                        self._own[id(child)] = child
+                        modules.append(child)
+        first = len(self._modules.owners)
+        self._modules.add(modules)
+        for place, own in enumerate(modules, first):
+            self._find_in_module(own, place)
+        for kind in set(map(type, modules)):
+            if slots := slots_of(kind):
+                for own in modules:
+                    if type(own) is kind:
+                        self._save(SavedSlots(own, slots))
+            self._find_classes(kind)
+
+    def _find_in_module(self, x: nn.Module, place: int) -> None:
+        stand_ins, attributes = {}, x.__dict__
+        names = list(attributes)
+        is_usual = names[:_COUNT] == _STANDARD
+        for name in names[_COUNT:] if is_usual else names:
+            value = attributes[name]
+            if type(value) not in _PLAIN and (is_usual or name not in _STANDARD):
+                own = self._find(value, x, name)
+                if own is not value:
+                    stand_ins[name] = own
+        if stand_ins:
+            self._modules.replace(place, stand_ins)
+        if own := attributes["_parameters"]:
+            self._parameters += [p for p in own.values() if p is not None and not p.is_inference()]
+        for table in (attributes["_forward_pre_hooks"], attributes["_forward_hooks"]):
+            if table:
                 for key, value in table.items():
                     self._find(value, x, key)
-        if x._buffers:
-            self._save(SavedDict(x, x._buffers))
-        if slots := slots_of(type(x)):
-            self._save(SavedSlots(x, slots))
-        self._find_classes(type(x))
+        if own := attributes["_buffers"]:
+            self._save(SavedDict(x, own))
 
     def _save_script(self, x: torch.jit.ScriptModule) -> None:
         for own in x.modules():
