@@ -68,7 +68,7 @@ def _graphed_step(work: Workload, inputs: Inputs) -> tuple[Callable[[], None], d
 def _step(own: Any, moving: Any, optimizer: Any, inputs: Inputs, predicted: dict[str, Tensor]) -> None:
     tokens = own.encode(inputs)
     output, q, k = own.block.fused(tokens)
-    loss = loss_by_hand(own, own.head(output), [(output, q, k)])
+    loss = loss_by_hand(own, own.head(output), q, k)
     for parameter, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
         parameter.grad = gradient
     optimizer.step()

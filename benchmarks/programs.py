@@ -34,10 +34,7 @@ __all__ = [
 ]
 
 Inputs = tuple[Tensor, Tensor]
-_Passed = tuple[Tensor, Tensor, Tensor]
 K, WEIGHT = 7, 1.0
-LARGE = 2**20
-"""Bytes of tokens from which on a batch passes the fusion block by itself on a CPU; elsewhere sixteen times that."""
 
 
 class FusionAlone(nn.Module):
@@ -88,7 +85,7 @@ class _Block:
         q, k, v = F.linear(self.norm1(x), self.weight, self.bias).chunk(3, -1)
         return q, k, v
 
-    def fused(self, x: Tensor) -> _Passed:
+    def fused(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block's output, and q and k, with fused attention."""
         q, k, v = self.qkv(x)
         heads = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
@@ -183,37 +180,28 @@ def engine(model: nn.Module, memory: int, **options: Any) -> ABPEM:
 def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
     """Our own arithmetic without the engine: no hooks, no checks, no record; fused attention, statistics from q and k.
 
-    What an engine that works on any model costs is held against this. Large batches pass the fusion block one by one,
-    and the pass of a prediction is the first one of the next step.
+    What an engine that works on any model costs is held against this.
     """
     own = anatomy(model)
     moving = only_moving(model, own.block)
     optimizer = torch.optim.Adam(moving, lr=1e-4, fused=True)
     stored: deque[Tensor] = deque(maxlen=memory - 1)
-    kept: _Passed | None = None
     for inputs in batches:
         tokens = own.encode(inputs)
-        goes_alone = tokens.nbytes >= LARGE * (1 if tokens.device.type == "cpu" else 16)
-        if goes_alone:
-            older = list(stored)[: -1 if kept else None]
-            passes = [kept] * bool(kept) + [own.block.fused(x) for x in (*older, tokens)]
-        else:
-            passes = [own.block.fused(torch.cat((*stored, tokens)) if stored else tokens)]
-        logits = own.head(torch.cat([output for output, _, _ in passes]) if len(passes) > 1 else passes[0][0])
-        loss = loss_by_hand(own, logits, passes)
-        del passes, logits, kept
+        output, q, k = own.block.fused(torch.cat((*stored, tokens)) if stored else tokens)
+        loss = loss_by_hand(own, own.head(output), q, k)
+        del output, q, k
         for parameter, gradient in zip(moving, torch.autograd.grad(loss, moving), strict=True):
             parameter.grad = gradient
         optimizer.step()
         stored.append(tokens)
-        kept = own.block.fused(tokens) if goes_alone and memory > 1 else None
         with torch.no_grad():
-            yield own.head(own.block.fused(tokens)[0] if kept is None else kept[0])
+            yield own.head(own.block.fused(tokens)[0])
 
 
-def loss_by_hand(own: Anatomy, logits: Tensor, passes: Iterable[_Passed]) -> Tensor:
-    """Return ABPEM's loss as published, from the logits of all samples and what the fusion block's passes gave."""
-    bootstrapping = torch.stack([_bootstrapping(own, q, k) for _, q, k in passes]).sum() / len(logits)
+def loss_by_hand(own: Anatomy, logits: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Return ABPEM's loss as published, from the logits of all samples and the fusion block's queries and keys."""
+    bootstrapping = _bootstrapping(own, q, k) / len(logits)
     return principal_entropy(logits, K).mean() - marginal_balance(logits) + WEIGHT * bootstrapping
 
 
