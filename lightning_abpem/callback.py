@@ -150,7 +150,7 @@ class TestTimeAdaptation(Callback):
 
     @property
     def _adaptation(self) -> Adaptation | None:
-        """That of the run, or the `attach`, that is under way; None before its first batch."""
+        """The adaptation of the run, or of the `attach`, that is under way; None before its first batch."""
         return self._attached if self._run is None else self._run.adaptation
 
     @contextmanager
@@ -195,7 +195,7 @@ class TestTimeAdaptation(Callback):
             adaptation.close()
 
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
-        """What the stream of this run, or of the last, needs to go on: see `Adaptation.state_dict`.
+        """Return what the stream of this run, or of the last one, needs to go on; see `Adaptation.state_dict`.
 
         Lightning puts it into checkpoints. Empty if nothing was adapted yet. After a run that came to its end `over` is
         True in it.

@@ -30,7 +30,7 @@ Attempt = Callable[[TestTimeAdaptation], None]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found; prints as a table and the line to paste.
+    """Result of `inspect`; prints as a table and the line to paste.
 
     Args:
         calls: every attention call, in the order in which their modules ended.

@@ -152,7 +152,7 @@ def _self_calls(
 
 
 def _head_options(output: Any) -> dict[str, str]:
-    """Where the logits are, if they are not where they are looked for.
+    """Return the option that says where the logits are, if the engine does not find them by itself.
 
     Raises:
         ValueError: if they are nowhere, or in several places.

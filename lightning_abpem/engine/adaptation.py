@@ -216,9 +216,9 @@ class Adaptation(Uncopied):
         self._stepper.reset_next()
 
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
-        """What the stream needs to go on elsewhere, on the host: adapted values, optimizer, memory, random numbers.
+        """Return what the stream needs to go on elsewhere: adapted values, optimizer, memory, random numbers.
 
-        The model itself is not in it. With several processes each has its own.
+        All is on the host, and the model itself is not in it. With several processes each has its own.
 
         Args:
             memory: whether the remembered tokens are wanted; without them a stream goes on with an empty memory.
@@ -237,7 +237,7 @@ class Adaptation(Uncopied):
         self._report(f"{self.method.name} goes on from a state after {self.updates} updates.")
 
     def describe(self) -> str:
-        """What adapts, by name, with counts."""
+        """Return a text that says what adapts, by name, with counts."""
         memory_at = None if self.memory is None else self.memory.name
         return describe_run(self.settings, self.model, self.params, memory_at)
 

@@ -96,7 +96,7 @@ class Forward:
         self.ranks: Ranks | None = None
 
     def find_ranks(self) -> None:
-        """From now on see the batches of all processes, if there are several and the settings say so.
+        """Share the batches of all processes from now on, if there are several and the settings say so.
 
         Raises:
             ValueError: if the method compares what is not exchanged.

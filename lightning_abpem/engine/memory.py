@@ -40,7 +40,7 @@ class RememberedBatch:
         return next(iter(self.tensors.values())).shape[0]
 
     def fits(self, other: RememberedBatch) -> bool:
-        """Whether both have the same arguments and numbers of tokens, so that they can be one batch."""
+        """Return True if both have the same arguments and numbers of tokens, so that they can be one batch."""
         common = self.tensors.keys() & other.tensors.keys()
         alike = all(self.tensors[i].shape[1:] == other.tensors[i].shape[1:] for i in common)
         return self.places == other.places and alike
@@ -142,11 +142,11 @@ class TokenMemory:
             self._stored.append(self.current)
 
     def push_nothing(self) -> None:
-        """What stands for a batch of other processes alone."""
+        """Store a mark of a batch that other processes alone had."""
         self._stored.append(None)
 
     def skip(self) -> None:
-        """The current batch is not to be stored."""
+        """Forget the prediction for a batch that is not stored."""
         self._predicted = None
 
     def state_dict(self) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class GlobalBatch(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """What a process that has never seen a batch has to know of one."""
+    """The form of a batch: a process that has never seen one has to know it."""
 
     classes: int
     layers: dict[Pair, int]

@@ -149,7 +149,7 @@ class FrozenReplay(Uncopied):
         return forward(*args, **kwargs)
 
     def _pass_fusion(self) -> None:
-        """From here on there may be tensors with gradients."""
+        """Note that from here on tensors may carry gradients."""
         self._is_behind = True
 
     def _call(self, key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What to adapt and how: the engine's options, validated once."""
+"""The engine's options, what to adapt and how: validated once."""
 
 from __future__ import annotations
 

@@ -21,17 +21,17 @@ __all__ = [
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether it is a DTensor; said without importing what most runs never need."""
+    """Return True for a DTensor, without importing what most runs never need."""
     return hasattr(x, "full_tensor")
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether some of a model's parameters are cut into shards, so that its forward needs all processes."""
+    """Return True if some parameters are cut into shards, so that the model's forward needs all processes."""
     return bool(modules_of_shards(model)) or any(map(is_sharded, model.parameters()))
 
 
 def check_shards(params: Mapping[str, nn.Parameter], method: str, reads_params: bool) -> bool:
-    """Whether some of what adapts is cut into shards.
+    """Return True if some of what adapts is cut into shards.
 
     Raises:
         ValueError: if the method cannot do with that.
@@ -67,7 +67,7 @@ def modules_of_shards(model: nn.Module) -> list[nn.Module]:
 
 
 def gathers_weights(module: nn.Module) -> bool:
-    """Whether this module itself is one of them."""
+    """Return True if this module itself is one of them."""
     return module in modules_of_shards(module)
 
 

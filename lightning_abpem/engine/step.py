@@ -99,7 +99,7 @@ class Stepper:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the method keeps of earlier batches."""
+        """The method's own memory of earlier batches."""
         self.settle()
         return self._state
 
@@ -157,7 +157,7 @@ class Stepper:
             )
 
     def settle(self) -> None:
-        """What follows from the last step, as soon as somebody needs to know whether it was taken."""
+        """Learn whether the last step was taken, and keep its state and its tokens if it was."""
         last, self._unsettled = self._unsettled, None
         if last is None:
             return
@@ -173,11 +173,11 @@ class Stepper:
                 self._memory.push_nothing()
 
     def reset_next(self) -> None:
-        """Back to the source model before the next batch, if there is one, of any process."""
+        """Go back to the source model before the next batch of any process, if there is one."""
         self._resets_next = True
 
     def reset(self) -> None:
-        """Back to the source model."""
+        """Go back to the source model."""
         self.settle()
         self.weights.reset()
         self._state, self._draft, self._resets_next = {}, {}, False

@@ -62,23 +62,23 @@ class AdaptedWeights:
         self._start()
 
     def restore(self) -> None:
-        """Back to the source values, bit by bit."""
+        """Put the source values back, bit by bit."""
         self._set(self._source)
 
     def reset(self) -> None:
-        """Back to the source values, with a fresh optimizer."""
+        """Put the source values back, with a fresh optimizer."""
         self._set(self._source)
         self._start()
         self.updates_since_reset = 0
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], loss: Tensor) -> Tensor:
-        """One step of the optimizer if the loss and its gradients are finite, and the weights stay so.
+        """Take one step of the optimizer if the loss and its gradients are finite, and the weights stay so.
 
         Nothing here waits for the device if the optimizer can skip a step by itself, as torch's do with fused=True.
 
         Returns:
-            Whether the step was taken: a bool scalar. `settle` tells the host.
+            a bool scalar: True if the step was taken. `settle` tells the host.
         """
         for old, master in zip(self._before, self._masters, strict=True):
             old.copy_(master)
@@ -96,7 +96,7 @@ class AdaptedWeights:
         return taken
 
     def settle(self) -> bool | None:
-        """Whether the last step was taken; None if that was said before, or there was none."""
+        """Return True if the last step was taken; None if that was said before, or there was no step."""
         fate, self._fate = self._fate, None
         if fate is None:
             return None
@@ -122,7 +122,7 @@ class AdaptedWeights:
             log.warning("%s Such steps are skipped, and counted in `skipped`.", reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """The adapted values, the optimizer and the counters; the source by its digest alone."""
+        """Return the adapted values, the optimizer and the counters; of the source its digest alone."""
         return {
             "params": dict(zip(self._names, self._masters, strict=True)),
             "source": self._digest,
@@ -161,7 +161,7 @@ class AdaptedWeights:
         self._set(self._masters)
 
     def _step_on_host(self, *gradients: Tensor | None) -> Tensor:
-        """Where to look at a value costs nothing."""
+        """Step on a device whose values the host can read at no cost."""
         finite = taken = _are_finite(*gradients)
         if finite:
             with torch.enable_grad():
@@ -176,7 +176,7 @@ class AdaptedWeights:
         return torch.tensor(taken)
 
     def _step_on_device(self, *gradients: Tensor | None) -> Tensor:
-        """Where it means to wait for what is under way."""
+        """Step without reading a value on the host, which would wait for the device."""
         optimizer, finite = self._optimizer, all_finite(*gradients)
         with torch.enable_grad():
             # "_step_supports_amp_scaling" is torch's name for what takes `found_inf`.
@@ -221,7 +221,7 @@ class AdaptedWeights:
 
 
 def _master(p: nn.Parameter) -> nn.Parameter:
-    """What the optimizer moves: the parameter itself if it is whole and wide enough."""
+    """Return what the optimizer moves: the parameter itself if it is whole and wide enough."""
     is_narrow = p.dtype in (torch.float16, torch.bfloat16)
     if not is_narrow and not is_sharded(p):
         return p
@@ -232,7 +232,7 @@ def _master(p: nn.Parameter) -> nn.Parameter:
 def describe_run(
     settings: Settings, model: nn.Module, params: Mapping[str, nn.Parameter], memory_at: str | None
 ) -> str:
-    """What adapts, by name, with counts, a line each; what is tied to it moves as well; what is remembered."""
+    """Return a text: what adapts, with counts, what is tied to it and moves as well, and what is remembered."""
     method = settings.method.name
     if settings.steps == 0:
         return f"{method} observes, with steps=0: no weight moves."
@@ -254,7 +254,7 @@ def describe_run(
 
 
 def all_finite(*tensors: Tensor | None) -> Tensor:
-    """Whether no tensor holds NaN or infinity, a bool scalar; None counts as finite."""
+    """Return a bool scalar: True if no tensor holds NaN or infinity. None counts as finite."""
     extremes = _extremes(tensors)
     if not extremes:
         return torch.tensor(True)
@@ -262,7 +262,7 @@ def all_finite(*tensors: Tensor | None) -> Tensor:
 
 
 def _are_finite(*tensors: Tensor | None) -> bool:
-    """The same, known to the host."""
+    """Return True on the host if no tensor holds NaN or infinity."""
     return all(math.isfinite(extreme.item()) for extreme in _extremes(tensors))
 
 

@@ -37,7 +37,7 @@ class Encoder(nn.Module):
 
 
 class DigitsModel(LightningModule):
-    """Which digit was seen and heard: an encoder per modality, one fusion block over both, a linear head.
+    """Classifier of the digit that was seen and heard: an encoder per modality, one fusion block, a linear head.
 
     In training each encoder has a head of its own too, so that it is good by itself.
     """

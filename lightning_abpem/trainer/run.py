@@ -26,7 +26,7 @@ Stage = Literal["test", "predict", "validate"]
 
 
 class Outcome(NamedTuple):
-    """What is left of a run: its counts, and the adaptation's state as it can be saved (empty if it never began)."""
+    """Result of a run: its counts, and the adaptation's state as it can be saved (empty if it never began)."""
 
     updates: int
     skipped: int
