@@ -149,8 +149,8 @@ class Forward:
 
     def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Pass:
         """Run one forward over memory and batch."""
+        self.end_step(has_graphs=True)  # of another pass
         self._replay.start_pass()
-        self.end_step()  # of another pass
         try:
             snapshot = self._begin(args, kwargs)
             if self._memory is not None:
@@ -163,23 +163,23 @@ class Forward:
                 self._memory.add_note(error)
             raise
         finally:
-            self.end()
+            self._changes.close()
+        snapshot.end_call()
         snapshot.check_parameters()
         return self._seen(output, calls, tokens, outputs, args, kwargs)
 
-    def end(self) -> None:
+    def end_step(self, has_graphs: bool = False) -> None:
         """End the pass that is under way, if any: put back what it changed. It can be called again.
 
-        Once more after the gradients, for a checkpoint (torch.utils.checkpoint) runs its part again in backward.
+        That comes after the gradients, which read tensors as the pass left them: autograd keeps no copies.
+
+        Args:
+            has_graphs: True if gradients may still follow. Those that would read what is put back raise.
         """
         self._changes.close()
         if self._snapshot is not None:
-            changed = self._snapshot.restore()
+            changed = self._snapshot.restore(has_graphs)
             self._replay.forget(changed, self._snapshot.drew)
-
-    def end_step(self) -> None:
-        """End the pass, and let go of the state before it."""
-        self.end()
         self._snapshot = None
 
     def drop(self) -> None:
@@ -257,6 +257,7 @@ class Forward:
 
     def _trace(self, args: Any, kwargs: Any) -> list[SeenCall]:
         """Return the attention calls that a forward makes."""
+        self.end_step(has_graphs=True)
         try:
             snapshot = self._begin(args, kwargs)
             return trace_attention(self._model, lambda: self._run(snapshot))

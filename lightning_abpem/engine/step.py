@@ -259,6 +259,14 @@ class Stepper:
                 "backward, where nothing is captured and no stored sample enters. Switch checkpointing off "
                 "(gradient_checkpointing_disable() in Hugging Face transformers), or set memory_batches=1."
             ) from error
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise ValueError(
+                    "Expected a forward that gradients can go back through, but it edits a tensor in place that they "
+                    "need: torch's error above says which kind. Edit it out of place (x = x + 1, not x += 1), or use a "
+                    "clone of it in what follows."
+                ) from error
+            raise
         check_record(self._method, made)
         return _Computed(*made, step.samples, logits, self._draft)
 

@@ -34,7 +34,7 @@ class Snapshot(Walk):
         args: the arguments for a pass: the same objects, but for tensors that autograd refuses.
         kwargs: the keyword arguments, likewise.
         ids: of all objects that can be reached.
-        drew: True after `restore` if torch, Python or NumPy drew random numbers in between.
+        drew: True after `end_call` or `restore` if torch, Python or NumPy drew random numbers in between.
 
     Raises:
         ValueError: if an iterator that cannot be copied is among the state; it is named.
@@ -66,8 +66,16 @@ class Snapshot(Walk):
     def ids(self) -> set[int]:
         return set(self._own)
 
-    def restore(self) -> set[int]:
+    def end_call(self) -> None:
+        """Put back what no gradient reads: generators, and what parameters have besides their values."""
+        self._used |= self._held.restore()
+        self.drew = self._random.restore() or self.drew
+
+    def restore(self, counts: bool = False) -> set[int]:
         """Put everything back by value; it can be called again.
+
+        Args:
+            counts: have torch count it as an edit of a tensor, so that gradients that would read it raise.
 
         Returns:
             the ids of the containers, objects and tensors that had changed.
@@ -75,13 +83,13 @@ class Snapshot(Walk):
         Raises:
             ValueError: if a tensor that cannot be put back was edited in place; it is named.
         """
+        self.end_call()
         changed = {id(saved.owner) for saved in self._saved if saved.restore()}
-        changed |= self._modules.restore() | self._held.restore()
+        changed |= self._modules.restore()
         if torch.get_default_dtype() != self._dtype:
             torch.set_default_dtype(self._dtype)
             changed.update(self._own)
-        self.drew = self._random.restore() or self.drew
-        return changed | self._used | {saved.key for saved in self._tensors if saved.restore()}
+        return changed | self._used | {saved.key for saved in self._tensors if saved.restore(counts)}
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call with the arguments of a pass, in a copy of the context, so that context variables keep their values."""

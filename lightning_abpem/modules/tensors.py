@@ -48,7 +48,7 @@ class SavedTensor:
 
     On a CPU `restore` compares values, because not every edit counts a tensor's version up: those of batch
     normalisation and through `.data` do not. On other devices a comparison would wait for the device; there the values
-    are always written back. Neither way counts the version up.
+    are always written back. Neither way counts the version up by itself.
 
     Args:
         tensor: what the pass works on.
@@ -70,14 +70,20 @@ class SavedTensor:
                     self._part = _without_repeats(self._alias)
                     self._before = self._part.clone()
 
-    def restore(self) -> bool:
+    def restore(self, counts: bool = False) -> bool:
         """Put the values back; return True if the pass had changed them.
+
+        Args:
+            counts: count that as an edit.
 
         Raises:
             ValueError: if another kind of tensor was edited in place: its values were not saved.
         """
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            return self._restore()
+            changed = self._restore()
+            if changed and counts:
+                torch.autograd.graph.increment_version(self._tensor)
+            return changed
 
     def _restore(self) -> bool:
         x, alias = self._tensor, self._alias
