@@ -20,8 +20,17 @@ from lightning_abpem.attention.projections import Projections
 from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.checkpoint import check_form
+from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.method import Method, Predicts
-from lightning_abpem.engine.settings import OptimizerFactory, Reset, Settings, Sync, default_optimizer
+from lightning_abpem.engine.settings import (
+    GuardAction,
+    Monitor,
+    OptimizerFactory,
+    Reset,
+    Settings,
+    Sync,
+    default_optimizer,
+)
 from lightning_abpem.engine.state_file import check_saved, read_state, write_state
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer.run import Outcome, Run, Stage
@@ -46,6 +55,12 @@ class Options(TypedDict, total=False):
     predicts: Predicts | None
     sync: Sync
     projections: Projections | None
+    learning_rate: float | None
+    clip_gradients: float | None
+    anchor: float
+    max_drift: float | None
+    monitor: Monitor
+    guard: GuardAction
 
 
 class TestTimeAdaptation(Callback):
@@ -78,10 +93,20 @@ class TestTimeAdaptation(Callback):
         projections: what adapts in the fusion attention, where its q, k and v projections have unusual names or other
             parameters are wanted: patterns of names inside it, as `fusion` has them, or a function from the module to
             its parameters by name. Default: the linears whose names tell q, k and v.
+        learning_rate: of the optimizer. Default: its own, 1e-4.
+        clip_gradients: greatest length of the gradient over all adapted weights; longer ones are scaled down.
+        anchor: share of the way back to the source that every step ends with, in [0, 1).
+        max_drift: greatest length of the weights' way from the source, relative to the source's own length.
+        monitor: compare the adapted model with the source on every batch ("source"), on every n-th (a number), or never
+            ("off"). It costs a forward of what is not frozen.
+        guard: what to do when the comparison says that adapting does harm: "rollback" puts the last good weights back
+            and goes on with less of the learning rate, "reset" puts the source's back, "freeze" does so and takes no
+            more steps, "warn" says so and does nothing, "off" does not judge.
 
     Attributes:
         updates: steps taken in the last run.
         skipped: steps not taken in the last run: the loss or a gradient was not finite, or no sample was fit for one.
+        events: what the guard did in the last run.
         averages: per dataloader, the last run's figures averaged over samples.
 
     Raises:
@@ -110,6 +135,12 @@ class TestTimeAdaptation(Callback):
         predicts: Predicts | None = None,
         sync: Sync = "global",
         projections: Projections | None = None,
+        learning_rate: float | None = None,
+        clip_gradients: float | None = None,
+        anchor: float = 0.0,
+        max_drift: float | None = None,
+        monitor: Monitor = "off",
+        guard: GuardAction = "off",
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -127,12 +158,19 @@ class TestTimeAdaptation(Callback):
             predicts=predicts,
             sync=sync,
             projections=projections,
+            learning_rate=learning_rate,
+            clip_gradients=clip_gradients,
+            anchor=anchor,
+            max_drift=max_drift,
+            monitor=monitor,
+            guard=guard,
         )
         unknown = set(stages) - {"test", "predict", "validate"}
         if unknown or not stages or isinstance(stages, str):
             raise ValueError(f'Expected `stages` to hold some of "test", "predict", "validate", but got {stages!r}.')
         self.stages = tuple(stages)
         self._counts = (0, 0)
+        self._events: list[Event] = []
         self.averages: dict[int, dict[str, Tensor]] = {}
         self._logged = 0
         self._state: Mapping[str, Any] = {}  # of the last run
@@ -147,6 +185,10 @@ class TestTimeAdaptation(Callback):
     @property
     def skipped(self) -> int:
         return self._counts[1] if self._adaptation is None else self._adaptation.skipped
+
+    @property
+    def events(self) -> list[Event]:
+        return self._events if self._adaptation is None else self._adaptation.events
 
     @property
     def _adaptation(self) -> Adaptation | None:
@@ -187,7 +229,7 @@ class TestTimeAdaptation(Callback):
         """Keep what an `attach` has come to, and close its adaptation; it can be called again."""
         try:
             if self._attached is adaptation:
-                self._counts = adaptation.updates, adaptation.skipped
+                self._counts, self._events = (adaptation.updates, adaptation.skipped), adaptation.events
                 self._state = adaptation.state_dict()
         finally:
             if self._attached is adaptation:
@@ -270,7 +312,7 @@ class TestTimeAdaptation(Callback):
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 check_trainer(trainer, own_stage, TestTimeAdaptation)
-                self._counts, self.averages = (0, 0), {}
+                self._counts, self._events, self.averages = (0, 0), [], {}
                 self._run = Run(trainer, own_stage, self.settings, self._logged, self._resume)
                 self._run.start(first=self)
 
@@ -364,7 +406,7 @@ class TestTimeAdaptation(Callback):
         try:
             run.close()
         finally:
-            updates, skipped, state = run.outcome or Outcome(0, 0, {})
+            updates, skipped, self._events, state = run.outcome or Outcome(0, 0, [], {})
             self._counts, self._logged = (updates, skipped), run.figures.logged
             self._state = {**state, "over": is_over} if state else self._state
             if run.phase == "closed":

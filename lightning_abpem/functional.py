@@ -22,6 +22,7 @@ __all__ = [
     "confidence_loss",
     "dense_score_statistics",
     "entropy",
+    "entropy_of",
     "finite_log",
     "gaussian_kl",
     "map_statistics",
@@ -75,6 +76,12 @@ def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax of (B, C) logits, in nats: (B,)."""
     log_p = finite_log(widen(logits).log_softmax(-1))
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def entropy_of(p: Tensor) -> Tensor:
+    """Shannon entropy of probabilities (..., C), in nats: (...)."""
+    p = widen(p)
+    return -(p * finite_log(p.log())).sum(-1)
 
 
 def principal_entropy(logits: Tensor, k: int) -> Tensor:

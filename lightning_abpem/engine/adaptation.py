@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_abpem.attention.fusion import find_fusion
 from lightning_abpem.engine.forward import Forward
+from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.logits import check_head
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import find_memory
@@ -68,6 +69,7 @@ class Adaptation(Uncopied):
         skipped: steps not taken: the loss or a gradient was not finite, or no sample was fit for one.
         record: the last step's figures, as the method names them, and `updated`: 1 if the step was taken.
         state: what the method keeps of earlier batches.
+        events: what the guard did.
 
     Raises:
         ValueError: on construction, with nothing changed: the names match no attention, a part of the model is in
@@ -126,6 +128,10 @@ class Adaptation(Uncopied):
         return self._stepper.weights.skipped
 
     @property
+    def events(self) -> list[Event]:
+        return self._stepper.guard.events
+
+    @property
     def state(self) -> dict[str, Any]:
         return self._stepper.state
 
@@ -163,7 +169,9 @@ class Adaptation(Uncopied):
         if self._keeps_flags:
             self._flags.freeze()
         letting_go = partial(reshard, self.model) if is_sharded else None
-        weights = AdaptedWeights(self.params, self.settings.optimizer, letting_go)
+        weights = AdaptedWeights(
+            *(self.params, self.settings.optimizer, letting_go, self.settings.learning_rate, self.settings.limits)
+        )
         if self.settings.restore:
             changes.note(weights.restore)
         if self._replay.enabled:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "FORMAT",
+    "check_copies",
     "check_form",
     "check_named",
     "check_weights",
@@ -27,7 +28,7 @@ __all__ = [
     "to_device",
 ]
 
-FORMAT = 2
+FORMAT = 3
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -178,6 +179,26 @@ def _is_batch(x: Any) -> bool:
     return len(rows) < 2 and of_masks
 
 
+def _are_sums(x: Any) -> bool:
+    if x is None:
+        return True
+    is_row = isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 1 and x.numel() >= 5 and x.numel() % 2
+    return bool(is_row and x[0] > 0 and (x[3:] >= 0).all())
+
+
+def _are_tensors(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(own, Tensor) for own in x)
+
+
+def _are_flags(x: Any) -> bool:
+    return isinstance(x, list) and len(x) == 3 and all(isinstance(own, bool) for own in x)
+
+
+def _is_event(x: Any) -> bool:
+    kinds = {"batch": int, "update": int, "action": str, "cause": str}
+    return isinstance(x, Mapping) and x.keys() == kinds.keys() and all(type(x[key]) is kinds[key] for key in kinds)
+
+
 _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "process": (lambda x: _are_counts(x, 2) and x[0] < x[1], "the number of a process and how many there are"),
     "weights.params": (lambda x: _is_named(x, Tensor), "tensors by name"),
@@ -188,11 +209,17 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: _are_counts(x, 3) and x[2] <= x[0],
         "the updates, the steps skipped and the updates since a reset",
     ),
+    "weights.rate": (lambda x: type(x) is float and 0 < x <= 1, "the share of the learning rate that goes on"),
     "scale.value": (lambda x: _is_scalar(x, 1, floating=True), "a scalar tensor of at least 1"),
     "scale.streak": (lambda x: _is_scalar(x, 0, floating=False), "a scalar tensor that counts steps"),
     "state": (_is_named, "what the method remembers, by name"),
     "measured": (lambda x: x is None or _is_named(x), "what the method measured on the source, by name"),
     "resets_next": (lambda x: isinstance(x, bool), "a bool"),
+    "watch": (_are_sums, "the running sums of both models' predictions"),
+    "guard.good": (lambda x: isinstance(x, list) and all(map(_are_tensors, x)), "copies of weights, lists of tensors"),
+    "guard.events": (lambda x: isinstance(x, list) and all(map(_is_event, x)), "what the guard did"),
+    "guard.counts": (lambda x: _are_counts(x, 2), "batches judged, and those since the last copy of weights"),
+    "guard.flags": (_are_flags, "whether it is frozen, has warned, and has judged the last batch"),
     "memory": (_is_memory, "a list of batches, each with `places`, `tensors` of as many rows, and their `masks`"),
     "random": (_is_random, "states of torch's random number generators"),
 }
@@ -269,6 +296,18 @@ def _after_a_step(groups: Any, params: Sequence[Tensor], make: Callable[..., Any
             twin.grad = torch.zeros_like(twin)
         optimizer.step()
     return optimizer.state_dict()
+
+
+def check_copies(copies: Iterable[Sequence[Tensor]], params: Mapping[str, Tensor]) -> None:
+    """Hold copies of the weights against the weights of the same state, which fit the model.
+
+    Raises:
+        ValueError: if a copy has other tensors.
+    """
+    wanted = [_form(x) for x in params.values()]
+    for copy in copies:
+        if (forms := [_form(x) for x in copy]) != wanted:
+            raise ValueError(f"Expected the guard's copies of weights to be {_shown(wanted)}, but got {_shown(forms)}.")
 
 
 def check_named(kept: Any, params: Mapping[str, Tensor]) -> None:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 class Pass(NamedTuple):
     """Logits of one pass, how many of them are the batch's, attention and outputs, as `Step` has them.
 
-    `is_local` is True if any of the samples are this process's.
+    `is_local` is True if any of the samples are this process's; `own` are the logits of its batch, detached.
     """
 
     logits: Tensor
@@ -45,6 +45,7 @@ class Pass(NamedTuple):
     attention: Mapping[Pair, Sequence[Comparison]]
     outputs: Mapping[str, Any]
     is_local: bool = True
+    own: Tensor | None = None
 
 
 class Forward:
@@ -145,7 +146,9 @@ class Forward:
             return seen
         own = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
         together = self.ranks.global_batch(*own)
-        return together and Pass(*together, {}, is_local=seen is not None and seen.samples > 0)
+        if together is None or seen is None:
+            return together and Pass(*together, {}, is_local=False)
+        return Pass(*together, {}, is_local=seen.samples > 0, own=seen.own)
 
     def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Pass:
         """Run one forward over memory and batch."""
@@ -167,6 +170,17 @@ class Forward:
         snapshot.end_call()
         snapshot.check_parameters()
         return self._seen(output, calls, tokens, outputs, args, kwargs)
+
+    def predict(self, args: Any, kwargs: Any) -> Tensor:
+        """Run one forward over a batch alone, without gradients; return its logits (B, C)."""
+        self.end_step()
+        self._replay.start_pass()
+        try:
+            snapshot = self._begin(args, kwargs)
+            with torch.no_grad():
+                return read_logits(self._run(snapshot), self._settings.logits).clone()
+        finally:
+            self.end_step()
 
     def end_step(self, has_graphs: bool = False) -> None:
         """End the pass that is under way, if any: put back what it changed. It can be called again.
@@ -228,7 +242,7 @@ class Forward:
             if self._fusion is not None:
                 attention = self._compare(calls, tokens, logits, args, kwargs)
             self._check_logits(logits)
-        return Pass(logits, samples, attention, outputs)
+        return Pass(logits, samples, attention, outputs, own=logits[stored:].detach())
 
     def _compare(
         self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any

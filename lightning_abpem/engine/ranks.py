@@ -215,6 +215,14 @@ class Ranks:
         ]
         return [summed[i : i + len(params)] for i in range(0, len(summed), len(params))]
 
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of the processes' values, (N,); a process without any has none, (0,)."""
+        sizes = [row[0] for row in self._exchange(len(values))]
+        own = values.to(self._device, torch.float64) if len(values) else None
+        flat = torch.zeros(max(sizes), dtype=torch.float64, device=self._device) if own is None else own
+        dist.all_reduce(flat)
+        return flat
+
     def abandon(self) -> None:
         """Tell the others, where they expect a batch, that there will be none: an error here must not hang them.
 

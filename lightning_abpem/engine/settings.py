@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,13 +16,16 @@ from lightning_abpem.attention.fusion import FusionPatterns, fusion_patterns
 from lightning_abpem.attention.projections import Projections
 from lightning_abpem.attention.spans import Modalities, TokenMask, Tokens, own_spans, token_spans
 from lightning_abpem.attention.statistics import Pair
+from lightning_abpem.engine.limits import Limits
 from lightning_abpem.engine.method import Method, Predicts
 
-__all__ = ["OptimizerFactory", "Reset", "Settings", "Sync", "default_optimizer"]
+__all__ = ["GuardAction", "Monitor", "OptimizerFactory", "Reset", "Settings", "Sync", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Reset = Literal["never", "batch", "dataloader"] | int
 Sync = Literal["global", "local"]
+GuardAction = Literal["rollback", "reset", "freeze", "warn", "off"]
+Monitor = Literal["source", "off"] | int
 default_optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-4, fused=True)
 
 
@@ -47,6 +52,13 @@ class Settings:
     predicts: Predicts | None = None
     sync: Sync = "global"
     projections: Projections | None = None
+    learning_rate: float | None = None
+    clip_gradients: float | None = None
+    anchor: float = 0.0
+    max_drift: float | None = None
+    monitor: Monitor = "off"
+    guard: GuardAction = "off"
+    limits: Limits = field(init=False)
     patterns: list[str] | dict[Pair, list[str]] | None = field(init=False)
     spans: dict[str, Tokens | TokenMask] | None = field(init=False)
 
@@ -90,7 +102,14 @@ class Settings:
                 "Expected `projections` to be names inside the fusion attention, or a function from it to parameters "
                 f"by name, but got {self.projections!r}."
             )
+        object.__setattr__(self, "limits", Limits(self.clip_gradients, self.anchor, self.max_drift))
+        self._check_watch()
         self._read_modalities()
+
+    @property
+    def monitored_batches(self) -> int:
+        """Every how many batches the source model is compared with; 0 for never."""
+        return self.monitor if isinstance(self.monitor, int) else int(self.monitor == "source")
 
     @property
     def updates_per_reset(self) -> int | None:
@@ -98,6 +117,25 @@ class Settings:
         if self.reset == "batch":
             return 1
         return self.reset if isinstance(self.reset, int) else None
+
+    def _check_watch(self) -> None:
+        if self.learning_rate is not None and not (_is_number(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"Expected `learning_rate` to be None or a number > 0, but got {self.learning_rate!r}.")
+        monitor = self.monitor
+        if monitor not in ("source", "off") and (
+            isinstance(monitor, bool) or not isinstance(monitor, int) or monitor < 1
+        ):
+            raise ValueError(
+                f'Expected `monitor` to be "source", "off" or a number of batches >= 1, but got {monitor!r}.'
+            )
+        if self.guard not in get_args(GuardAction):
+            known = ", ".join(map(repr, get_args(GuardAction)))
+            raise ValueError(f"Expected `guard` to be one of {known}, but got {self.guard!r}.")
+        if self.guard != "off" and monitor == "off":
+            raise ValueError(
+                f'Expected `monitor` to be "source" or a number of batches with guard={self.guard!r}, which judges by '
+                'it, but got "off".'
+            )
 
     def _read_modalities(self) -> None:
         """Set `patterns`, and `spans`: None where the first batch has to show them."""
@@ -129,6 +167,10 @@ class Settings:
 
     def _counted_reset(self) -> bool:
         return isinstance(self.reset, int) and not isinstance(self.reset, bool) and self.reset >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _are_names(value: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.engine.checkpoint import (
     FORMAT,
+    check_copies,
     check_form,
     check_named,
     random_state,
@@ -22,6 +23,7 @@ from lightning_abpem.engine.checkpoint import (
     to_device,
 )
 from lightning_abpem.engine.forward import Forward, Pass
+from lightning_abpem.engine.guard import Guard
 from lightning_abpem.engine.logits import read_logits
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import TokenMemory
@@ -29,6 +31,7 @@ from lightning_abpem.engine.method import Edit, Gradients, Record, Step, check_r
 from lightning_abpem.engine.ranks import Ranks, process
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
+from lightning_abpem.engine.watch import Watch
 from lightning_abpem.engine.weights import AdaptedWeights
 
 __all__ = ["Stepper"]
@@ -71,6 +74,8 @@ class Stepper:
 
     Attributes:
         record: the last step's figures, and `updated`: 1 if the step was taken.
+        watch: compares the adapted model with the source.
+        guard: judges what it sees.
     """
 
     def __init__(
@@ -94,6 +99,9 @@ class Stepper:
         self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
         self._is_first, self._resets_next = True, False
         self._is_watched_for_effect = False
+        self.watch, self.guard = Watch(), Guard(settings.guard)
+        self._batches = 0  # that took part in steps
+        self._own: Tensor | None = None  # logits of this process's batch
         self._pending: _Computed | None = None  # a step that is due after the prediction
         self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
 
@@ -122,6 +130,8 @@ class Stepper:
         for i in range(max(self._settings.steps, 1)):
             self.settle()
             self._is_first = i == 0
+            if i == 0:
+                self._take_back()
             computed = self._compute(args, kwargs, tokens)
             if computed is None:
                 return
@@ -181,6 +191,8 @@ class Stepper:
         self.settle()
         self.weights.reset()
         self._state, self._draft, self._resets_next = {}, {}, False
+        self.guard.reset()
+        self.watch.forget()
         if self._memory is not None:
             self._memory.clear()
 
@@ -193,6 +205,8 @@ class Stepper:
             "state": self._state,
             "measured": self._source,
             "resets_next": self._resets_next,
+            "watch": self.watch.sums,
+            "guard": self.guard.state_dict(),
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
             "random": random_state(self._device),
         }
@@ -203,12 +217,16 @@ class Stepper:
         self.settle()
         check_form(state, self._method.name)
         check_named([state["state"], state["measured"]], self._params)
+        check_copies(state["guard"]["good"], state["weights"]["params"])
         is_own = list(state["process"]) == list(process())
         parts = [state["state"], state["measured"], state["scale"], state["memory"] if is_own else []]
         kept, source, scale, memory = to_device(parts, self._device)
+        guard, sums = to_device([state["guard"], state["watch"]], self._device)
         self.weights.load_state_dict(state["weights"])  # the last that may be refused
         self._state, self._source, self._resets_next = kept, source, state["resets_next"]
         self._scale.load_state_dict(scale)
+        self.watch.sums = sums
+        self.guard.load_state_dict(guard, self.watch.means)
         set_random_state(state["random"], self._device)
         if self._memory is not None:
             self._memory.load_state_dict(memory)
@@ -230,13 +248,15 @@ class Stepper:
             computed = self._of_step(step, args, kwargs, tokens) if step.samples else None
         finally:
             self._forward.end_step()
+        if computed is not None and self._is_first:
+            computed = self._watched(computed, args, kwargs)
         if ranks is not None:
             ranks.end_step()
         return computed
 
     def _of_step(self, step: Step, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed:
         logits = None if args is None else step.logits[-step.samples :].detach()
-        if self._settings.steps == 0:
+        if self._settings.steps == 0 or self.guard.is_frozen:
             observed = self._method.loss(step)
             check_record(self._method, observed)
             return _Computed(None, observed[1], step.samples, logits, self._draft)
@@ -270,11 +290,36 @@ class Stepper:
         check_record(self._method, made)
         return _Computed(*made, step.samples, logits, self._draft)
 
+    def _watched(self, computed: _Computed, args: Any, kwargs: Any) -> _Computed:
+        """Compare the model as it is before the step with the source, if that is due; return the step with the figures.
+
+        The guard judges by them. What it says is read at the next batch.
+        """
+        every, self._batches = self._settings.monitored_batches, self._batches + 1
+        if not every or (self._batches - 1) % every:
+            return computed
+        ranks, own, source = self._forward.ranks, self._own, self._own
+        if args is not None and not self.weights.are_source:
+            with self.weights.at_source():
+                source = self._forward.predict(args, kwargs)
+        figures = self.watch.see(own, source, None if ranks is None else ranks.total)
+        if self._settings.guard != "off":
+            assert self.watch.means is not None
+            self.guard.judge(self.watch.means)
+        return computed._replace(record={**computed.record, **figures, "drift": self.weights.drift})
+
+    def _take_back(self) -> None:
+        """Let the guard act on what the last batch showed; after that the running means begin anew."""
+        if self.guard.act(self.weights) is not None and self._settings.guard != "warn":
+            self.watch.forget()
+
     def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
         """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""
         seen = self._forward.observe_all(args, kwargs, tokens)
         if seen is None:
             return None
+        if self._is_first:
+            self._own = seen.own
         if self._resets_next:  # due before the batch of other processes
             self.reset()
         return self._step_of(seen, self._forward.ranks)
@@ -296,7 +341,7 @@ class Stepper:
         record = computed.record
         if computed.gradients is None:
             updated = record["loss"].new_zeros(())
-            if self._settings.steps:  # who only observes sees each batch by itself
+            if self._settings.steps and not self.guard.is_frozen:  # who only observes sees each batch by itself
                 self._state = computed.state
                 self.weights.skip(record["loss"])
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.graph import increment_version
 
 from lightning_abpem.engine.checkpoint import check_weights, digest, to_cpu
 from lightning_abpem.engine.flags import DeviceFlags
+from lightning_abpem.engine.limits import Limits, way
 from lightning_abpem.engine.settings import OptimizerFactory, Settings
 from lightning_abpem.engine.shards import assign, is_sharded, whole
 from lightning_abpem.modules.names import plain_name
@@ -36,6 +38,8 @@ class AdaptedWeights:
         params: what moves, by name; their present values are the source.
         optimizer: from parameters to a torch optimizer.
         before_writing: called before values are written to them.
+        learning_rate: of the optimizer, in place of its own; None keeps that.
+        limits: what a step, and the way from the source, is held to.
 
     Attributes:
         updates: steps taken.
@@ -51,14 +55,19 @@ class AdaptedWeights:
         params: Mapping[str, nn.Parameter],
         optimizer: OptimizerFactory,
         before_writing: Callable[[], None] | None = None,
+        learning_rate: float | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._names, self._params = list(params), list(params.values())
         self._factory, self._before_writing = optimizer, before_writing
+        self._learning_rate, self._limits = learning_rate, limits or Limits()
         self._source = [p.detach().clone() for p in self._params]
+        self._whole_source = [whole(x) for x in self._source]
         self._digest = digest(whole(p) for p in self._source)
         self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
         self.updates = self.skipped = self.updates_since_reset = 0
         self._reasons: set[str] = set()  # that were said
+        self._rate = 1.0
         self._start()
 
     def restore(self) -> None:
@@ -67,9 +76,8 @@ class AdaptedWeights:
 
     def reset(self) -> None:
         """Put the source values back, with a fresh optimizer."""
-        self._set(self._source)
-        self._start()
-        self.updates_since_reset = 0
+        self._rate = 1.0
+        self.go_back(None)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], loss: Tensor) -> Tensor:
@@ -80,6 +88,7 @@ class AdaptedWeights:
         Returns:
             a bool scalar: True if the step was taken. `settle` tells the host.
         """
+        gradients = self._limits.clipped(gradients)
         for old, master in zip(self._before, self._masters, strict=True):
             old.copy_(master)
         step = self._step_on_device if reading_waits(loss) else self._step_on_host
@@ -121,6 +130,48 @@ class AdaptedWeights:
             self._reasons.add(reason)
             log.warning("%s Such steps are skipped, and counted in `skipped`.", reason)
 
+    @property
+    def drift(self) -> Tensor:
+        """The length of the weights' way from the source, relative to the source's: a scalar."""
+        return way(self._masters, self._whole_source)
+
+    @property
+    def are_source(self) -> bool:
+        """True if no step was taken since the source values were there."""
+        return self.updates_since_reset == 0
+
+    def copied(self) -> list[Tensor]:
+        """Return copies of the weights as they are, for `go_back`."""
+        return [master.detach().clone() for master in self._masters]
+
+    @torch.no_grad()
+    def go_back(self, values: Sequence[Tensor] | None, rate: float = 1) -> None:
+        """Put earlier weights back, the source's for None, with a fresh optimizer.
+
+        Args:
+            values: what `copied` returned.
+            rate: factor of the learning rate from now on, besides earlier ones.
+        """
+        self._rate *= rate
+        self._set(self._source)
+        self._start()
+        if values is None:
+            self.updates_since_reset = 0
+            return
+        for master, value in zip(self._masters, values, strict=True):
+            master.copy_(value)
+        self._set(self._masters)
+
+    @contextmanager
+    def at_source(self) -> Iterator[None]:
+        """Put the source values into the model while the block lasts."""
+        moved = [p.detach().clone() for p in self._params]
+        try:
+            self._set(self._source)
+            yield
+        finally:
+            self._set(moved)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the adapted values, the optimizer and the counters; of the source its digest alone."""
         return {
@@ -129,6 +180,7 @@ class AdaptedWeights:
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
             "optimizer_class": type(self._optimizer).__name__,
             "counts": [self.updates, self.skipped, self.updates_since_reset],
+            "rate": self._rate,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -139,6 +191,7 @@ class AdaptedWeights:
         """
         self.settle()
         check_weights(state, self.state_dict(), self._factory)
+        self._rate = state["rate"]
         masters, optimizer = self._fresh()
         if masters:
             optimizer.load_state_dict(to_cpu(state["optimizer"]))  # a copy: it would step with the state's tensors
@@ -166,6 +219,7 @@ class AdaptedWeights:
         if finite:
             with torch.enable_grad():
                 self._optimizer.step()
+            self._limits.hold(self._masters, self._whole_source)
             taken = _are_finite(*self._masters)
         for old, master in zip(self._before, self._masters, strict=True):
             if taken:
@@ -186,6 +240,7 @@ class AdaptedWeights:
                 del optimizer.grad_scale, optimizer.found_inf
             elif finite:
                 optimizer.step()
+        self._limits.hold(self._masters, self._whole_source)
         taken = finite & all_finite(*self._masters)
         for old, master in zip(self._before, self._masters, strict=True):
             master.copy_(master.where(taken, old))
@@ -208,6 +263,9 @@ class AdaptedWeights:
             raise ValueError(
                 f"Expected `optimizer` to make a torch optimizer that steps without a closure, but got {optimizer!r}."
             )
+        for group in optimizer.param_groups:
+            own = group["lr"] if self._learning_rate is None else self._learning_rate
+            group["lr"] = own if self._rate == 1 else own * self._rate
         return masters, optimizer
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_abpem.engine.adaptation import Adaptation
+from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.ranks import Ranks
 from lightning_abpem.engine.settings import Settings
@@ -26,10 +27,11 @@ Stage = Literal["test", "predict", "validate"]
 
 
 class Outcome(NamedTuple):
-    """Result of a run: its counts, and the adaptation's state as it can be saved (empty if it never began)."""
+    """Result of a run: its counts, the guard's events, and the adaptation's state (empty if it never began)."""
 
     updates: int
     skipped: int
+    events: list[Event]
     state: dict[str, Any]
 
 
@@ -165,7 +167,8 @@ class Run:
             return
         try:
             if self.outcome is None:  # the second time the weights may be back
-                self.outcome = Outcome(self.adaptation.updates, self.adaptation.skipped, {})
+                own = self.adaptation
+                self.outcome = Outcome(own.updates, own.skipped, own.events, {})
                 self.outcome = self.outcome._replace(state=self.adaptation.state_dict())
         finally:
             self.adaptation.close()

@@ -417,8 +417,20 @@ DAMAGES = {
     "a method's state of a set": (("state", "seen"), {1}, "`state.seen` .* but got a set"),
     "a method's state of numbers": (("state", 1.5), 1, "keys of a state's `state`"),
     "measured of text": (("measured",), "x", "`measured`"),
+    "a rate of 2": (("weights", "rate"), 2.0, "`weights.rate` .* but got 2.0"),
+    "sums of text": (("watch",), "x", "`watch` .* running sums"),
+    "sums of an even number": (("watch",), torch.ones(4), "`watch` .* running sums"),
+    "sums of no samples": (("watch",), torch.zeros(5), "`watch` .* running sums"),
+    "copies of another shape": (("guard", "good"), [[torch.zeros(3)]], "guard's copies .* but got"),
+    "copies of NaN": (("guard", "good"), [[torch.tensor(torch.nan)]], "`guard.good.0.0` .* finite"),
+    "an event of numbers": (
+        ("guard", "events"),
+        [{"batch": 1, "update": 1, "action": 1, "cause": 1}],
+        "`guard.events`",
+    ),
+    "two flags": (("guard", "flags"), [True, False], "`guard.flags`"),
     "a number for a bool": (("resets_next",), 1, "`resets_next` .* a bool, but got 1"),
-    "another format": (("format",), torch.ones(2), "of form 2"),
+    "another format": (("format",), torch.ones(2), "of form 3"),
 }
 
 
@@ -458,7 +470,7 @@ JUNK = {
 @pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
 def test_each_leaf_of_a_state_is_looked_at(state, junk):
     """Whatever stands there instead: it is refused with nothing changed, or it is a value that may stand there."""
-    may_be = {"weights.optimizer.param_groups", "state", "memory", "weights.optimizer.state"}
+    may_be = {"weights.optimizer.param_groups", "state", "memory", "weights.optimizer.state", "watch"}
     for path in leaves({key: own for key, own in state.items() if key != "over"}):
         with opened(made("abpem")) as adaptation:
             before = adaptation.state_dict()
@@ -614,7 +626,7 @@ def test_a_checkpoint_that_training_goes_on_from_says_nothing_of_the_next_run(tm
 def test_of_another_version():
     first = made("abpem")
     predict(first, make_toy(), batches(1))
-    with pytest.raises(ValueError, match="of form 2, but got 7"):
+    with pytest.raises(ValueError, match="of form 3, but got 7"):
         first.load_state_dict({**first.state_dict(), "format": 7})
 
 
