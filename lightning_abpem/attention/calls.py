@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionCall", "EagerCall", "FusedCall", "masked_call", "refuse_nested", "side_by_side", "unfold_heads"]
+__all__ = ["AttentionCall", "EagerCall", "FusedCall", "masked_call", "refuse_nested", "side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,6 @@ def refuse_nested(name: str, *tensors: object) -> None:
 def side_by_side(x: Tensor) -> Tensor:
     """(B, H, N, D/H) as (B, N, D)."""
     return x.transpose(1, 2).flatten(2)
-
-
-def unfold_heads(x: Tensor, heads: int) -> Tensor:
-    """(B * H, N, M) as (B, H, N, M)."""
-    return x.unflatten(0, (-1, heads)) if x.shape[0] % heads == 0 else x.unsqueeze(1)
 
 
 def masked_call(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_leaves
 
 from lightning_abpem.attention.calls import (
     AttentionCall,
@@ -26,11 +27,11 @@ from lightning_abpem.attention.calls import (
     masked_call,
     refuse_nested,
     side_by_side,
-    unfold_heads,
 )
+from lightning_abpem.attention.heads import Fold, choose_fold, fitting_folds
 from lightning_abpem.attention.masks import causal_mask, read_mask
 from lightning_abpem.attention.multihead import call_multi_head
-from lightning_abpem.attention.projections import FusionAttention
+from lightning_abpem.attention.projections import FusionAttention, is_projection
 from lightning_abpem.modules.patches import Changes
 
 __all__ = ["SOFTMAX", "capture_attention", "softmax_dim", "watch_attention"]
@@ -50,7 +51,9 @@ def softmax_dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 SOFTMAX = frozenset((F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax))
-_STACKING = frozenset((torch.cat, torch.concat, torch.concatenate))
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}
+_PRODUCTS |= {Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm}
+_OWN_DIMENSION = "Give the heads a dimension of their own, (batch, heads, tokens, width)."
 
 
 @dataclass(eq=False)
@@ -62,8 +65,8 @@ class _Watch(TorchFunctionMode):
     turn: int = 0
     fused: list[FusedCall] = field(default_factory=list)
     softmaxed: list[_Softmax] = field(default_factory=list)
-    stacked: set[tuple[int, int]] = field(default_factory=set)  # sizes of what may be heads behind one another
-    folded: list[tuple[int, ...]] = field(default_factory=list)  # (B * H, N_q, N_k) of fused calls
+    projected: list[Tensor] = field(default_factory=list)  # what projections put out
+    factors: list[Tensor] = field(default_factory=list)  # of other products, such as v of the last one
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -73,8 +76,7 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in SOFTMAX:
             refuse_nested(self.attention.name, *args, *kwargs.values())
         if func is F.scaled_dot_product_attention:
-            self._note_folded(*args, **kwargs)
-            self.fused.append(_fused_call(self.attention, self.turn, *args, **kwargs))
+            self.fused.append(_fused_call(self.attention.name, self.turn, self.projected, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
             output, call = call_multi_head(self.attention.name, self.turn, args, kwargs)
             self.fused.append(call)
@@ -82,22 +84,26 @@ class _Watch(TorchFunctionMode):
         elif func in SOFTMAX:
             self.softmaxed.append(_Softmax(args[0] if args else kwargs["input"], softmax_dim(args, kwargs)))
         output = func(*args, **kwargs)
-        if func in _STACKING:
-            pieces = args[0] if args else kwargs["tensors"]
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-            if len(pieces) == self.attention.heads and output.dim() == 3 and dim in (0, -3):
-                self.stacked.add((output.shape[0], output.shape[1]))
+        if func is F.linear:
+            self.projected.append(output)
+        elif func in _PRODUCTS:
+            self._note_product([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], output)
         return output
 
-    def _note_folded(self, query: Tensor, key: Tensor, *_: Any, **__: Any) -> None:
-        if query.dim() == 3 and self.attention.is_head_width(query.shape[-1]):
-            self.folded.append((query.shape[0], query.shape[1], key.shape[1]))
+    def _note_product(self, factors: list[Tensor], output: Tensor) -> None:
+        """Note a product with a matrix as a projection, and the factors of others."""
+        if any(x.dim() == 2 for x in factors[-2:]):  # not what baddbmm adds
+            self.projected.append(output)
+        else:
+            self.factors += [x for x in factors if x.dim() in (3, 4)]
+
+    def note_projection(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note what a module puts out that is called as a projection: an adapter may be in it, or no product at all."""
+        if isinstance(output, Tensor):
+            self.projected.append(output)
 
     def enter(self, *_: Any) -> None:
-        self.fused.clear()
-        self.softmaxed.clear()
-        self.stacked.clear()
-        self.folded.clear()
+        self._clear()
         self.__enter__()
 
     def leave(self, module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
@@ -106,20 +112,19 @@ class _Watch(TorchFunctionMode):
         while self in _get_current_function_mode_stack():
             self.__exit__(None, None, None)
         if was_on and output is not None:
-            self._check()
-            self.calls.extend(self.fused or [_eager_call(self.attention, self.turn, self.softmaxed)])
+            self._refuse_hidden()
+            self.calls.extend(self.fused or [self._eager_call()])
             self.turn += 1
+        self._clear()
 
-    def _check(self) -> None:
-        folded = list(self.folded)
-        if not self.fused and not any(x.scores.dim() == 4 for x in self.softmaxed):
-            folded += [tuple(x.scores.shape) for x in self.softmaxed if x.scores.dim() == 3]
-        if self.attention.heads > 1 and any((rows, n) in self.stacked for rows, *tokens in folded for n in tokens):
-            raise ValueError(
-                f"Expected the heads of '{self.attention.name}' to be a dimension of their own, or folded into the "
-                "batch next to each other for each sample, but they are put behind one another with torch.cat. Use "
-                "F.scaled_dot_product_attention with (batch, heads, tokens, width)."
-            )
+    def _clear(self) -> None:
+        for noted in (self.fused, self.softmaxed, self.projected, self.factors):
+            noted.clear()
+
+    def _eager_call(self) -> EagerCall:
+        return _eager_call(self.attention.name, self.turn, self.softmaxed, self.factors, self.projected)
+
+    def _refuse_hidden(self) -> None:
         if not self.fused and not self.softmaxed:
             raise ValueError(
                 f"'{self.attention.name}' was called, but neither F.scaled_dot_product_attention, "
@@ -142,6 +147,9 @@ def watch_attention(changes: Changes, fusion: Iterable[FusionAttention]) -> list
         changes.note(leave)
         changes.hook(attention.module, "register_forward_pre_hook", enter)
         changes.hook(attention.module, "register_forward_hook", leave, always_call=True)
+        for name, inner in attention.module.named_modules():
+            if is_projection(name) and not isinstance(inner, torch.jit.ScriptModule):  # which takes no hooks
+                changes.hook(inner, "register_forward_hook", watch.note_projection)
     return calls
 
 
@@ -153,8 +161,9 @@ def capture_attention(fusion: Iterable[FusionAttention]) -> Iterator[list[Attent
 
 
 def _fused_call(
-    attention: FusionAttention,
+    name: str,
     turn: int,
+    projected: list[Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -164,20 +173,17 @@ def _fused_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> FusedCall:
-    """From the arguments of F.scaled_dot_product_attention: (B, H, N, D/H), or three-dimensional.
-
-    Three dimensions are (B * H, N, D/H) where that fits the number of heads and the query projection's width, else
-    (B, N, D) with a single head.
-    """
-    if query.dim() == 3:
-        heads = attention.heads if attention.is_head_width(query.shape[-1]) else 1
-        query, key = unfold_heads(query, heads), unfold_heads(key, heads)
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = unfold_heads(attn_mask, heads)
-    if query.dim() != 4:
-        raise ValueError(
-            f"Expected queries (batch, heads, tokens, width) in '{attention.name}', but got {tuple(query.shape)}."
-        )
+    """Make a call from the arguments of F.scaled_dot_product_attention, (B, H, N, D/H) or (B * H, N, D/H)."""
+    if query.dim() == 3 and key.shape[0] == query.shape[0]:
+        folds = fitting_folds((value, key, query), projected) or {Fold(query.shape[0], 1)}
+        fold = choose_fold(name, folds, query, key)
+        if attn_mask is not None and attn_mask.dim() == 3 and len(attn_mask) == len(query):
+            attn_mask = fold.unfold(attn_mask)
+        query, key = fold.unfold(query), fold.unfold(key)
+    elif query.dim() != 4:
+        raise ValueError(f"Expected queries (batch, heads, tokens, width) in '{name}', but got {tuple(query.shape)}.")
+    else:
+        _refuse_heads_first(name, query.shape, (value, key, query), projected)
     heads = query.shape[1]
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
@@ -185,21 +191,55 @@ def _fused_call(
     masks = [] if attn_mask is None else [read_mask(attn_mask, key.shape[2])]
     if is_causal:
         masks.append((causal_mask(query.shape[2], key.shape[2], query.device), None))
-    return masked_call(attention.name, turn, side_by_side(query), side_by_side(key), scale / heads, masks)
+    return masked_call(name, turn, side_by_side(query), side_by_side(key), scale / heads, masks)
 
 
-def _eager_call(attention: FusionAttention, turn: int, softmaxed: list[_Softmax]) -> EagerCall:
-    """From what a softmax gets: scores with scale and bias, (B, H, N_q, N_k) or (B * H, N_q, N_k)."""
+def _eager_call(
+    name: str, turn: int, softmaxed: list[_Softmax], factors: list[Tensor], projected: list[Tensor]
+) -> EagerCall:
+    """Make a call from what a softmax gets: scores with scale and bias, (B, H, N_q, N_k) or (B * H, N_q, N_k)."""
     scores = [x.scores for x in softmaxed if x.scores.dim() == 4]
-    if not scores and attention.heads > 1:
-        folded = [x.scores for x in softmaxed if x.scores.dim() == 3 and x.scores.shape[0] % attention.heads == 0]
-        scores = [unfold_heads(x, attention.heads) for x in folded]
+    folded = [x.scores for x in softmaxed if x.scores.dim() == 3]
+    if not scores:
+        scores = [own for x in folded if (own := _unfold_scores(name, x, factors, projected)) is not None]
     if len(scores) != 1 or any(x.dim not in (-1, x.scores.dim() - 1) for x in softmaxed if x.scores.dim() > 2):
         listed = ", ".join(f"{tuple(x.scores.shape)} over dimension {x.dim}" for x in softmaxed)
         raise ValueError(
-            f"Expected the eager attention '{attention.name}' to have one softmax, over the last dimension of (batch, "
-            f"heads, query tokens, key tokens), but got {listed}. Use its fused attention."
+            f"Expected the eager attention '{name}' to have one softmax, over the last dimension of (batch, heads, "
+            f"query tokens, key tokens), but got {listed}. Heads in the batch dimension are told from samples where a "
+            f"factor of a product holds what its projections put out. {_OWN_DIMENSION} Or use its fused attention."
         )
+    if not folded:
+        _refuse_heads_first(name, scores[0].shape, _of_rows(factors, scores[0].shape[:2].numel()), projected)
     keep, _ = read_mask(scores[0], scores[0].shape[-1], relative=True)
     assert keep is not None
-    return EagerCall(attention.name, scores[0].mean(1), keep, turn)
+    return EagerCall(name, scores[0].mean(1), keep, turn)
+
+
+def _unfold_scores(name: str, scores: Tensor, factors: list[Tensor], projected: list[Tensor]) -> Tensor | None:
+    """Return (B * H, N_q, N_k) as (B, H, N_q, N_k); None if the values do not tell which rows are whose."""
+    folds = fitting_folds(_of_rows(factors, len(scores)), projected) if len(scores) else {Fold(0, 1)}
+    return choose_fold(name, folds, scores).unfold(scores) if folds else None
+
+
+def _of_rows(factors: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+    """Yield the factors of that many matrices, each as it is and transposed, the last one first: it is v."""
+    for x in reversed(list(factors)):
+        if x.shape[:-2].numel() == rows:
+            yield from (x.flatten(0, -3), x.flatten(0, -3).mT)
+
+
+def _refuse_heads_first(name: str, shape: Sequence[int], folded: Iterable[Tensor], projected: list[Tensor]) -> None:
+    """Refuse (heads, batch, ...), which as many samples as heads would hide.
+
+    Raises:
+        ValueError: if the values are known to lie like that.
+    """
+    samples, heads = shape[:2]
+    if samples == heads > 1:
+        folds = fitting_folds((x.flatten(0, -3) for x in folded), projected)
+        if folds == {Fold(samples, heads, heads_first=True)}:
+            raise ValueError(
+                f"Expected (batch, heads, tokens, ...) in '{name}', but got {tuple(shape)} with the heads ahead of "
+                "the batch. Permute what it attends with."
+            )

@@ -192,7 +192,10 @@ def check_samples(calls: Iterable[AttentionCall], samples: int) -> None:
         if call.shape[0] != samples:
             raise ValueError(
                 f"Expected '{call.name}' to attend with {samples} samples, as many as the logits have, but got "
-                f"{call.shape[0]}: are its tokens batch-first, its heads a dimension of their own?"
+                f"{call.shape[0]}. Give it tokens batch-first. If heads and samples are one dimension, which are told "
+                "apart where q, k or v holds what its projections put out, give the heads a dimension of their own, "
+                "(batch, heads, tokens, width). If frames of a sample are, give logits for each frame; or "
+                f"{NO_SCORES.format(call.name)}."
             )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_abpem.attention.calls import FusedCall, masked_call, side_by_side, unfold_heads
+from lightning_abpem.attention.calls import FusedCall, masked_call, side_by_side
 from lightning_abpem.attention.masks import read_mask
 
 __all__ = ["call_multi_head"]
@@ -80,7 +80,7 @@ def _read_masks(given: SimpleNamespace, n_keys: int) -> list[tuple[Tensor | None
         masks.append(read_mask(_allowed(given.key_padding_mask)[:, None, None], n_keys))
     if given.attn_mask is not None:
         mask = _allowed(given.attn_mask)
-        masks.append(read_mask(unfold_heads(mask, given.num_heads) if mask.dim() == 3 else mask, n_keys))
+        masks.append(read_mask(mask.unflatten(0, (-1, given.num_heads)) if mask.dim() == 3 else mask, n_keys))
     return masks
 
 

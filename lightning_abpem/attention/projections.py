@@ -17,6 +17,7 @@ __all__ = [
     "find_attention",
     "find_projections",
     "has_projections",
+    "is_projection",
     "projection_names",
     "watched_attention",
 ]
@@ -34,7 +35,6 @@ _FUSED_NAMES = ("in_proj", "att_proj", "c_attn")  # of q, k and v, whose names d
 _OTHER_WORDS = frozenset(  # that may stand beside the letters in a projection's name
     ("proj", "project", "projection", "lin", "linear", "layer", "head", "to", "w", "in", "attn", "self", "cross")
 ) | {"content", "a", "b", "with", "mqa"}  # beside a position's; of two factors; of keys that all heads share
-_HEADS_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,11 @@ class FusionAttention:
         name: its name in the model.
         module: the module whose forward is watched.
         parameters: weights and biases of its q, k and v projections, by full name.
-        heads: the number of heads that it declares; 1 if none.
     """
 
     name: str
     module: nn.Module
     parameters: dict[str, nn.Parameter]
-    heads: int = 1
-
-    def is_head_width(self, width: int) -> bool:
-        """Return True if `width` is that of one head, of several."""
-        sizes = {size for p in self.parameters.values() if p.dim() == 2 for size in p.shape}
-        return self.heads > 1 and not sizes.isdisjoint((width * self.heads, 3 * width * self.heads))
 
 
 def find_attention(module: nn.Module, name: str, projections: Projections | None = None) -> FusionAttention:
@@ -78,12 +71,12 @@ def find_attention(module: nn.Module, name: str, projections: Projections | None
         )
     if projections is not None:
         chosen = _chosen(module, name, projections)
-        return FusionAttention(name, module, {f"{name}.{at}": p for at, p in chosen.items()}, _most_heads(module))
+        return FusionAttention(name, module, {f"{name}.{at}": p for at, p in chosen.items()})
     owners = _owners(module, name)
     if len(owners) == 1:
         path, owner = next(iter(owners.items()))
         adapting = {f"{path}.{own}": p for own, p in find_projections(owner).items()}
-        return FusionAttention(name, module, adapting, _declared_heads(owner))
+        return FusionAttention(name, module, adapting)
     if owners:
         listed = ", ".join(f"'{path}'" for path in owners)
         raise ValueError(f"Expected '{name}' to be one attention module, but it holds {len(owners)}: {listed}.")
@@ -98,7 +91,7 @@ def watched_attention(module: nn.Module, name: str) -> FusionAttention:
     """
     if isinstance(module, torch.jit.ScriptModule) or _owners(module, name):
         return find_attention(module, name)
-    return FusionAttention(name, module, {}, _most_heads(module))
+    return FusionAttention(name, module, {})
 
 
 def collect_params(fusion: Iterable[FusionAttention]) -> dict[str, nn.Parameter]:
@@ -124,6 +117,11 @@ def find_projections(owner: nn.Module) -> dict[str, nn.Parameter]:
     weights = {name: _weights(child) for name, child in owner.named_children() if _role(name)}
     names = projection_names(name for name, own in weights.items() if own)
     return {f"{name}.{own}": p for name in names for own, p in weights[name].items()}
+
+
+def is_projection(name: str) -> bool:
+    """Return True if a module's dotted name tells that it makes q, k or v."""
+    return bool(_role(name.rpartition(".")[2]))
 
 
 def projection_names(names: Iterable[str]) -> list[str]:
@@ -176,15 +174,6 @@ def _owners(module: nn.Module, name: str) -> dict[str, nn.Module]:
         if not any(path.startswith(f"{outer}.") for outer in owners) and has_projections(inner):
             owners[path] = inner
     return owners
-
-
-def _declared_heads(owner: nn.Module) -> int:
-    declared = (getattr(owner, name, None) for name in _HEADS_NAMES)
-    return next((heads for heads in declared if isinstance(heads, int)), 1)
-
-
-def _most_heads(module: nn.Module) -> int:
-    return max(_declared_heads(inner) for inner in module.modules())
 
 
 def _chosen(module: nn.Module, name: str, projections: Projections) -> dict[str, nn.Parameter]:

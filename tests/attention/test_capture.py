@@ -205,44 +205,6 @@ def test_a_gate_beside_the_attention_is_none():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_heads_put_behind_one_another_are_refused(fused):
-    def attend(q, k, v):
-        q, k, v = (torch.cat(x.unbind(1)) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v) if fused else (q @ k.mT).softmax(-1) @ v
-
-    with (
-        pytest.raises(ValueError, match="but they are put behind one another with torch.cat"),
-        capture_attention([find_attention(module := softmax_of(attend), "attn")]),
-    ):
-        module(torch.randn(2, 10, WIDTH))
-
-
-HARMLESS = {
-    "of the batch's halves": lambda x: torch.cat(x.split(1)),
-    "of as many tables as heads": lambda x: x + torch.cat([x.new_zeros(2, 1, 1)] * HEADS).sum(),
-    "of as many pieces as heads": lambda x: x + torch.cat([x.new_zeros(2, 10, 4)] * HEADS).sum(),
-}
-
-
-@pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
-def test_other_concatenations_are_none_of_heads(change, folded):
-    def attend(q, k, v):
-        q, k = (change(x.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k))
-        if folded and change is not HARMLESS["of as many pieces as heads"]:  # which are as large as folded heads
-            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v)
-
-    torch.manual_seed(0)
-    x = torch.randn(2, 10, WIDTH)
-    module = softmax_of(attend)
-    with capture_attention([find_attention(module, "attn")]) as calls:
-        module(x)
-    torch.testing.assert_close(calls[0].q, module.query(x))
-    torch.testing.assert_close(calls[0].k, module.key(x))
-
-
 def test_nested_tensors_are_refused_by_the_attentions_name():
     module = softmax_of(F.scaled_dot_product_attention)
     clips = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(2, WIDTH)], layout=torch.jagged)

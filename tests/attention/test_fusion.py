@@ -156,7 +156,7 @@ def test_a_pattern_that_matches_encoders_too():
 
 def test_samples():
     check_samples([call()], 2)
-    with pytest.raises(ValueError, match="with 4 samples, as many as the logits have, but got 2: are its tokens"):
+    with pytest.raises(ValueError, match="with 4 samples, as many as the logits have, but got 2. Give it tokens"):
         check_samples([call()], 4)
 
 

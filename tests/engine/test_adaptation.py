@@ -603,10 +603,11 @@ def test_spans_are_held_against_every_batch():
 
 def test_attention_that_is_not_batch_first_is_refused():
     class Folded(FusedAttention):
-        """Heads folded into the batch."""
+        """Heads folded into the batch, of q, k and v that are changed after their projection."""
 
         def forward(self, x):
-            q, k, v = (part.unflatten(-1, (3, -1)).transpose(1, 2).flatten(0, 1) for part in self.qkv(x).chunk(3, -1))
+            parts = self.qkv(x).tanh().chunk(3, -1)
+            q, k, v = (part.unflatten(-1, (3, -1)).transpose(1, 2).flatten(0, 1) for part in parts)
             y = nn.functional.scaled_dot_product_attention(q, k, v)
             return self.proj(y.unflatten(0, (-1, 3)).transpose(1, 2).flatten(2))
 
