@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Number
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_abpem.attention.arguments import Described, changed_values, describe
 from lightning_abpem.attention.calls import AttentionCall
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
 from lightning_abpem.attention.origins import SeenCall, joint_spans
@@ -24,17 +23,17 @@ log = logging.getLogger(__name__)
 _NO_SPREAD = (
     "a single score has no deviation to compare. The other parts of the loss adapt; the figures of such pairs are NaN."
 )
-_Shape = tuple[Any, ...]
-_DEEPEST = 8  # level of objects inside objects that is looked at
-_REMEMBERED = 64  # shapes of arguments, for each of which a forward was traced
+_Key = tuple[tuple[str, Described], ...]
+_REMEMBERED = 64  # kinds of arguments, for each of which a forward was traced
+_PATIENCE = 3  # forwards that are traced for new values until that is said
 
 
 class BatchTokens:
     """From the target's arguments to the tokens of each modality.
 
     Args:
-        spans: what is known of them; None to read them off a forward, once for each shape of the arguments. Tokens that
-            depend on an argument's value are read again where their number shows it.
+        spans: what is known of them; None to read them off a forward, once for all arguments of the same structure,
+            shapes and scalars. Tokens that depend on a tensor's values are read again where their number shows it.
         fusion: the attentions that they enter.
         trace: the attention calls of a forward with these arguments.
         report: told the spans that were read.
@@ -48,7 +47,9 @@ class BatchTokens:
         report: Callable[[str], None],
     ) -> None:
         self._spans, self._fusion, self._trace, self._report = spans, fusion, trace, report
-        self._read: dict[_Shape, dict[str, Tokens]] = {}  # those that were met last stand last
+        self._read: dict[_Key, dict[str, Tokens]] = {}  # those that were met last stand last
+        self._described: dict[str, Described] = {}  # the last arguments
+        self._reported, self._rereadings = "", 0
         self._unchecked = True
         ranges = [own for own in (spans or {}).values() if isinstance(own, Tokens) and own.of is None]
         self._doubts_ranges = bool(ranges) and isinstance(fusion, JointFusion)
@@ -61,9 +62,7 @@ class BatchTokens:
             ValueError: if they cannot be read, a mask is not one, or, in the first batch, two modalities share tokens.
         """
         if self._spans is None:
-            key = _describe((args, kwargs))
-            tokens = self._read.pop(key, None)
-            return self._keep(key, self._off_a_forward(args, kwargs) if tokens is None else tokens)
+            return self._known_or_read(args, kwargs)
         tokens = cast(dict[str, Tokens], self._spans)
         if not all(isinstance(span, Tokens) for span in self._spans.values()):
             with torch.no_grad():
@@ -90,11 +89,32 @@ class BatchTokens:
         except ValueError:
             if self._spans is not None:
                 raise
-            tokens = self._keep(_describe((args, kwargs)), self._off_a_forward(args, kwargs))
+            tokens = self._keep(tuple(describe(args, kwargs).items()), self._off_a_forward(args, kwargs))
             self._fusion.check(calls, tokens)
         return tokens
 
-    def _keep(self, key: _Shape, tokens: dict[str, Tokens]) -> dict[str, Tokens]:
+    def _known_or_read(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+        described = describe(args, kwargs)
+        key = tuple(described.items())
+        tokens = self._read.pop(key, None)
+        if tokens is None:
+            tokens = self._off_a_forward(args, kwargs)
+            self._warn_of_values(changed_values(self._described, described))
+        self._described = described
+        return self._keep(key, tokens)
+
+    def _warn_of_values(self, changed: Sequence[str]) -> None:
+        """Say once that values among the arguments, which may move tokens or not, cost forwards of their own."""
+        self._rereadings += bool(changed)
+        if changed and self._rereadings == _PATIENCE:
+            log.warning(
+                'modalities="auto" has run the model %d times more, to read the tokens off anew: values among the '
+                "arguments differ from batch to batch, %s. Each new value costs a forward without gradients. If none "
+                "of them moves tokens, give the spans, %s; if one does, functions that make masks.",
+                *(_PATIENCE, ", ".join(changed[:3]), self._reported),
+            )
+
+    def _keep(self, key: _Key, tokens: dict[str, Tokens]) -> dict[str, Tokens]:
         """Remember the tokens as those met last, and forget those that were met longest ago."""
         self._read[key] = tokens
         if len(self._read) > _REMEMBERED:
@@ -130,7 +150,10 @@ class BatchTokens:
             )
         spans = joint_spans(own[0])
         listed = ", ".join(f'"{name}": ({tokens.span.start}, {tokens.span.stop})' for name, tokens in spans.items())
-        self._report(f"ABPEM reads off this batch, of {own[0].queries} tokens: modalities={{{listed}}}")
+        listed = f"modalities={{{listed}}}"
+        if listed != self._reported:
+            self._reported = listed
+            self._report(f"ABPEM reads off this batch, of {own[0].queries} tokens: {listed}")
         return spans
 
 
@@ -156,27 +179,6 @@ def refuse_silence(fusion: JointFusion | SeparateFusion, called: Collection[str]
         f"Expected attention calls inside {', '.join(silent)}, but none was seen in a forward of the target. "
         f"Seen elsewhere: {'; '.join(dict.fromkeys(map(str, seen))) or 'none'}."
     )
-
-
-def _describe(x: Any, around: tuple[int, ...] = ()) -> _Shape:
-    """What the spans may depend on: the arguments' structure, and the shapes of tensors less the batch.
-
-    Values do not count, but for those of which there are few: None, True and False. A file's name or a step's number
-    would make every call a new one.
-    """
-    if isinstance(x, Tensor):
-        return ("tensor", *(() if x.is_nested else x.shape[1:]))
-    if x is None or isinstance(x, bool):
-        return (x,)
-    if id(x) in around or len(around) > _DEEPEST or isinstance(x, str | bytes | Number):
-        return (type(x),)
-    inside = (*around, id(x))
-    if isinstance(x, Mapping):
-        return (type(x), *((str(key), _describe(value, inside)) for key, value in x.items()))
-    if isinstance(x, tuple | list):
-        return (type(x), *(_describe(value, inside) for value in x))
-    fields = {} if isinstance(x, type | nn.Module) or callable(x) else getattr(x, "__dict__", {})
-    return (type(x), *((key, _describe(value, inside)) for key, value in fields.items()))
 
 
 def _is_inside(name: str, module: str) -> bool:

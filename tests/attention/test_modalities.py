@@ -1,7 +1,10 @@
 """Whose tokens a batch has: masks made from it, spans read off it."""
 
 import logging
+from dataclasses import dataclass
+from enum import Enum
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from lightning_abpem import ABPEM
 from lightning_abpem.attention.calls import FusedCall
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import score_statistics
+from lightning_abpem.attention.trace import trace_attention
 from tests.attention.test_torch_models import CrossDecoder
 from tests.toy import AUDIO, CLASSES, VIDEO, WIDTH, EagerFusedAttention, FusedAttention, batches, make_toy
 
@@ -82,31 +86,50 @@ class Sample:
 
 
 @pytest.fixture
-def read_off(caplog):
+def read_off(monkeypatch):
     """How often spans are read off a forward in a stream."""
-    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    traced = []
+
+    def trace(*args):
+        traced.append(args)
+        return trace_attention(*args)
+
+    monkeypatch.setattr("lightning_abpem.engine.forward.trace_attention", trace)
 
     def count(stream):
-        caplog.clear()
+        traced.clear()
         _, adaptation = adapt(Tagged().eval(), stream, fusion="toy.fusion.*.attn", modalities="auto")
         assert adaptation.updates == len(stream)
-        return caplog.text.count("off this batch")
+        return len(traced)
 
     return count
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_auto_reads_one_shape_once(inside, read_off):
-    """A name, a number or a step that differs at each call is no new shape; True, False and another size are."""
-    names = [{"name": f"clip-{i}.wav", "step": i, "rate": i / 7, "names": [f"{i}", "b"]} for i in range(6)]
-    if inside:
-        stream = [(Sample(*batch, **own),) for batch, own in zip(batches(6), names, strict=True)]
-    else:
-        stream = [(Sample(*batch), *own.values()) for batch, own in zip(batches(6), names, strict=True)]
+def test_auto_reads_one_kind_of_arguments_once(read_off):
+    stream = [(Sample(*batch, name="clip"), 0.5) for batch in batches(6)]
     assert read_off(stream) == 1
-    short = [(Sample(audio[:, :5], torch.cat([video, video[:, :1]], 1)),) for audio, video in batches(2)]
+    short = [
+        (Sample(audio[:, :5], torch.cat([video, video[:, :1]], 1), name="clip"), 0.5) for audio, video in batches(2)
+    ]
     assert read_off([*stream, *short, *stream]) == 2
     assert read_off([(Sample(*batches(1)[0]), flag) for flag in (True, False, None, True)]) == 3
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_auto_says_what_a_value_that_always_differs_costs(inside, read_off, caplog):
+    """A name, a number or a step may move tokens: each costs a forward, which is said once, with its place."""
+    more = [{"name": f"clip-{i}.wav", "step": i} for i in range(8)]
+    if inside:
+        stream = [(Sample(*batches(1)[0], **own),) for own in more]
+    else:
+        stream = [(Sample(*batches(1)[0]), *own.values()) for own in more]
+    assert read_off(stream[:3]) == 3
+    assert "differ from batch to batch" not in caplog.text
+    assert read_off(stream) == 8
+    assert caplog.text.count("differ from batch to batch") == 1
+    places = "args[0].name, args[0].step" if inside else "args[1], args[2]"
+    assert f"{places}. Each new value costs" in caplog.text
+    assert 'give the spans, modalities={"audio": (0, 6), "video": (6, 10)}; if' in caplog.text
 
 
 def test_auto_forgets_what_was_met_longest_ago(monkeypatch, read_off):
@@ -114,6 +137,63 @@ def test_auto_forgets_what_was_met_longest_ago(monkeypatch, read_off):
     a, b, c = ((Sample(audio[:, :n], video),) for n, (audio, video) in zip((6, 5, 4), batches(3), strict=True))
     assert read_off([a, b, a, b]) == 2
     assert read_off([a, b, a, c, a, b]) == 4
+    named = [(a[0], name) for name in "xyzxyz"]
+    assert read_off(named) == 6
+
+
+class Shifted(nn.Module):
+    """As many tokens in all, of which the last argument says how many are the audio's."""
+
+    def __init__(self, tokens_of):
+        super().__init__()
+        self.toy, self.tokens_of = make_toy(), tokens_of
+
+    def forward(self, audio, video, how):
+        n = self.tokens_of(how)
+        return self.toy(audio[:, :n], video[:, : 7 - n])
+
+
+class Mode(Enum):
+    MORE = 4
+    LESS = 3
+
+
+@dataclass(slots=True)
+class Options:
+    """Its fields are in no `__dict__`."""
+
+    tokens: int
+
+
+HOWS = {
+    "int": (4, 3, int),
+    "bool": (True, False, lambda how: 3 + how),
+    "str": ("more", "less", lambda how: 3 + (how == "more")),
+    "float": (0.5, 0.4, lambda how: int(how * 8)),
+    "None": (None, "less", lambda how: 3 + (how is None)),
+    "bytes": (b"1234", b"123", len),
+    "enum": (Mode.MORE, Mode.LESS, lambda how: how.value),
+    "list": (["a", 4], ["a", 3], lambda how: how[1]),
+    "set": ({"sound", "all"}, {"sound"}, lambda how: 2 + len(how)),
+    "number of numpy": (np.int64(4), np.int64(3), int),
+    "bool of numpy": (np.True_, np.False_, lambda how: 3 + int(how)),
+    "tensor without dimensions": (torch.tensor(4), torch.tensor(3), int),
+    "slots": (Options(4), Options(3), lambda how: how.tokens),
+    "slice": (slice(0, 4), slice(0, 3), lambda how: how.stop),
+    "long text": ("x" * 10**5 + "more", "x" * 10**5 + "less", lambda how: 3 + how.endswith("more")),
+}
+
+
+@pytest.mark.parametrize(("more", "less", "tokens_of"), HOWS.values(), ids=HOWS)
+def test_auto_sees_values_that_move_the_boundary(more, less, tokens_of):
+    hows = [more, less, less, more, less]
+    stream = [(*args, how) for args, how in zip(batches(5), hows, strict=True)]
+    options = {"fusion": "toy.fusion.*.attn", "reset": "batch"}
+    read, _ = adapt(Shifted(tokens_of).eval(), stream, modalities="auto", **options)
+    for logits, args in zip(read, stream, strict=True):
+        spans = {"audio": tokens_of(args[2]), "video": 7 - tokens_of(args[2])}
+        given, _ = adapt(Shifted(tokens_of).eval(), [args], modalities=spans, **options)
+        assert torch.equal(logits, given[0])
 
 
 @pytest.mark.parametrize("whole", [True, False])
