@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_abpem.attention.origins import SeenCall, short_names
+from lightning_abpem.attention.origins import TracedCall, short_names
 from lightning_abpem.attention.projections import find_attention
 from lightning_abpem.attention.trace import tracing
 from lightning_abpem.callback import TestTimeAdaptation
@@ -40,7 +40,7 @@ class Inspection:
         notes: what to know about it, or why there is none.
     """
 
-    calls: list[SeenCall]
+    calls: list[TracedCall]
     names: Mapping[str, str]
     values: Mapping[str, int]
     line: str | None
@@ -50,7 +50,7 @@ class Inspection:
         """The table's rows, one for each call."""
         return [
             {
-                "name": call.name + (f"[{call.turn}]" if call.turn else ""),
+                "name": call.name + (f"[{call.call_index}]" if call.call_index else ""),
                 "kind": call.kind,
                 "queries": call.queries,
                 "keys": call.keys,
@@ -62,7 +62,7 @@ class Inspection:
             for call in self.calls
         ]
 
-    def _tokens(self, call: SeenCall) -> str:
+    def _tokens(self, call: TracedCall) -> str:
         if call.shape == "joint":
             parts = [(self.names.get(s.source or ""), s.tokens) for s in call.query_segments if s.tokens > 1]
             return " + ".join(f"{name or '?'}\N{NO-BREAK SPACE}{tokens}" for name, tokens in parts)
@@ -120,7 +120,7 @@ class Inspected:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.calls: list[SeenCall] = []
+        self.calls: list[TracedCall] = []
         self.outputs: dict[str, Any] = {}  # of the modules that were called by no other; "" is the model itself
 
     def inspection(self, attempt: Attempt) -> Inspection:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_abpem.attention.fits import LATENTS
-from lightning_abpem.attention.origins import SeenCall, joint_spans
+from lightning_abpem.attention.origins import TracedCall, joint_spans
 from lightning_abpem.attention.statistics import Pair
 from lightning_abpem.engine.logits import read_logits
 from lightning_abpem.modules.names import find_modules
@@ -29,7 +29,7 @@ class Suggestion(NamedTuple):
 
 
 def suggest(
-    model: nn.Module, calls: Sequence[SeenCall], outputs: Mapping[str, Any], names: Mapping[str, str]
+    model: nn.Module, calls: Sequence[TracedCall], outputs: Mapping[str, Any], names: Mapping[str, str]
 ) -> Suggestion:
     """Suggest the lines that fit what a forward showed.
 
@@ -67,7 +67,7 @@ _NO_FUSION = (
 )
 
 
-def _joint_options(model: nn.Module, joint: Sequence[SeenCall]) -> tuple[list[_Options], list[str]]:
+def _joint_options(model: nn.Module, joint: Sequence[TracedCall]) -> tuple[list[_Options], list[str]]:
     last = joint[-1]
     spans = joint_spans(last)
     ordered = [tokens.span for tokens in spans.values()]
@@ -88,14 +88,14 @@ def _joint_options(model: nn.Module, joint: Sequence[SeenCall]) -> tuple[list[_O
 
 
 def _cross_options(
-    model: nn.Module, calls: Sequence[SeenCall], cross: Sequence[SeenCall], names: Mapping[str, str]
+    model: nn.Module, calls: Sequence[TracedCall], cross: Sequence[TracedCall], names: Mapping[str, str]
 ) -> tuple[list[_Options], list[str]]:
     """Pairs of modalities and their modules: cross as seen, self as near as possible to the cross ones.
 
     The self pairs of modalities that only ask are there for their padding, which a mask of their own attention tells;
     the second candidate goes without them.
     """
-    by_pair: dict[Pair, list[SeenCall]] = {}
+    by_pair: dict[Pair, list[TracedCall]] = {}
     for call in cross:
         key = next(s.source for s in call.key_segments if s.source is not None)
         by_pair.setdefault((names[call.sources[0]], names[key]), []).append(call)
@@ -125,25 +125,25 @@ def _distinct(first: dict[str, str], second: dict[str, str]) -> list[dict[str, s
     return [second | first, second] if first != second else [second]
 
 
-def _named(model: nn.Module, calls: Sequence[SeenCall], repeated: Collection[str]) -> str:
+def _named(model: nn.Module, calls: Sequence[TracedCall], repeated: Collection[str]) -> str:
     """Patterns for these calls, with their number where their modules make others too."""
-    turns = {call.turn for call in calls}
-    turn = f"[{turns.pop()}]" if len(turns) == 1 and any(call.name in repeated for call in calls) else ""
-    return _shown([f"{pattern}{turn}" for pattern in _patterns(model, [call.name for call in calls])])
+    indices = {call.call_index for call in calls}
+    number = f"[{indices.pop()}]" if len(indices) == 1 and any(call.name in repeated for call in calls) else ""
+    return _shown([f"{pattern}{number}" for pattern in _patterns(model, [call.name for call in calls])])
 
 
 def _self_calls(
-    calls: Iterable[SeenCall], modality: str, names: Mapping[str, str], cross: Sequence[SeenCall], tokens: int
-) -> list[SeenCall]:
+    calls: Iterable[TracedCall], modality: str, names: Mapping[str, str], cross: Sequence[TracedCall], tokens: int
+) -> list[TracedCall]:
     """Choose the self-attention of a modality's tokens that is nearest to the cross calls, layer by layer or one."""
-    groups: dict[str, list[SeenCall]] = {}
+    groups: dict[str, list[TracedCall]] = {}
     for call in calls:
         if call.shape == "self" and call.sources and names[call.sources[0]] == modality and call.queries == tokens:
             groups.setdefault(_starred(call.name), []).append(call)
     if not groups:
         return []
 
-    def nearness(group: tuple[str, list[SeenCall]]) -> tuple[bool, int]:
+    def nearness(group: tuple[str, list[TracedCall]]) -> tuple[bool, int]:
         common = zip(group[0].split("."), _starred(cross[0].name).split("."), strict=False)
         return len(group[1]) == len(cross), sum(a == b for a, b in common)
 

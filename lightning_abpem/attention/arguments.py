@@ -21,7 +21,7 @@ _LONGEST = 100  # characters or bytes that are kept as they are
 
 
 class Described(NamedTuple):
-    """What stands at one place: its kind, the sizes of a tensor, the value of a scalar."""
+    """The argument at one place: its kind, the sizes of a tensor, the value of a scalar."""
 
     kind: type
     sizes: tuple[int, ...] = ()

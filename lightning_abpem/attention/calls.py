@@ -26,7 +26,7 @@ class FusedCall:
         scale: the attention's scale divided by the number of heads.
         bias: what the attention adds to the scores, (B or 1, N_q, N_k), averaged over heads; None if nothing.
         keep: which scores are not masked, bool (B or 1, N_q or 1, N_k); None if all.
-        turn: how many calls of this module came before, in this forward.
+        call_index: how many calls of this module came before, in this forward.
     """
 
     name: str
@@ -35,7 +35,7 @@ class FusedCall:
     scale: float
     bias: Tensor | None = None
     keep: Tensor | None = None
-    turn: int = 0
+    call_index: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,13 +47,13 @@ class FusedCall:
 class EagerCall:
     """One call of an eager attention: what its softmax gets, averaged over heads, (B, N_q, N_k), with gradients.
 
-    `name`, `keep` and `turn` are those of a `FusedCall`; scores that are not kept may be -inf.
+    `name`, `keep` and `call_index` are those of a `FusedCall`; scores that are not kept may be -inf.
     """
 
     name: str
     scores: Tensor
     keep: Tensor
-    turn: int = 0
+    call_index: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ AttentionCall = FusedCall | EagerCall
 
 
 def refuse_nested(name: str, *tensors: object) -> None:
-    """Hold what the attention `name` is given against nested tensors, whose samples differ in length.
+    """Refuse nested tensors, whose samples differ in length, for the attention `name`.
 
     Raises:
         ValueError: if one of them is nested.
@@ -78,14 +78,14 @@ def refuse_nested(name: str, *tensors: object) -> None:
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """(B, H, N, D/H) as (B, N, D)."""
+    """Return (B, H, N, D/H) as (B, N, D)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def masked_call(
-    name: str, turn: int, q: Tensor, k: Tensor, scale: float, masks: list[tuple[Tensor | None, Tensor | None]]
+    name: str, call_index: int, q: Tensor, k: Tensor, scale: float, masks: list[tuple[Tensor | None, Tensor | None]]
 ) -> FusedCall:
-    """A call under several masks. What is added to a key's scores alike for all queries becomes a feature of it."""
+    """Make a call under several masks. A bias that all queries share becomes one more feature of the keys."""
     keep = bias = None
     for kept, added in masks:
         if kept is not None:
@@ -95,4 +95,4 @@ def masked_call(
             k = torch.cat([k, (added.mT / scale).to(k).expand(*k.shape[:2], 1)], -1)
         elif added is not None:
             bias = added if bias is None else bias + added
-    return FusedCall(name, q, k, scale, bias, keep, turn)
+    return FusedCall(name, q, k, scale, bias, keep, call_index)

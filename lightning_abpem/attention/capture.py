@@ -45,7 +45,7 @@ class _Softmax(NamedTuple):
 
 
 def softmax_dim(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """The dimension that one of `SOFTMAX` was called with."""
+    """Return the dimension that one of `SOFTMAX` was called with."""
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return -1 if dim is None else int(dim)
 
@@ -62,7 +62,7 @@ class _Watch(TorchFunctionMode):
 
     attention: FusionAttention
     calls: list[AttentionCall]
-    turn: int = 0
+    call_index: int = 0
     fused: list[FusedCall] = field(default_factory=list)
     softmaxed: list[_Softmax] = field(default_factory=list)
     projected: list[Tensor] = field(default_factory=list)  # what projections put out
@@ -76,9 +76,9 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in SOFTMAX:
             refuse_nested(self.attention.name, *args, *kwargs.values())
         if func is F.scaled_dot_product_attention:
-            self.fused.append(_fused_call(self.attention.name, self.turn, self.projected, *args, **kwargs))
+            self.fused.append(_fused_call(self.attention.name, self.call_index, self.projected, *args, **kwargs))
         elif func is F.multi_head_attention_forward:
-            output, call = call_multi_head(self.attention.name, self.turn, args, kwargs)
+            output, call = call_multi_head(self.attention.name, self.call_index, args, kwargs)
             self.fused.append(call)
             return output
         elif func in SOFTMAX:
@@ -98,7 +98,7 @@ class _Watch(TorchFunctionMode):
             self.factors += [x for x in factors if x.dim() in (3, 4)]
 
     def note_projection(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note what a module puts out that is called as a projection: an adapter may be in it, or no product at all."""
+        """Note the output of a module whose name is a projection's: an adapter may be in it, or a convolution."""
         if isinstance(output, Tensor):
             self.projected.append(output)
 
@@ -114,7 +114,7 @@ class _Watch(TorchFunctionMode):
         if was_on and output is not None:
             self._refuse_hidden()
             self.calls.extend(self.fused or [self._eager_call()])
-            self.turn += 1
+            self.call_index += 1
         self._clear()
 
     def _clear(self) -> None:
@@ -122,7 +122,7 @@ class _Watch(TorchFunctionMode):
             noted.clear()
 
     def _eager_call(self) -> EagerCall:
-        return _eager_call(self.attention.name, self.turn, self.softmaxed, self.factors, self.projected)
+        return _eager_call(self.attention.name, self.call_index, self.softmaxed, self.factors, self.projected)
 
     def _refuse_hidden(self) -> None:
         if not self.fused and not self.softmaxed:
@@ -162,7 +162,7 @@ def capture_attention(fusion: Iterable[FusionAttention]) -> Iterator[list[Attent
 
 def _fused_call(
     name: str,
-    turn: int,
+    call_index: int,
     projected: list[Tensor],
     query: Tensor,
     key: Tensor,
@@ -191,11 +191,11 @@ def _fused_call(
     masks = [] if attn_mask is None else [read_mask(attn_mask, key.shape[2])]
     if is_causal:
         masks.append((causal_mask(query.shape[2], key.shape[2], query.device), None))
-    return masked_call(name, turn, side_by_side(query), side_by_side(key), scale / heads, masks)
+    return masked_call(name, call_index, side_by_side(query), side_by_side(key), scale / heads, masks)
 
 
 def _eager_call(
-    name: str, turn: int, softmaxed: list[_Softmax], factors: list[Tensor], projected: list[Tensor]
+    name: str, call_index: int, softmaxed: list[_Softmax], factors: list[Tensor], projected: list[Tensor]
 ) -> EagerCall:
     """Make a call from what a softmax gets: scores with scale and bias, (B, H, N_q, N_k) or (B * H, N_q, N_k)."""
     scores = [x.scores for x in softmaxed if x.scores.dim() == 4]
@@ -213,7 +213,7 @@ def _eager_call(
         _refuse_heads_first(name, scores[0].shape, _of_rows(factors, scores[0].shape[:2].numel()), projected)
     keep, _ = read_mask(scores[0], scores[0].shape[-1], relative=True)
     assert keep is not None
-    return EagerCall(name, scores[0].mean(1), keep, turn)
+    return EagerCall(name, scores[0].mean(1), keep, call_index)
 
 
 def _unfold_scores(name: str, scores: Tensor, factors: list[Tensor], projected: list[Tensor]) -> Tensor | None:

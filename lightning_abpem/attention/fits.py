@@ -1,4 +1,4 @@
-"""Whether the tokens that `modalities` names are those of a call."""
+"""Checks that the tokens which `modalities` names are those of a call."""
 
 from __future__ import annotations
 

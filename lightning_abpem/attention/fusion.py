@@ -1,4 +1,4 @@
-"""Where the modalities meet: which attention modules are watched, which adapt, which call holds which scores.
+"""The fusion: which attention modules are watched, which adapt, which call holds which scores.
 
 Two shapes of fusion exist. In a joint sequence one attention holds all blocks of scores; elsewhere each ordered pair of
 modalities has an attention of its own, the cross blocks here, the self blocks there.
@@ -35,7 +35,7 @@ Patterns = str | Sequence[str]
 FusionPatterns = Patterns | Mapping[Pair, Patterns] | Mapping[str, Patterns]
 
 _Place = tuple[str, int | None]  # an attention's name, and which of its calls in a forward; None for all
-_TURN = re.compile(r"(.*)\[(\d+)\]")
+_NUMBERED = re.compile(r"(.*)\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class JointFusion:
 
     def check(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
         """Hold the modalities against the calls; see `find_fusion`."""
-        _check_turns(calls, self.places)
+        _check_call_indices(calls, self.places)
         chosen = _at(calls, self.places)
         for call in chosen:
             if call.shape[1] != call.shape[2]:
@@ -115,7 +115,7 @@ class SeparateFusion:
 
     def check(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
         """Hold the modalities against the calls; see `find_fusion`."""
-        _check_turns(calls, [place for places in self.places.values() for place in places])
+        _check_call_indices(calls, [place for places in self.places.values() for place in places])
         self._check_pairs(calls, tokens)
         lengths: dict[str, tuple[int, str]] = {}
         for (m, n), places in self.places.items():
@@ -125,9 +125,9 @@ class SeparateFusion:
                     if length != before and not is_range(tokens[modality]):
                         raise ValueError(
                             f"Expected modality '{modality}' to have the same tokens everywhere, but it has {before} "
-                            f"in '{where}' and {length} in call [{call.turn}] of '{call.name}', which `fusion` names "
-                            f"for the queries of '{m}' and the keys of '{n}'. A module that is called for several "
-                            f"pairs is named with the call's number, as in '{call.name}[0]'."
+                            f"in '{where}' and {length} in call [{call.call_index}] of '{call.name}', which `fusion` "
+                            f"names for the queries of '{m}' and the keys of '{n}'. A module that is called for "
+                            f"several pairs is named with the call's number, as in '{call.name}[0]'."
                         )
         for (m, n), places in self.places.items():
             for call in _at(calls, places):
@@ -142,19 +142,20 @@ class SeparateFusion:
                 )
 
     def _check_pairs(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
-        """A call stands for one pair or, where ranges tell its tokens apart, for several."""
+        """Raise if a call stands for several pairs whose tokens no ranges tell apart."""
         taken: dict[tuple[str, int], Pair] = {}
         for pair, places in self.places.items():
             for call in _at(calls, places):
-                before = taken.setdefault((call.name, call.turn), pair)
+                before = taken.setdefault((call.name, call.call_index), pair)
                 sides = zip(before, pair, call.shape[1:], strict=True)
                 if before != pair and not all(are_apart(a, b, n, tokens) for a, b, n in sides):
                     raise ValueError(
-                        f"Expected every call to stand for one pair of modalities, but call [{call.turn}] of "
+                        f"Expected every call to stand for one pair of modalities, but call [{call.call_index}] of "
                         f"'{call.name}' is named for {before} and for {pair}. A module that is called for several "
-                        f"pairs is named with the call's number, as in '{call.name}[{call.turn}]'. If one call holds "
-                        "the tokens of several modalities, `modalities` gives ranges that do not overlap, counted from "
-                        'the end where that is what they share: {"audio": (0, 6), "latents": (-3, None)}.'
+                        f"pairs is named with the call's number, as in '{call.name}[{call.call_index}]'. If one call "
+                        "holds the tokens of several modalities, `modalities` gives ranges that do not overlap, "
+                        "counted from the end where that is what they share: "
+                        '{"audio": (0, 6), "latents": (-3, None)}.'
                     )
 
 
@@ -257,10 +258,10 @@ def _find_places(model: nn.Module, patterns: Sequence[str]) -> list[_Place]:
     for name, module in model.named_modules(remove_duplicate=False):
         first_names.setdefault(id(module), plain_name(name))
     for pattern in patterns:
-        numbered = _TURN.fullmatch(pattern)
-        turn = int(numbered[2]) if numbered else None
+        numbered = _NUMBERED.fullmatch(pattern)
+        call_index = int(numbered[2]) if numbered else None
         found = find_modules(model, numbered[1] if numbered else pattern)
-        places |= {(first_names[id(module)], turn): None for module in found.values()}
+        places |= {(first_names[id(module)], call_index): None for module in found.values()}
     return list(places)
 
 
@@ -282,11 +283,11 @@ def _attentions(
 
 
 def _at(calls: Iterable[AttentionCall], places: Sequence[_Place]) -> list[AttentionCall]:
-    """Those of the calls that were made at one of the places, in their order."""
-    return [call for call in calls if (call.name, None) in places or (call.name, call.turn) in places]
+    """Return the calls that were made at one of the places, in their order."""
+    return [call for call in calls if (call.name, None) in places or (call.name, call.call_index) in places]
 
 
-def _check_turns(calls: Sequence[AttentionCall], places: Iterable[_Place]) -> None:
-    for name, turn in places:
-        if turn is not None and turn >= (count := sum(call.name == name for call in calls)):
-            raise ValueError(f"Expected a call [{turn}] of '{name}' in a forward, but it made {count} calls.")
+def _check_call_indices(calls: Sequence[AttentionCall], places: Iterable[_Place]) -> None:
+    for name, call_index in places:
+        if call_index is not None and call_index >= (count := sum(call.name == name for call in calls)):
+            raise ValueError(f"Expected a call [{call_index}] of '{name}' in a forward, but it made {count} calls.")

@@ -1,4 +1,4 @@
-"""What an attention mask, of any of the usual forms, says about the scores averaged over heads."""
+"""Attention masks of the usual forms, read for the scores averaged over heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INVISIBLE = -500.0  # so far below the row's largest score that its probability
 
 
 def read_mask(mask: Tensor, keys: int, *, relative: bool = False) -> tuple[Tensor | None, Tensor | None]:
-    """Which scores a mask keeps, and what it adds to them on average over heads.
+    """Read off a mask which scores it keeps, and what it adds to them on average over heads.
 
     Args:
         mask: of a shape that expands to (B, H, N_q, N_k): bool, True where a query may attend, or what is added to the

@@ -1,4 +1,4 @@
-"""Whose tokens a batch has: as the user says, or as the concatenation ahead of the fusion shows."""
+"""The tokens of each modality in a batch: as the user says, or as the concatenation ahead of the fusion shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from lightning_abpem.attention.arguments import Described, changed_values, describe
 from lightning_abpem.attention.calls import AttentionCall
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
-from lightning_abpem.attention.origins import SeenCall, joint_spans
+from lightning_abpem.attention.origins import TracedCall, joint_spans
 from lightning_abpem.attention.spans import TokenMask, Tokens, check_disjoint, select_tokens, single_tokens
 from lightning_abpem.modules.tensors import normal_tensor
 
@@ -29,7 +29,7 @@ _PATIENCE = 3  # forwards that are traced for new values until that is said
 
 
 class BatchTokens:
-    """From the target's arguments to the tokens of each modality.
+    """Turns the target's arguments into the tokens of each modality.
 
     Args:
         spans: what is known of them; None to read them off a forward, once for all arguments of the same structure,
@@ -43,7 +43,7 @@ class BatchTokens:
         self,
         spans: Mapping[str, Tokens | TokenMask] | None,
         fusion: JointFusion | SeparateFusion,
-        trace: Callable[[Any, Any], list[SeenCall]],
+        trace: Callable[[Any, Any], list[TracedCall]],
         report: Callable[[str], None],
     ) -> None:
         self._spans, self._fusion, self._trace, self._report = spans, fusion, trace, report
@@ -56,7 +56,7 @@ class BatchTokens:
         self._length: int | None = None  # of the first batch's sequence
 
     def __call__(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
-        """The tokens of each modality in this batch.
+        """Return the tokens of each modality in this batch.
 
         Raises:
             ValueError: if they cannot be read, a mask is not one, or, in the first batch, two modalities share tokens.
@@ -77,7 +77,7 @@ class BatchTokens:
     def check(
         self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], args: Any, kwargs: Any
     ) -> dict[str, Tokens]:
-        """Hold the tokens against the calls; those that were read off another batch are read again if they do not fit.
+        """Hold the tokens against the calls. Tokens read off another batch are read again if they do not fit.
 
         Raises:
             ValueError: if they do not fit.
@@ -115,14 +115,14 @@ class BatchTokens:
             )
 
     def _keep(self, key: _Key, tokens: dict[str, Tokens]) -> dict[str, Tokens]:
-        """Remember the tokens as those met last, and forget those that were met longest ago."""
+        """Remember the tokens as those met last, and forget those met longest ago."""
         self._read[key] = tokens
         if len(self._read) > _REMEMBERED:
             del self._read[next(iter(self._read))]
         return tokens
 
     def _warn_of_other_lengths(self, calls: Sequence[AttentionCall]) -> None:
-        """Ranges fit any sequence that is long enough, but where its length varies they hold other tokens."""
+        """Say once that the sequence's length varies: ranges fit it all the same, but hold other tokens."""
         length = calls[0].shape[2]
         if self._length is None:
             self._length = length
@@ -168,7 +168,9 @@ def _warn_of_single(tokens: Mapping[str, Tokens]) -> None:
         log.warning("One token each of %s: the pairs with their keys do not count. %s", ", ".join(single), _NO_SPREAD)
 
 
-def refuse_silence(fusion: JointFusion | SeparateFusion, called: Collection[str], seen: Sequence[SeenCall]) -> NoReturn:
+def refuse_silence(
+    fusion: JointFusion | SeparateFusion, called: Collection[str], seen: Sequence[TracedCall]
+) -> NoReturn:
     """Say which fusion attentions a forward did not call, and which calls it made.
 
     Raises:

@@ -24,7 +24,7 @@ _DEFAULTS = {name: p.default for name, p in _PARAMETERS.items() if p.default is 
 
 
 def call_multi_head(
-    name: str, turn: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+    name: str, call_index: int, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, Tensor | None], FusedCall]:
     """Call F.multi_head_attention_forward for the attention `name`, and tell its q and k.
 
@@ -47,14 +47,14 @@ def call_multi_head(
         output = F.linear(
             side_by_side(F.scaled_dot_product_attention(*by_head)), given.out_proj_weight, given.out_proj_bias
         )
-        return (output.transpose(0, 1), None), FusedCall(name, q, k, scale, turn=turn)
+        return (output.transpose(0, 1), None), FusedCall(name, q, k, scale, call_index=call_index)
     q, k = _project(given)
-    call = masked_call(name, turn, q, k, scale, _read_masks(given, k.shape[1]))
+    call = masked_call(name, call_index, q, k, scale, _read_masks(given, k.shape[1]))
     return F.multi_head_attention_forward(*args, **kwargs), call
 
 
 def _is_plain(given: SimpleNamespace) -> bool:
-    """Self-attention from one weight for q, k and v, with nothing masked, appended, dropped or asked for besides."""
+    """Return True for self-attention from one weight, with nothing masked, appended, dropped or asked for besides."""
     one = given.query is given.key and given.key is given.value and given.in_proj_weight is not None
     masked = given.key_padding_mask is not None or given.attn_mask is not None
     appended = given.bias_k is not None or given.bias_v is not None or given.add_zero_attn
@@ -63,7 +63,7 @@ def _is_plain(given: SimpleNamespace) -> bool:
 
 
 def _project(given: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """Q and k, (B, N, D).
+    """Return q and k, (B, N, D).
 
     The key tokens that `bias_k` and `add_zero_attn` append belong to no modality, so nothing needs to be known of them.
     """
@@ -85,5 +85,5 @@ def _read_masks(given: SimpleNamespace, n_keys: int) -> list[tuple[Tensor | None
 
 
 def _allowed(mask: Tensor) -> Tensor:
-    """nn.MultiheadAttention's masks say which scores to hide, those of F.scaled_dot_product_attention which to keep."""
+    """Return a mask of what to hide, as nn.MultiheadAttention has it, as one of what to keep."""
     return ~mask if mask.dtype == torch.bool else mask

@@ -1,4 +1,4 @@
-"""An attention call as a forward shows it: where its tokens come from, and what that says of the modalities."""
+"""Attention calls as a forward shows them: the origins of their tokens, and what they say of the modalities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from lightning_abpem.attention.fits import LATENTS, not_square
 from lightning_abpem.attention.spans import Tokens
 
-__all__ = ["Kind", "SeenCall", "Segment", "joint_spans", "short_names"]
+__all__ = ["Kind", "Segment", "TracedCall", "joint_spans", "short_names"]
 
 Kind = Literal["fused", "torch", "eager", "hidden"]
 
@@ -37,12 +37,12 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class SeenCall:
+class TracedCall:
     """One attention call of a forward.
 
     Args:
         name: the module with the query, key and value projections or, without one, the innermost module.
-        turn: how many calls of this module came before.
+        call_index: how many calls of this module came before.
         kind: "fused", F.scaled_dot_product_attention; "torch", nn.MultiheadAttention; "eager", a softmax over scores;
             "hidden", a module with projections in which none of these was seen.
         queries: number of query tokens; 0 if hidden.
@@ -53,7 +53,7 @@ class SeenCall:
     """
 
     name: str
-    turn: int
+    call_index: int
     kind: Kind
     queries: int = 0
     keys: int = 0
@@ -80,7 +80,7 @@ class SeenCall:
         return f"{self.name} ({self.queries} query and {self.keys} key tokens)"
 
 
-def joint_spans(call: SeenCall) -> dict[str, Tokens]:
+def joint_spans(call: TracedCall) -> dict[str, Tokens]:
     """The spans of a joint call's modalities, by a short name for the module that each of them comes from.
 
     Raises:
@@ -104,7 +104,7 @@ def joint_spans(call: SeenCall) -> dict[str, Tokens]:
     return spans
 
 
-def _not_joint(call: SeenCall) -> str:
+def _not_joint(call: TracedCall) -> str:
     if call.queries != call.keys:
         return not_square(call.name, call.queries, call.keys)
     origin = f"'{call.sources[0]}' alone. {LATENTS}" if len(call.sources) == 1 else "no module."
@@ -140,7 +140,7 @@ def short_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _modality(source: str) -> str | None:
-    """The modality that the latest part of a module's name with such a word tells."""
+    """Return the modality told by the last word for one in a module's name; None without such a word."""
     told = [
         modality
         for part in source.lower().split(".")

@@ -136,7 +136,7 @@ def projection_names(names: Iterable[str]) -> list[str]:
 
 
 def _role(name: str) -> str:
-    """Which of q, k and v a linear of that name makes; empty if its name does not tell."""
+    """Return which of q, k and v a linear of that name makes; empty if its name does not tell."""
     if name in _FUSED_NAMES:
         return "qkv"
     words = [word.removeprefix("w") if word.removeprefix("w") in _ROLES else word for word in name.lower().split("_")]
@@ -195,7 +195,7 @@ def _chosen(module: nn.Module, name: str, projections: Projections) -> dict[str,
 
 
 def _returned(chosen: object, own: Mapping[str, nn.Parameter], name: str) -> dict[str, nn.Parameter]:
-    """What the user's function gave, by the names of the module's parameters."""
+    """Return the parameters that the user's function chose, by their names in the module."""
     if not isinstance(chosen, Mapping) or not chosen or not all(isinstance(p, nn.Parameter) for p in chosen.values()):
         seen = f"{chosen!r:.200}" if isinstance(chosen, Mapping) else f"a {type(chosen).__name__}"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which tokens of a sequence belong to which modality."""
+"""The tokens of a sequence that belong to each modality."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
     of: int | None = None
 
     def without(self, visible: Tensor | None) -> Tokens:
-        """Those that are also `visible`, (B or 1, N) bool over the whole sequence; all if None."""
+        """Return the tokens without those that are not `visible`, (B or 1, N) bool over the sequence; all if None."""
         if visible is None:
             return self
         visible = visible[:, self.span]
@@ -92,7 +92,7 @@ def own_spans(modalities: Modalities) -> dict[str, Tokens | TokenMask]:
 
 
 def _from_the_end(value: Any) -> slice | None:
-    """The last tokens, (-n, None); None for another span."""
+    """Return the span of the last tokens, (-n, None); None for another one."""
     if isinstance(value, slice):
         value = (value.start, value.stop) if value.step in (None, 1) else ()
     if isinstance(value, Sequence) and len(value) == 2 and isinstance(value[0], Integral) and value[1] is None:
@@ -147,14 +147,14 @@ def single_tokens(tokens: Mapping[str, Tokens]) -> list[str]:
 
 
 def _most_tokens(own: Tokens) -> int | None:
-    """The most tokens that a sample has of a modality; None if that is all of a sequence of any length."""
+    """Return the most tokens that a sample has of a modality; None for all of a sequence of any length."""
     if own.keep is not None:
         return int(own.keep.sum(1).max()) if own.keep.numel() else 0
     return None if own.span.stop is None else own.span.stop - own.span.start
 
 
 def check_disjoint(tokens: Mapping[str, Tokens]) -> None:
-    """Hold masks against each other and against spans.
+    """Raise if masks, or masks and spans, share a token.
 
     Raises:
         ValueError: if a token belongs to two modalities.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import reduce
 
 import torch
@@ -18,7 +18,7 @@ from lightning_abpem.functional import (
     token_moments,
 )
 
-__all__ = ["Comparison", "Pair", "joined", "score_statistics", "visible_keys"]
+__all__ = ["Comparison", "Pair", "score_statistics", "visible_keys"]
 
 Pair = tuple[str, str]
 """An ordered pair of modalities: (the one that asks, the one that answers), that is (query, key)."""
@@ -58,7 +58,7 @@ def score_statistics(
 
 
 def _counted(tokens: Mapping[str, Tokens], length: int, device: torch.device) -> dict[str, Tokens]:
-    """The tokens, a span of one with a mask: a block of one score has no deviation, which is told by masked counts."""
+    """Give a span of one token a mask: masked counts tell that a block of one score has no deviation."""
     return {
         name: own._replace(keep=torch.ones(1, 1, dtype=torch.bool, device=device))
         if own.keep is None and len(range(*own.span.indices(length))) == 1
@@ -68,7 +68,7 @@ def _counted(tokens: Mapping[str, Tokens], length: int, device: torch.device) ->
 
 
 def visible_keys(call: AttentionCall) -> Tensor | None:
-    """Which key tokens any query attends to, (B or 1, N_k) bool: the others are padding. None if nothing is masked."""
+    """Return which key tokens any query attends to, (B or 1, N_k) bool; the others are padding. None for all."""
     return None if call.keep is None else call.keep.any(1)
 
 
@@ -100,7 +100,7 @@ def _dense(call: FusedCall, q: Tensor, k: Tensor, rows: Tokens, columns: Tokens)
 
 
 def _kept(call: AttentionCall, rows: Tokens, columns: Tokens) -> Tensor | None:
-    """Which scores of a block count: (B or 1, N_q or 1, N_k or 1) bool; None if all."""
+    """Return which scores of a block count: (B or 1, N_q or 1, N_k or 1) bool; None if all."""
     parts = [
         None if call.keep is None else call.keep[:, rows.span if call.keep.shape[1] > 1 else slice(None), columns.span],
         None if rows.keep is None else rows.keep.unsqueeze(2),
@@ -115,24 +115,3 @@ def _key_mask(call: FusedCall, span: slice) -> Tensor | None:
 
 def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a & b
-
-
-def joined(parts: Sequence[Mapping[Pair, Sequence[Comparison]]]) -> Mapping[Pair, Sequence[Comparison]]:
-    """The comparisons of several batches as those of one, the samples in their order."""
-    if len(parts) == 1:
-        return parts[0]
-    return {
-        pair: [
-            (_behind_one_another(cross), _behind_one_another(own))
-            for cross, own in (zip(*layer, strict=True) for layer in zip(*(part[pair] for part in parts), strict=True))
-        ]
-        for pair in parts[0]
-    }
-
-
-def _behind_one_another(blocks: Sequence[ScoreStatistics]) -> ScoreStatistics:
-    seen = None
-    if any(block.seen is not None for block in blocks):
-        every = [torch.ones_like(b.mean, dtype=torch.bool) if b.seen is None else b.seen for b in blocks]
-        seen = torch.cat(every)
-    return ScoreStatistics(torch.cat([b.mean for b in blocks]), torch.cat([b.std for b in blocks]), seen)

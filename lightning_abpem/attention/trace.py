@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_abpem.attention.calls import refuse_nested
 from lightning_abpem.attention.capture import SOFTMAX
-from lightning_abpem.attention.origins import Kind, SeenCall, Segment
+from lightning_abpem.attention.origins import Kind, Segment, TracedCall
 from lightning_abpem.attention.projections import find_projections
 from lightning_abpem.modules.compiled import compiled_entry, eagerly
 from lightning_abpem.modules.names import plain_name
@@ -64,11 +64,11 @@ class _Frame:
     """A module that is running."""
 
     name: str
-    turn: int
+    call_index: int
     inputs: list[Tensor]
     owns: bool
-    calls: list[SeenCall] = field(default_factory=list)
-    eager: list[SeenCall] = field(default_factory=list)
+    calls: list[TracedCall] = field(default_factory=list)
+    eager: list[TracedCall] = field(default_factory=list)
 
 
 class _Tracer(TorchFunctionMode):
@@ -76,11 +76,11 @@ class _Tracer(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.seen: list[SeenCall] = []
+        self.seen: list[TracedCall] = []
         self.outermost: dict[str, Any] = {}  # the outputs of the modules that no other module of the model called
         self._model = model
         self._layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._turns: Counter[str] = Counter()
+        self._call_counts: Counter[str] = Counter()
         self._frames = [_Frame(type(model).__name__, 0, [], owns=False)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +98,7 @@ class _Tracer(TorchFunctionMode):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While it lasts, every module of the model is followed."""
+        """Follow every module of the model while the block lasts."""
         with Changes() as changes:
             eagerly(changes, [module for module in self._model.modules() if compiled_entry(module) is not None])
             inner = {plain_name(name): module for name, module in self._model.named_modules()}
@@ -112,7 +112,7 @@ class _Tracer(TorchFunctionMode):
                 yield
 
     def close(self) -> None:
-        """What ran in no module of its own is known when all has run."""
+        """Collect the calls that no module with projections made, once the forward is over."""
         self._close(self._frames[0])
 
     # ------------------------------------------------------------------------------------------------------- modules
@@ -123,8 +123,8 @@ class _Tracer(TorchFunctionMode):
             widths = {size for p in projections.values() if p.dim() == 2 for size in p.shape}
             inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_nested and x.dim()]
             inputs = [x for x in inputs if not widths or x.shape[-1] in widths]  # tokens; no mask, no rotation
-            self._frames.append(_Frame(name, self._turns[name], inputs, bool(projections)))
-            self._turns[name] += 1
+            self._frames.append(_Frame(name, self._call_counts[name], inputs, bool(projections)))
+            self._call_counts[name] += 1
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             frame = self._frames.pop()
@@ -139,7 +139,7 @@ class _Tracer(TorchFunctionMode):
         return enter, leave
 
     def _close(self, frame: _Frame) -> None:
-        """What a module with projections did becomes known as it ends; without, it counts for the module around it."""
+        """Collect the calls of a module as it ends; without projections they count for the module around it."""
         around = self._frames[-1]
         if not frame.owns and around is not self._frames[0]:
             around.calls += frame.calls
@@ -147,7 +147,7 @@ class _Tracer(TorchFunctionMode):
             return
         calls = frame.calls or frame.eager
         if frame.owns and not calls:
-            calls = [SeenCall(frame.name, frame.turn, "hidden")]
+            calls = [TracedCall(frame.name, frame.call_index, "hidden")]
         self.seen += calls
 
     def _kept_by(self, frame: _Frame, output: Tensor) -> _Layout | None:
@@ -163,9 +163,9 @@ class _Tracer(TorchFunctionMode):
         if not known:
             return None
         if func in _CONCATENATIONS:
-            joined = self._concatenated(args, kwargs)
-            if joined is not None:
-                return joined
+            concat = self._concatenated(args, kwargs)
+            if concat is not None:
+                return concat
         if func in _TRANSPOSITIONS:
             return _transposed(func, args, kwargs, *known[0])
         known.sort(key=lambda item: -len(item[1].sources))
@@ -189,8 +189,8 @@ class _Tracer(TorchFunctionMode):
             else:
                 source = layout.sources[0] if layout is not None and len(layout.sources) == 1 else None
                 segments.append(Segment(source, piece.shape[dim]))
-        joined = _Layout(dim, tuple(segments))
-        return joined if dim == 1 or len(joined.sources) > 1 else None
+        concat = _Layout(dim, tuple(segments))
+        return concat if dim == 1 or len(concat.sources) > 1 else None
 
     def _attend(self, func: Any, args: Any, kwargs: Any) -> None:
         refuse_nested(self._frame().name, *args, *kwargs.values())
@@ -209,8 +209,8 @@ class _Tracer(TorchFunctionMode):
     def _note(self, kind: Kind, q: Tensor | None, k: Tensor | None, sizes: tuple[int, int, int]) -> None:
         frame = self._frame()
         queries, keys, heads = sizes
-        call = SeenCall(
-            *(frame.name, frame.turn, kind, queries, keys, heads),
+        call = TracedCall(
+            *(frame.name, frame.call_index, kind, queries, keys, heads),
             query_segments=self._segments([q, *frame.inputs], queries),
             key_segments=self._segments([k, *reversed(frame.inputs)], keys),
         )
@@ -234,15 +234,15 @@ def tracing(model: nn.Module) -> Iterator[_Tracer]:
         tracer.close()
 
 
-def trace_attention(model: nn.Module, forward: Callable[[], Any]) -> list[SeenCall]:
-    """Every attention call that `forward` makes inside `model`, without gradients."""
+def trace_attention(model: nn.Module, forward: Callable[[], Any]) -> list[TracedCall]:
+    """Return every attention call that `forward` makes inside `model`, without gradients."""
     with torch.no_grad(), tracing(model) as trace:
         forward()
     return trace.seen
 
 
 def _label(frame: _Frame) -> str:
-    return f"{frame.name}[{frame.turn}]" if frame.turn else frame.name
+    return f"{frame.name}[{frame.call_index}]" if frame.call_index else frame.name
 
 
 def _transposed(func: Any, args: Any, kwargs: Any, x: Tensor, layout: _Layout) -> _Layout | None:
@@ -286,5 +286,5 @@ def _indexed(x: Tensor, layout: _Layout, index: Any, out: Tensor) -> _Layout | N
 
 
 def _unknown(layout: _Layout, out: Tensor) -> _Layout | None:
-    """Tokens in an order that is not known."""
+    """Return the layout of tokens whose order is not known."""
     return _Layout(layout.axis, (Segment(None, out.shape[layout.axis]),)) if out.dim() > layout.axis else None

@@ -14,7 +14,7 @@ from lightning_abpem.attention.calls import AttentionCall, FusedCall
 from lightning_abpem.attention.capture import watch_attention
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion, check_samples
 from lightning_abpem.attention.modalities import BatchTokens, refuse_silence
-from lightning_abpem.attention.origins import SeenCall
+from lightning_abpem.attention.origins import TracedCall
 from lightning_abpem.attention.projections import FusionAttention
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import Comparison, Pair
@@ -269,7 +269,7 @@ class Forward:
             self._warned_single = True
             log.warning("A batch of one sample: a balance over its predictions is its own entropy, not a balance.")
 
-    def _trace(self, args: Any, kwargs: Any) -> list[SeenCall]:
+    def _trace(self, args: Any, kwargs: Any) -> list[TracedCall]:
         """Return the attention calls that a forward makes."""
         self.end_step(has_graphs=True)
         try:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 __all__ = [
     "assign",
     "check_shards",
+    "full_tensor",
     "gathers_weights",
     "has_shards",
     "is_sharded",
     "reshard",
     "sharded_gradients",
-    "whole",
 ]
 
 
@@ -45,7 +45,7 @@ def check_shards(params: Mapping[str, nn.Parameter], method: str, reads_params: 
     return bool(names)
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """All of a tensor; of a shard, it takes all processes to tell."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
@@ -85,7 +85,7 @@ def sharded_gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> lis
     gradients = []
     for loss in losses:
         loss.backward(retain_graph=loss is not losses[-1])
-        gradients.append([None if p.grad is None else whole(p.grad) for p in params])
+        gradients.append([None if p.grad is None else full_tensor(p.grad) for p in params])
         for p in params:
             p.grad = None
     return gradients

@@ -16,7 +16,7 @@ from lightning_abpem.engine.checkpoint import check_weights, digest, to_cpu
 from lightning_abpem.engine.flags import DeviceFlags
 from lightning_abpem.engine.limits import Limits, way
 from lightning_abpem.engine.settings import OptimizerFactory, Settings
-from lightning_abpem.engine.shards import assign, is_sharded, whole
+from lightning_abpem.engine.shards import assign, full_tensor, is_sharded
 from lightning_abpem.modules.names import plain_name
 from lightning_abpem.modules.tensors import reading_waits
 
@@ -62,8 +62,8 @@ class AdaptedWeights:
         self._factory, self._before_writing = optimizer, before_writing
         self._learning_rate, self._limits = learning_rate, limits or Limits()
         self._source = [p.detach().clone() for p in self._params]
-        self._whole_source = [whole(x) for x in self._source]
-        self._digest = digest(whole(p) for p in self._source)
+        self._whole_source = [full_tensor(x) for x in self._source]
+        self._digest = digest(self._whole_source)
         self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
         self.updates = self.skipped = self.updates_since_reset = 0
         self._reasons: set[str] = set()  # that were said
@@ -283,7 +283,7 @@ def _master(p: nn.Parameter) -> nn.Parameter:
     is_narrow = p.dtype in (torch.float16, torch.bfloat16)
     if not is_narrow and not is_sharded(p):
         return p
-    value = whole(p.detach())
+    value = full_tensor(p.detach())
     return nn.Parameter(value.float() if is_narrow else value.clone())
 
 

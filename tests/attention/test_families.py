@@ -54,9 +54,9 @@ class Linears:
                 module.register_forward_hook(lambda m, args, out, name=name: self.outputs[name].append(out))
 
 
-def naive_scores(family, linears, query, key, turn):
+def naive_scores(family, linears, query, key, call_index):
     """Scores averaged over heads, in float64, one head after the other; -inf where hidden."""
-    q, k = linears.outputs[query][turn].double(), linears.outputs[key][turn].double()
+    q, k = linears.outputs[query][call_index].double(), linears.outputs[key][call_index].double()
     heads_q, heads_k = family.heads
     q, k = (family.rotate(x.unflatten(-1, (heads, -1)).transpose(1, 2)) for x, heads in ((q, heads_q), (k, heads_k)))
     maps = [q[:, h] @ k[:, h * heads_k // heads_q].mT / q.shape[-1] ** 0.5 for h in range(heads_q)]

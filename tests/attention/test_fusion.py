@@ -14,9 +14,9 @@ from tests.toy import CLASSES, HEADS, WIDTH, FusedAttention, batches, heads_firs
 PAIRS = [("text", "image"), ("image", "text"), ("text", "text"), ("image", "image")]
 
 
-def call(name="a", queries=10, keys=10, turn=0, samples=2):
-    torch.manual_seed(turn)
-    return FusedCall(name, torch.randn(samples, queries, 4), torch.randn(samples, keys, 4), 0.5, turn=turn)
+def call(name="a", queries=10, keys=10, call_index=0, samples=2):
+    torch.manual_seed(call_index)
+    return FusedCall(name, torch.randn(samples, queries, 4), torch.randn(samples, keys, 4), 0.5, call_index=call_index)
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -104,7 +104,7 @@ def recorded(model, fusion):
 def test_every_call_of_a_module_counts():
     torch.manual_seed(0)
     model = Recurrent().eval()
-    one_by_one = [recorded(model, f"attn[{turn}]")["divergence/audio_to_video"] for turn in range(3)]
+    one_by_one = [recorded(model, f"attn[{call_index}]")["divergence/audio_to_video"] for call_index in range(3)]
     assert len({value.item() for value in one_by_one}) == 3
     torch.testing.assert_close(recorded(model, "attn")["divergence/audio_to_video"], torch.stack(one_by_one).mean())
     first_two = recorded(model, ["attn[0]", "attn[1]"])["divergence/audio_to_video"]
@@ -181,7 +181,7 @@ def test_the_modules_of_cross_blocks_adapt():
 
 
 def test_layers_are_compared_one_by_one_or_with_one():
-    twice = [call("ti", 7, 4), call("ti", 7, 4, turn=1), call("it", 4, 7), call("tt", 7, 7), call("ii", 4, 4)]
+    twice = [call("ti", 7, 4), call("ti", 7, 4, call_index=1), call("it", 4, 7), call("tt", 7, 7), call("ii", 4, 4)]
     fusion = separate()
     fusion.check(twice, WHOLE)
     compared = fusion.compare(twice, WHOLE)
@@ -189,7 +189,7 @@ def test_layers_are_compared_one_by_one_or_with_one():
     (cross_0, target_0), (cross_1, target_1) = compared["text", "image"]
     assert torch.equal(target_0.mean, target_1.mean)
     assert not torch.equal(cross_0.mean, cross_1.mean)
-    too_many = [*twice, call("ii", 4, 4, turn=1), call("ii", 4, 4, turn=2)]
+    too_many = [*twice, call("ii", 4, 4, call_index=1), call("ii", 4, 4, call_index=2)]
     with pytest.raises(ValueError, match=r"as many calls for \('image', 'image'\) as .* but got 3 and 2"):
         fusion.check(too_many, WHOLE)
 
@@ -204,7 +204,7 @@ def test_modalities_of_another_length():
 
 def test_a_module_that_serves_several_pairs_needs_numbers():
     fusion = separate(**{"image->text": "ti"})
-    calls = [call("ti", 7, 4), call("ti", 4, 7, turn=1), call("tt", 7, 7), call("ii", 4, 4)]
+    calls = [call("ti", 7, 4), call("ti", 4, 7, call_index=1), call("tt", 7, 7), call("ii", 4, 4)]
     with pytest.raises(
         ValueError, match=r"to stand for one pair of modalities, but call \[0\] of 'ti' .* in 'ti\[0\]'"
     ):
@@ -215,7 +215,7 @@ def test_a_module_that_serves_several_pairs_needs_numbers():
 
 def test_calls_the_other_way_round():
     numbered = separate(**{"text->image": "ti[1]", "image->text": "ti[0]"})
-    calls = [call("ti", 7, 4), call("ti", 4, 7, turn=1), call("tt", 7, 7), call("ii", 4, 4)]
+    calls = [call("ti", 7, 4), call("ti", 4, 7, call_index=1), call("tt", 7, 7), call("ii", 4, 4)]
     with pytest.raises(ValueError, match=r"'text' to have the same tokens .* 4 in 'ti' and 7 in call \[0\] of 'tt'"):
         numbered.check(calls, WHOLE)
 

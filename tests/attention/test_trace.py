@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_abpem.attention.origins import SeenCall, Segment, joint_spans, short_names
+from lightning_abpem.attention.origins import Segment, TracedCall, joint_spans, short_names
 from lightning_abpem.attention.trace import trace_attention
 from tests.toy import (
     HEADS,
@@ -129,7 +129,7 @@ def test_compiled_modules_by_their_own_names():
 
 
 def test_prefixes_are_no_joint_call():
-    call = SeenCall("a", 0, "fused", 9, 11, 1, (Segment("x", 5), Segment("y", 4)))
+    call = TracedCall("a", 0, "fused", 9, 11, 1, (Segment("x", 5), Segment("y", 4)))
     assert call.shape == "self"
 
 
@@ -155,7 +155,7 @@ def test_a_module_that_is_called_twice_is_two_origins():
 
 def test_spans_that_cannot_be_read():
     def of(*segments):
-        return SeenCall("a", 0, "fused", 9, 9, 1, tuple(Segment(*s) for s in segments))
+        return TracedCall("a", 0, "fused", 9, 9, 1, tuple(Segment(*s) for s in segments))
 
     with pytest.raises(ValueError, match="seen to come from 'x' alone. .* give their spans"):
         joint_spans(of(("x", 9)))
