@@ -89,6 +89,18 @@ class TorchAttention(nn.Module):
         return self.mha(x, x, x, need_weights=self.need_weights)[0].transpose(0, 1)
 
 
+class HiddenKernel(nn.Module):
+    """An attention whose kernel is no function of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.exp(q @ k.mT) @ v
+
+
 class Block(nn.Module):
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()

@@ -13,73 +13,23 @@ from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import score_statistics
 from lightning_abpem.attention.trace import trace_attention
 from tests import reference
-from tests.toy import (
-    HEADS,
-    SPANS,
-    WIDTH,
-    EagerFusedAttention,
-    EagerSplitAttention,
-    FusedAttention,
-    GroupedAttention,
-    TorchAttention,
-    heads_first,
-)
+from tests.attention.variants import VARIANTS
+from tests.toy import HEADS, SPANS, WIDTH, EagerFusedAttention, EagerSplitAttention, FusedAttention, heads_first
 
 TOKENS = {name: Tokens(span) for name, span in SPANS.items()}
-
-
-def fused_weights(module):
-    return module.qkv.weight.chunk(3)[:2], module.qkv.bias.chunk(3)[:2], HEADS
-
-
-def split_weights(module):
-    return (module.query.weight, module.key.weight), (module.query.bias, module.key.bias), HEADS
-
-
-def torch_weights(module):
-    mha = module.mha
-    weights = (
-        mha.in_proj_weight.chunk(3)[:2] if mha.in_proj_weight is not None else (mha.q_proj_weight, mha.k_proj_weight)
-    )
-    biases = (torch.zeros(WIDTH), torch.zeros(WIDTH)) if mha.in_proj_bias is None else mha.in_proj_bias.chunk(3)[:2]
-    return weights, biases, HEADS
-
-
-def grouped_weights(module):
-    weights = (module.q_proj.weight, module.k_proj.weight.repeat(HEADS, 1))
-    return weights, (module.q_proj.bias, module.k_proj.bias.repeat(HEADS)), HEADS
-
-
-VARIANTS = {
-    "fused": (FusedAttention, fused_weights),
-    "fused with a scale": (lambda: FusedAttention(scale=0.7), fused_weights),
-    "eager, fused qkv": (EagerFusedAttention, fused_weights),
-    "eager, split qkv": (EagerSplitAttention, split_weights),
-    "grouped query": (GroupedAttention, grouped_weights),
-    "torch": (TorchAttention, torch_weights),
-    "torch with weights": (lambda: TorchAttention(need_weights=True), torch_weights),
-    "torch, tokens first": (lambda: TorchAttention(batch_first=False), torch_weights),
-    "torch without bias": (lambda: TorchAttention(bias=False), torch_weights),
-    "torch, separate weights": (lambda: TorchAttention(kdim=WIDTH, vdim=WIDTH), torch_weights),
-}
 
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
     torch.manual_seed(0)
-    make, weights = VARIANTS[request.param]
+    make, weights, _ = VARIANTS[request.param]
     module = make().eval()
-    if isinstance(module, TorchAttention) and "separate" in request.param:
-        mha = module.mha
-        mha._qkv_same_embed_dim, mha.in_proj_weight = False, None
-        for name in ("q", "k", "v"):
-            setattr(mha, f"{name}_proj_weight", nn.Parameter(torch.randn(WIDTH, WIDTH)))
     return module, weights(module)
 
 
 def naive_scores(x, weights, scale):
-    (w_q, w_k), (b_q, b_k), heads = weights
-    return reference.mean_scores(x @ w_q.T + b_q, x @ w_k.T + b_k, heads, scale)
+    (w_q, w_k), (b_q, b_k) = weights
+    return reference.mean_scores(x @ w_q.T + b_q, x @ w_k.T + b_k, HEADS, scale)
 
 
 @pytest.mark.parametrize("form", ["auto", "dense", "moments"])

@@ -11,33 +11,20 @@ from benchmarks.attention_names import count
 from lightning_abpem import ABPEM, Adaptation
 from lightning_abpem.attention.fusion import find_fusion
 from lightning_abpem.attention.projections import find_attention
-from tests.toy import (
-    MODALITIES,
-    WIDTH,
-    EagerFusedAttention,
-    EagerSplitAttention,
-    FusedAttention,
-    GroupedAttention,
-    TorchAttention,
-    batches,
-    make_toy,
-)
+from tests.attention.variants import VARIANTS
+from tests.toy import MODALITIES, WIDTH, FusedAttention, GroupedAttention, TorchAttention, batches, make_toy
 
 
 @pytest.mark.parametrize(
-    ("module", "names"),
+    ("make", "names"),
     [
-        (FusedAttention(), {"qkv.weight", "qkv.bias"}),
-        (EagerFusedAttention(), {"qkv.weight", "qkv.bias"}),
-        (EagerSplitAttention(), {f"{n}.{p}" for n in ("query", "key", "value") for p in ("weight", "bias")}),
-        (GroupedAttention(), {f"{n}_proj.{p}" for n in "qkv" for p in ("weight", "bias")}),
-        (TorchAttention(), {"mha.in_proj_weight", "mha.in_proj_bias"}),
-        (TorchAttention(bias=False), {"mha.in_proj_weight"}),
-        (TorchAttention(kdim=5), {"mha.in_proj_bias", *(f"mha.{n}_proj_weight" for n in "qkv")}),
-        (nn.Sequential(nn.LayerNorm(3), FusedAttention()), {"1.qkv.weight", "1.qkv.bias"}),
+        *((variant.make, variant.adapting) for variant in VARIANTS.values()),
+        (lambda: TorchAttention(kdim=5), VARIANTS["torch, separate weights"].adapting),
+        (lambda: nn.Sequential(nn.LayerNorm(3), FusedAttention()), {"1.qkv.weight", "1.qkv.bias"}),
     ],
 )
-def test_what_adapts(module, names):
+def test_what_adapts(make, names):
+    module = make()
     parameters = find_attention(module, "fusion.attn").parameters
     assert set(parameters) == {f"fusion.attn.{name}" for name in names}
     own = dict(module.named_parameters(prefix="fusion.attn"))

@@ -11,7 +11,7 @@ from lightning_abpem.attention.spans import select_tokens
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.modules.patches import Changes, encoders_around, without_nested_tensors
 from tests import reference
-from tests.toy import AUDIO, CLASSES, HEADS, PAPER, SPANS, VIDEO, WIDTH
+from tests.toy import AUDIO, CLASSES, HEADS, PAPER, SPANS, VIDEO, WIDTH, HiddenKernel
 
 LENGTH = AUDIO + VIDEO
 PADDED = torch.zeros(3, LENGTH, dtype=torch.bool)
@@ -208,53 +208,6 @@ def test_memory_needs_all_attentions_inside():
         abpem(fusion, memory_batches=2, memory_at="decoder").attach(CrossDecoder().eval()),
     ):
         pass
-
-
-class FoldedHeads(nn.Module):
-    """Heads folded into the batch, as fairseq writes it: torch.bmm, or the fused function in three dimensions."""
-
-    def __init__(self, fused):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.num_heads, self.fused = HEADS, fused
-
-    def forward(self, x):
-        q, k, v = (
-            linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).flatten(0, 1)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.fused:
-            out = nn.functional.scaled_dot_product_attention(q, k, v)
-        else:
-            out = torch.bmm(torch.softmax(torch.bmm(q, k.mT) * q.shape[-1] ** -0.5, -1), v)
-        return out.unflatten(0, (-1, HEADS)).transpose(1, 2).flatten(2)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_heads_folded_into_the_batch(fused):
-    module, x = FoldedHeads(fused), torch.randn(3, LENGTH, WIDTH)
-    settings = abpem("attn", {"audio": AUDIO, "video": VIDEO}).settings
-    model = nn.Sequential()
-    model.add_module("attn", module)
-    calls, compared = captured(model.eval(), settings, x)
-    assert calls[0].shape == (3, LENGTH, LENGTH)
-    scores = reference.mean_scores(module.q_proj(x), module.k_proj(x), HEADS)
-    for (m, n), [(cross, target)] in compared.items():
-        for ours, rows in ((cross, m), (target, n)):
-            expected = torch.tensor(reference.block_statistics(scores, SPANS[rows], SPANS[n]))
-            torch.testing.assert_close(torch.stack(ours[:2], 1), expected, rtol=0, atol=1e-6, check_dtype=False)
-
-
-class HiddenKernel(nn.Module):
-    """Its kernel is no function of torch."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return torch.exp(q @ k.mT) @ v
 
 
 def test_kernels_that_hide_q_and_k():

@@ -12,6 +12,7 @@ from tests.toy import (
     WIDTH,
     EagerSplitAttention,
     FusedAttention,
+    HiddenKernel,
     TorchAttention,
     batches,
     make_toy,
@@ -57,16 +58,7 @@ def test_beside_scripted_modules_and_in_none():
 
 
 def test_kernels_that_hide_q_and_k():
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-        def forward(self, x):
-            q, k, v = self.qkv(x).chunk(3, -1)
-            return torch.exp(q @ k.mT) @ v
-
-    [call] = seen_in(nn.Sequential(Hidden()), torch.randn(2, 10, WIDTH))
+    [call] = seen_in(nn.Sequential(HiddenKernel()), torch.randn(2, 10, WIDTH))
     assert call.kind == "hidden"
     assert str(call) == "0 (its kernel hides q and k)"
 
