@@ -199,8 +199,10 @@ def _eager_call(
 ) -> EagerCall:
     """Make a call from what a softmax gets: scores with scale and bias, (B, H, N_q, N_k) or (B * H, N_q, N_k)."""
     scores = [x.scores for x in softmaxed if x.scores.dim() == 4]
-    folded = [x.scores for x in softmaxed if x.scores.dim() == 3]
+    for x in scores:
+        _refuse_heads_first(name, x.shape, _of_rows(factors, x.shape[:2].numel()), projected)
     if not scores:
+        folded = [x.scores for x in softmaxed if x.scores.dim() == 3]
         scores = [own for x in folded if (own := _unfold_scores(name, x, factors, projected)) is not None]
     if len(scores) != 1 or any(x.dim not in (-1, x.scores.dim() - 1) for x in softmaxed if x.scores.dim() > 2):
         listed = ", ".join(f"{tuple(x.scores.shape)} over dimension {x.dim}" for x in softmaxed)
@@ -209,8 +211,6 @@ def _eager_call(
             f"query tokens, key tokens), but got {listed}. Heads in the batch dimension are told from samples where a "
             f"factor of a product holds what its projections put out. {_OWN_DIMENSION} Or use its fused attention."
         )
-    if not folded:
-        _refuse_heads_first(name, scores[0].shape, _of_rows(factors, scores[0].shape[:2].numel()), projected)
     keep, _ = read_mask(scores[0], scores[0].shape[-1], relative=True)
     assert keep is not None
     return EagerCall(name, scores[0].mean(1), keep, call_index)

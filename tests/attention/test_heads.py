@@ -412,7 +412,15 @@ class HeadsAhead(Folded):
         return out.permute(1, 2, 0, 3).flatten(2)
 
 
-@pytest.mark.parametrize("attend", [attend_fused, lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v])
+def attend_eagerly(q, k, v):
+    return (q @ k.mT / 2).softmax(-1) @ v
+
+
+def attend_beside_a_gate(q, k, v):
+    return attend_eagerly(q, k, v) * v[0].softmax(-1)
+
+
+@pytest.mark.parametrize("attend", [attend_fused, attend_eagerly, attend_beside_a_gate])
 @pytest.mark.parametrize("size", [HEADS, 4])
 def test_heads_ahead_of_the_batch_are_refused(size, attend):
     message = "with the heads ahead of the batch" if size == HEADS else "to attend with 4 samples, .* but got 3"
@@ -420,7 +428,7 @@ def test_heads_ahead_of_the_batch_are_refused(size, attend):
         adapt(make(HeadsAhead(attend=attend)), stream(1, size))
 
 
-@pytest.mark.parametrize("attend", [attend_fused, lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v])
+@pytest.mark.parametrize("attend", [attend_fused, attend_eagerly])
 def test_as_many_samples_as_heads(attend):
     class Plain(Folded):
         def forward(self, x):
