@@ -34,11 +34,11 @@ from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import (
     Changes,
     GradientFlags,
-    Uncopied,
     adapt_once,
     check_eval,
     without_inference_tensors,
 )
+from lightning_abpem.modules.stand_ins import StandIn, Uncopied
 
 __all__ = ["Adaptation"]
 
@@ -182,7 +182,9 @@ class Adaptation(Uncopied):
         )
         changes.note(self._stepper.settle)
         call = torch.compiler.disable(self._call) if is_compiled(self.model) else self._call
-        changes.wrap(self.target, _entry(self.target), call)
+        self._stand_in = StandIn(self.target, _entry(self.target), call)
+        changes.note(self._stand_back)
+        self._stand_in.place()
         changes.note(self._forward.end_step)  # which is undone first: a snapshot knows of the changes above
 
     def drain(self, is_last: bool = False, is_empty: bool = False) -> None:
@@ -253,6 +255,8 @@ class Adaptation(Uncopied):
 
     def _call(self, target_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for the target's call: adapt to the batch, then make the call."""
+        if not self._changes:  # after the end, by somebody who kept the stand-in
+            return target_call(*args, **kwargs)
         first = self._first_call()
         if first is not None and first.thread == threading.get_ident():
             # The engine's own pass, or a call that the target's forward makes of itself.
@@ -282,6 +286,19 @@ class Adaptation(Uncopied):
             return output
         finally:
             self._replay.end_batch()
+            self._stay_in_front()
+
+    def _stand_back(self) -> None:
+        """Leave the place of the target's call."""
+        self._stand_in.put_back()
+
+    def _stay_in_front(self) -> None:
+        """Stand in for what the call itself has put into the place of its own forward."""
+        before = self._stand_in
+        if self._changes and not before.is_in_place:
+            self._stand_in = before.renewed()
+            self._stand_in.place()
+            before.put_back()
 
     def _adapt(self, args: Any, kwargs: Any) -> None:
         """Take the steps for a batch; without one, None, take part in those of the other processes."""

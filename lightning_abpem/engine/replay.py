@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
-from lightning_abpem.modules.patches import Changes, GradientFlags, Uncopied
+from lightning_abpem.modules.patches import Changes, GradientFlags
+from lightning_abpem.modules.stand_ins import Uncopied, hides_attribute
 from lightning_abpem.modules.state import reachable
 from lightning_abpem.modules.tensors import reading_waits, same_bits
 
@@ -75,6 +76,7 @@ class FrozenReplay(Uncopied):
         self._around = [m for m in model.modules() if m is not model and not moving.isdisjoint(map(id, m.parameters()))]
         hidden = {model} | inside_compiled(model)
         self._around = [m for m in self._around if m not in hidden]
+        hidden |= {m for m in model.modules() if hides_attribute(m, "forward")}
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         hidden |= {inner for m in varying for inner in m.modules()}
         self._modules = {id(m): m for m in model.modules() if m not in hidden and _is_frozen(m, moving)}
@@ -100,7 +102,8 @@ class FrozenReplay(Uncopied):
         if flags is not None:
             self._frozen = {key: flags.frozen_in(module) for key, module in self._modules.items()}
         for module in self._around:
-            if compiled_entry(module) == "forward":  # its plain forward is known by what stands there
+            # Its plain forward is known by what stands there, or a property stands ahead of it.
+            if compiled_entry(module) == "forward" or hides_attribute(module, "forward"):
                 changes.hook(module, "register_forward_pre_hook", lambda *_: self._pass_fusion())
             else:
                 changes.wrap(module, compiled_entry(module) or "forward", self._enter)

@@ -82,7 +82,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 changes.note(partial(_put_back, module, module.running_mean, module.running_var))
-                changes.set(module, "forward", partial(_run_without_statistics, module, module.forward))
+                changes.wrap(module, "forward", _run_without_statistics, module)
         yield
 
 

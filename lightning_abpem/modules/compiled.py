@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_abpem.modules.patches import Changes
+from lightning_abpem.modules.stand_ins import hides_attribute
 
 __all__ = [
     "check_entry",
@@ -50,8 +51,13 @@ def check_entry(model: nn.Module, target: nn.Module) -> None:
     """Raise unless calls of the target can be seen.
 
     Raises:
-        ValueError: if they are made inside compiled code.
+        ValueError: if they are made inside compiled code, or its forward is a property.
     """
+    if hides_attribute(target, "forward"):
+        raise ValueError(
+            f"Expected forward of {type(target).__name__} to be a method, for the engine stands in for it, but it is a "
+            "property. Let a method call what the property gives, or name another `target`."
+        )
     if target in inside_compiled(model):
         name = next(name for name, module in model.named_modules() if module is target)
         raise ValueError(

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_abpem.modules.names import named_module
+from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied, put_back
 from lightning_abpem.modules.tensors import normal_tensor
 
 __all__ = [
     "Changes",
     "GradientFlags",
-    "Uncopied",
     "adapt_once",
     "check_eval",
     "encoders_around",
@@ -24,18 +24,6 @@ __all__ = [
     "without_inference_tensors",
     "without_nested_tensors",
 ]
-
-_MISSING: Any = object()
-
-
-class Uncopied:
-    """Mixin that forbids copying or pickling a model while it adapts."""
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "A model cannot be copied or pickled while it adapts: copy it before (a method does in `collect`), or take "
-            "its state_dict()."
-        )
 
 
 class Changes(Uncopied):
@@ -66,16 +54,15 @@ class Changes(Uncopied):
         self._undoings.append(undo)
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
-        """Stand `value` in for an instance's attribute."""
-        self.note(partial(_put_back, owner.__dict__, attribute, owner.__dict__.get(attribute, _MISSING)))
+        """Stand `value` in for an instance's attribute; what others put there meanwhile stays."""
+        self.note(partial(put_back, owner.__dict__, attribute, value, owner.__dict__.get(attribute, MISSING)))
         owner.__dict__[attribute] = value
 
     def wrap(self, owner: Any, attribute: str, wrapper: Callable[..., Any], *first: Any) -> None:
-        """Have calls of an instance's attribute go to `wrapper(*first, original, ...)`; its signature stays visible."""
-        original = getattr(owner, attribute)
-        stand_in: Any = partial(wrapper, *first, original)
-        stand_in.__wrapped__ = original
-        self.set(owner, attribute, stand_in)
+        """Have calls of an instance's attribute go to `wrapper(*first, original, ...)`."""
+        stand_in = StandIn(owner, attribute, wrapper, *first)
+        self.note(stand_in.put_back)
+        stand_in.place()
 
     def hook(self, module: nn.Module, register: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a hook by the module's method of that name, such as `register_forward_hook`."""
@@ -108,13 +95,6 @@ class Changes(Uncopied):
             self._undoings.pop()
         if failure is not None:
             raise failure
-
-
-def _put_back(place: dict[str, Any], name: str, value: Any) -> None:
-    if value is _MISSING:
-        place.pop(name, None)
-    else:
-        place[name] = value
 
 
 def _unhook(module: nn.Module, function: Callable[..., Any]) -> None:

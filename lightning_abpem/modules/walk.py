@@ -37,8 +37,8 @@ from lightning_abpem.modules.containers import (
 )
 from lightning_abpem.modules.contents import SavedCache, SavedGenerator, SavedScript, SavedStream, SavedValues
 from lightning_abpem.modules.iterators import Refusing, copied
-from lightning_abpem.modules.patches import Uncopied
 from lightning_abpem.modules.saved_modules import SavedModules
+from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied
 from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
 
 __all__ = ["Walk"]
@@ -287,11 +287,11 @@ class Walk(Uncopied):
         for name in ("fget", "fset", "fdel", "__func__"):
             self._find(getattr(x, name, None), x, "its function")
 
+    def _save_stand_in(self, x: StandIn) -> None:
+        if x.original.own is not MISSING:
+            self._find_fixed(x.original.own, x, "its function")
+
     def _save_partial(self, x: functools.partial[Any]) -> None:
-        if isinstance(getattr(x.func, "__self__", None), Uncopied):  # ours, in front of a forward
-            if type(x.args[-1]) is not MethodType:
-                self._find_fixed(x.args[-1], x, "its function")
-            return
         for part in (x.func, *x.args, x.keywords):
             self._find_fixed(part, x, "its arguments")
 
@@ -359,6 +359,7 @@ _HANDLERS: dict[type, _Handler | None] = {
     contextvars.ContextVar: _queued(Walk._save_variable),
     type(functools.cache(len)): _queued(Walk._save_cache),
     random.SystemRandom: None,
+    StandIn: _queued(Walk._save_stand_in),
 }
 """What is done with an object of a kind; None if it holds nothing that a forward could change."""
 

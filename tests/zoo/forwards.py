@@ -11,6 +11,7 @@ from tests.zoo import (  # noqa: F401  (they register entries)
     scripted,
     state,
     structure,
+    swaps,
 )
 from tests.zoo.nets import ENTRIES, Entry
 

@@ -86,6 +86,8 @@ class Album:
             if x.is_leaf and x.grad is not None:
                 self._out[f"{path}.grad"] = self._tensor(x.grad)
             self._attributes(x, path)
+            if x.is_leaf and x._backward_hooks:
+                self._walk(dict(x._backward_hooks), f"{path}._backward_hooks")
         elif isinstance(x, np.ndarray):
             self._out[f"{path}="] = torch.from_numpy(x.copy()) if x.dtype.kind in "fiub" else repr(x)
         elif isinstance(x, np.random.Generator):
