@@ -31,13 +31,8 @@ from lightning_abpem.engine.step import Stepper
 from lightning_abpem.engine.weights import AdaptedWeights, describe_run
 from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
 from lightning_abpem.modules.names import named_module
-from lightning_abpem.modules.patches import (
-    Changes,
-    GradientFlags,
-    adapt_once,
-    check_eval,
-    without_inference_tensors,
-)
+from lightning_abpem.modules.parameters import GradientFlags
+from lightning_abpem.modules.patches import Changes, adapt_once, check_eval, without_inference_tensors
 from lightning_abpem.modules.stand_ins import StandIn, Uncopied
 
 __all__ = ["Adaptation"]
@@ -161,9 +156,7 @@ class Adaptation(Uncopied):
         without_inference_tensors(changes, self.model)
         changes.enter(self.method.prepared(self.model))
         self._flags = GradientFlags(self.model, adapted)
-        changes.note(self._flags.put_back)
-        for p in adapted:
-            p.grad = None
+        changes.note(self._flags.thaw)
         is_sharded = check_shards(self.params, self.method.name, self.method.reads_params)
         self._keeps_flags = has_shards(self.model)  # FSDP2 reads them once
         if self._keeps_flags:
@@ -174,6 +167,7 @@ class Adaptation(Uncopied):
         )
         if self.settings.restore:
             changes.note(weights.restore)
+        changes.note(weights.show_gradients)
         if self._replay.enabled:
             self._replay.attach(changes, self._flags)
         self._stepper = Stepper(

@@ -291,8 +291,9 @@ def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None
             raise ValueError(
                 f"Expected the scores of '{call.name}' to carry gradients to its projections, but they carry none. "
                 "That is so under torch.no_grad() (torch.is_grad_enabled() is False in its forward), inside an "
-                "autograd.Function (the scores reach its forward detached), or after .detach(). Bootstrapping could "
-                "not act. Use an attention without these, or set attention_weight=0."
+                "autograd.Function (the scores reach its forward detached), after .detach(), or if the forward sets "
+                "requires_grad of the projections to False. Bootstrapping could not act. Use an attention without "
+                "these, or set attention_weight=0."
             )
 
 

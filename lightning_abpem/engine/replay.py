@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
-from lightning_abpem.modules.patches import Changes, GradientFlags
+from lightning_abpem.modules.parameters import GradientFlags
+from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.stand_ins import Uncopied, hides_attribute
 from lightning_abpem.modules.state import reachable
 from lightning_abpem.modules.tensors import reading_waits, same_bits
@@ -30,7 +31,7 @@ _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, s
 
 @dataclass
 class _Recorded:
-    """One call of a frozen module: its inputs, its outputs, and in which precision torch computed."""
+    """One call of a frozen module: its inputs, its outputs, and by which flags and precision torch computed."""
 
     inputs: list[Any]
     input_versions: list[int | None]
@@ -39,19 +40,19 @@ class _Recorded:
     output_versions: list[int | None]
     output_spec: TreeSpec
     precision: tuple[Any, ...]
+    flags: list[bool]
 
 
 class FrozenReplay(Uncopied):
     """Runs the frozen modules of a model once per batch, however many passes there are.
 
-    Every outermost call of a module without adapted parameters, on inputs that carry no gradient, is recorded in the
+    Every outermost call of a module without adapted parameters, ahead of the first module with some, is recorded in the
     first pass. A later pass gets the recorded output if the same call comes with the same arguments: the same
-    unchanged tensors, or equal ones. In any doubt the module simply runs.
+    unchanged tensors, or equal ones, under the same flags of its parameters. In any doubt the module simply runs.
 
     A module that does more than to give an output runs in every pass, and what it calls is replayed in its place:
-    one with hooks on others inside it, one that edits its arguments, one in training mode, and one whose state a pass
-    has changed. A model that draws random numbers is not replayed at all. The first batches are audited: what would
-    have been replayed is computed again and compared bit by bit.
+    one with hooks on others inside it, one that edits its arguments, one in training mode, and one whose state a pass has
+    changed. A model that draws random numbers is not replayed at all. The first batches are audited: what would have been replayed is computed again and compared.
 
     Args:
         model: the module whose submodules are replayed, itself excepted.
@@ -73,9 +74,9 @@ class FrozenReplay(Uncopied):
     ) -> None:
         moving = {id(p) for p in adapted}
         self._model, self.enabled = model, True
-        self._around = [m for m in model.modules() if m is not model and not moving.isdisjoint(map(id, m.parameters()))]
         hidden = {model} | inside_compiled(model)
-        self._around = [m for m in self._around if m not in hidden]
+        owners = {m for m in model.modules() if not moving.isdisjoint(map(id, m.parameters(recurse=False)))}
+        self._moved = [m for m in model.modules() if m in owners | set(watched) and m not in hidden]
         hidden |= {m for m in model.modules() if hides_attribute(m, "forward")}
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         hidden |= {inner for m in varying for inner in m.modules()}
@@ -89,7 +90,8 @@ class FrozenReplay(Uncopied):
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._replayed: set[tuple[int, int]] = set()
         self._call_index: dict[int, int] = {}
-        self._frozen: dict[int, list[nn.Parameter]] = {}
+        self._parameters = {key: list(m.parameters()) for key, m in self._modules.items()}
+        self._flags = GradientFlags(nn.Module(), ())
 
     def attach(self, changes: Changes, flags: GradientFlags | None = None) -> None:
         """Put the recorder in front of every frozen module's forward.
@@ -99,9 +101,8 @@ class FrozenReplay(Uncopied):
             flags: the user's hold while a module is recorded, so that it rounds as in a prediction.
         """
         changes.note(self.end_batch)
-        if flags is not None:
-            self._frozen = {key: flags.frozen_in(module) for key, module in self._modules.items()}
-        for module in self._around:
+        self._flags = self._flags if flags is None else flags
+        for module in self._moved:
             # Its plain forward is known by what stands there, or a property stands ahead of it.
             if compiled_entry(module) == "forward" or hides_attribute(module, "forward"):
                 changes.hook(module, "register_forward_pre_hook", lambda *_: self._pass_fusion())
@@ -152,11 +153,11 @@ class FrozenReplay(Uncopied):
         return forward(*args, **kwargs)
 
     def _pass_fusion(self) -> None:
-        """Note that from here on tensors may carry gradients."""
+        """Note that from here on tensors, and the state of modules, may depend on what moves."""
         self._is_behind = True
 
     def _call(self, key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._mode is None or self._inside or key not in self._recording or self._is_watched(key):
+        if self._mode is None or self._inside or self._is_behind or key not in self._recording or self._is_watched(key):
             return forward(*args, **kwargs)
         call = (key, self._call_index.get(key, 0))
         self._call_index[key] = call[1] + 1
@@ -165,9 +166,11 @@ class FrozenReplay(Uncopied):
             if self._mode == "record":
                 return self._record(call, forward, args, kwargs)
             recorded = self._recorded.get(call)
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self._frozen.get(key, ())):
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters[key]):
                 return forward(*args, **kwargs)  # the user wants the gradients of a prediction
-            if recorded is None or not self._matches(recorded, *_flat(args, kwargs), key in self._heavy):
+            if recorded is None or recorded.flags != self._flags_of(key):
+                return forward(*args, **kwargs)
+            if not self._matches(recorded, *_flat(args, kwargs), key in self._heavy):
                 return forward(*args, **kwargs)
             if self._unaudited > 0 or (self._audited_batches and call not in self._replayed):
                 self._audit(key, recorded, forward)
@@ -186,32 +189,24 @@ class FrozenReplay(Uncopied):
         )
 
     def _record(self, call: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
-        if any(isinstance(x, Tensor) and x.requires_grad for x in args):  # most modules after the fusion
-            return forward(*args, **kwargs)
         inputs, spec = _flat(args, kwargs)
         if not all(map(_is_constant, inputs)):
             return forward(*args, **kwargs)
-        before = _versions(inputs)
+        before, flags = _versions(inputs), self._flags_of(call[0])
         output = self._run(call[0], forward, args, kwargs)
         if spec != _LEAF and not _is_same_tree(inputs, spec, *_flat(args, kwargs)):
             self._recording.discard(call[0])  # it edits the containers that it gets
             return output
         outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
-        # An output with a gradient depends on more than the arguments: on state that the fusion left in the module.
         if all(map(_is_constant, outputs)) and before == _versions(inputs) and not _share_memory(outputs):
             self._recorded[call] = _Recorded(
-                inputs, before, spec, outputs, _versions(outputs), output_spec, _precision(outputs)
+                inputs, before, spec, outputs, _versions(outputs), output_spec, _precision(outputs), flags
             )
         return output
 
     def _run(self, key: int, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Run a frozen module on constants, ahead of the fusion as in a prediction: by the user's flags.
-
-        Behind it the module may have a state with gradients, which have to flow.
-        """
-        if self._is_behind:
-            return forward(*args, **kwargs)
-        frozen = [p for p in self._frozen.get(key, ()) if not p.requires_grad]
+        """Run a frozen module on constants as in a prediction: by the user's flags, without gradients."""
+        frozen = [p for p in self._parameters[key] if id(p) in self._flags.frozen and not p.requires_grad]
         try:
             for p in frozen:
                 p.requires_grad_(True)
@@ -223,6 +218,10 @@ class FrozenReplay(Uncopied):
         if isinstance(output, Tensor):
             return _editable(output)
         return tree_map_only(Tensor, _editable, output)
+
+    def _flags_of(self, key: int) -> list[bool]:
+        """Return the flags by which `_run` would run a module now."""
+        return [p.requires_grad or id(p) in self._flags.frozen for p in self._parameters[key]]
 
     def _audit(self, key: int, recorded: _Recorded, forward: Callable[..., Any]) -> None:
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""

@@ -82,10 +82,14 @@ def sharded_gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> lis
 
     FSDP2 gives a module other weights while it runs, so the gradients of its own come by `backward` alone.
     """
-    gradients = []
-    for loss in losses:
-        loss.backward(retain_graph=loss is not losses[-1])
-        gradients.append([None if p.grad is None else full_tensor(p.grad) for p in params])
-        for p in params:
-            p.grad = None
+    gradients, before = [], [p.grad for p in params]
+    try:
+        for loss in losses:
+            for p in params:
+                p.grad = None
+            loss.backward(retain_graph=loss is not losses[-1])
+            gradients.append([None if p.grad is None else full_tensor(p.grad) for p in params])
+    finally:
+        for p, own in zip(params, before, strict=True):
+            p.grad = own
     return gradients

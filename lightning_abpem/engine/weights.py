@@ -65,6 +65,7 @@ class AdaptedWeights:
         self._whole_source = [full_tensor(x) for x in self._source]
         self._digest = digest(self._whole_source)
         self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
+        self._hidden: list[tuple[nn.Parameter, Tensor | None]] = []
         self.updates = self.skipped = self.updates_since_reset = 0
         self._reasons: set[str] = set()  # that were said
         self._rate = 1.0
@@ -92,17 +93,24 @@ class AdaptedWeights:
         for old, master in zip(self._before, self._masters, strict=True):
             old.copy_(master)
         step = self._step_on_device if reading_waits(loss) else self._step_on_host
+        self._hidden = [(master, master.grad) for master in self._masters]
         try:
             for master, gradient in zip(self._masters, gradients, strict=True):
                 master.grad = None if gradient is None else gradient.to(master)
             taken = step(loss, *gradients)
-            for master in self._masters:
-                master.grad = None
             self._set(self._masters)
         except BaseException:  # an interrupt is one, too
             self._take_back()
             raise
+        finally:
+            self.show_gradients()
         return taken
+
+    def show_gradients(self) -> None:
+        """Put the user's gradients back, which a step hides; it can be called again."""
+        for master, gradient in self._hidden:
+            master.grad = gradient
+        self._hidden = []
 
     def settle(self) -> bool | None:
         """Return True if the last step was taken; None if that was said before, or there was no step."""
@@ -207,7 +215,6 @@ class AdaptedWeights:
         """Put the weights back to what they were before a step that failed, with a fresh optimizer."""
         for old, master in zip(self._before, self._masters, strict=True):
             master.copy_(old)
-            master.grad = None
         self._fate = None
         self.skipped += 1
         self._start()

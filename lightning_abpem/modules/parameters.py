@@ -1,8 +1,8 @@
-"""Parameters before a pass of the engine, which no forward may edit: what is theirs besides their values."""
+"""What parameters have besides their values, which no forward may edit: flags, gradients, attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter, is_not
 
 import torch
@@ -11,13 +11,53 @@ from torch import Tensor, nn
 from lightning_abpem.modules.containers import SavedAttributes
 from lightning_abpem.modules.tensors import bit_sum
 
-__all__ = ["SavedParameters"]
+__all__ = ["GradientFlags", "SavedParameters"]
 
-_gradient, _version, _attributes = map(attrgetter, ("grad", "_version", "__dict__"))
+_flag, _gradient, _version, _attributes = map(attrgetter, ("requires_grad", "grad", "_version", "__dict__"))
+
+
+class GradientFlags:
+    """`requires_grad` and gradients of a model's parameters: the user's of the moment, or those of an adapting pass.
+
+    The user's hold in every prediction, for torch's kernels round by the flags: a linear layer takes another path if
+    its weight asks for a gradient, even under torch.no_grad(). In a pass no parameter has a gradient.
+
+    Args:
+        model: the model.
+        trainable: the parameters that gradients reach in a pass.
+
+    Attributes:
+        frozen: ids of the parameters that are frozen in the pass that is under way, and not for the user.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Collection[nn.Parameter]) -> None:
+        self._all, self._moving = list(model.parameters()), {id(p) for p in trainable}
+        self._before: list[tuple[nn.Parameter, bool]] = []
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self.frozen: set[int] = set()
+
+    def freeze(self) -> None:
+        """Let gradients reach the trainable parameters alone, and hide those that are there."""
+        self.thaw()  # if a call was broken off
+        self._gradients = [(p, p.grad) for p in self._all if p.grad is not None]
+        self._before = [(p, p.requires_grad) for p in self._all if p.requires_grad is (id(p) not in self._moving)]
+        self.frozen = {id(p) for p, flag in self._before if flag}
+        for p, flag in self._before:
+            p.requires_grad_(not flag)
+        for p, _ in self._gradients:
+            p.grad = None
+
+    def thaw(self) -> None:
+        """Put the user's back; it can be called again."""
+        for p, flag in self._before:
+            p.requires_grad_(flag)
+        for p, gradient in self._gradients:
+            p.grad = gradient
+        self._before, self._gradients, self.frozen = [], [], set()
 
 
 class SavedParameters:
-    """Gradients and versions of parameters, and the first attributes of those that have none.
+    """Flags, gradients and versions of parameters, and the first attributes of those that have none.
 
     Args:
         parameters: all of them; those made in inference mode have no version.
@@ -26,12 +66,18 @@ class SavedParameters:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._all = parameters
         self._versions, self._gradients = list(map(_version, parameters)), list(map(_gradient, parameters))
+        self._flags = list(map(_flag, parameters))
         self._named = {id(p) for p in filter(_attributes, parameters)}
         self._sums: list[Tensor] = []
 
     def restore(self) -> set[int]:
-        """Put gradients and attributes back, but not values; return the ids of what had changed."""
+        """Put flags, gradients and attributes back, but not values; return the ids of what had changed."""
         changed: set[int] = set()
+        if any(map(is_not, map(_flag, self._all), self._flags)):
+            for p, flag in zip(self._all, self._flags, strict=True):
+                if p.requires_grad is not flag:
+                    p.requires_grad_(flag)
+                    changed.add(id(p))
         if any(map(is_not, map(_gradient, self._all), self._gradients)):
             for p, gradient in zip(self._all, self._gradients, strict=True):
                 if p.grad is not gradient:

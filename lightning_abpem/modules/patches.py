@@ -16,7 +16,6 @@ from lightning_abpem.modules.tensors import normal_tensor
 
 __all__ = [
     "Changes",
-    "GradientFlags",
     "adapt_once",
     "check_eval",
     "encoders_around",
@@ -141,49 +140,6 @@ def adapt_once(changes: Changes, model: nn.Module) -> None:
         )
     changes.note(partial(_ADAPTING.difference_update, own))
     _ADAPTING.update(own)
-
-
-class GradientFlags:
-    """`requires_grad` of a model's parameters: the user's, or those of an adapting pass.
-
-    The user's hold in every prediction, for torch's kernels round by them: a linear layer takes another path if its
-    weight asks for a gradient, even under torch.no_grad().
-
-    Args:
-        model: the model.
-        trainable: the parameters that gradients reach in a pass.
-    """
-
-    def __init__(self, model: nn.Module, trainable: Collection[nn.Parameter]) -> None:
-        moving = {id(p) for p in trainable}
-        self._before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        self._frozen = [p for p, flag, _ in self._before if flag and id(p) not in moving]
-        self._freed = [p for p, flag, _ in self._before if not flag and id(p) in moving]
-        self._ids = {id(p) for p in self._frozen}
-
-    def freeze(self) -> None:
-        """Let gradients reach the trainable parameters alone."""
-        for p in self._frozen:
-            p.requires_grad_(False)
-        for p in self._freed:
-            p.requires_grad_(True)
-
-    def thaw(self) -> None:
-        """Put the user's flags back."""
-        for p in self._frozen:
-            p.requires_grad_(True)
-        for p in self._freed:
-            p.requires_grad_(False)
-
-    def put_back(self) -> None:
-        """Put the user's flags and gradients back."""
-        self.thaw()
-        for p, _, gradient in self._before:
-            p.grad = gradient
-
-    def frozen_in(self, module: nn.Module) -> list[nn.Parameter]:
-        """Return the parameters of a module that are frozen in a pass, and not for the user."""
-        return [p for p in module.parameters() if id(p) in self._ids]
 
 
 def without_inference_tensors(changes: Changes, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_abpem.modules.names import find_modules
-from lightning_abpem.modules.patches import Changes, GradientFlags, without_inference_tensors
+from lightning_abpem.modules.patches import Changes, without_inference_tensors
 from lightning_abpem.modules.tensors import normal_tensor
 from tests.reference import same_state
 from tests.toy import TorchAttention, make_toy
@@ -35,24 +35,6 @@ def test_every_pattern_must_match():
         find_modules(make_toy(), ["fusion.0.attn", "blocks_u.attn"])
     with pytest.raises(ValueError, match="at least one name pattern"):
         find_modules(make_toy(), [])
-
-
-def test_gradient_flags_are_those_of_a_pass_or_the_users():
-    model = make_toy()
-    own, frozen = model.head[1].weight, model.audio.embed.weight
-    frozen.requires_grad_(False)
-    own.grad = kept = torch.ones_like(own)
-    before = [p.requires_grad for p in model.parameters()]
-    flags = GradientFlags(model, [own, frozen])
-    flags.freeze()
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(own), id(frozen)}
-    flags.thaw()
-    assert [p.requires_grad for p in model.parameters()] == before
-    flags.freeze()
-    own.grad = None
-    flags.put_back()
-    assert [p.requires_grad for p in model.parameters()] == before
-    assert own.grad is kept
 
 
 def test_changes_are_undone_in_reverse_order_whatever_fails():

@@ -8,6 +8,7 @@ from tests.zoo import (  # noqa: F401  (they register entries)
     hidden,
     modes,
     objects,
+    replayed,
     scripted,
     state,
     structure,

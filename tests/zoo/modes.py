@@ -185,6 +185,53 @@ def gradients_of_the_user() -> Net:
     return net
 
 
+@entry("freezes an encoder in its first call, for good")
+class FreezesAnEncoder(Net):
+    def forward(self, audio, video):
+        self.audio.requires_grad_(False)
+        return super().forward(audio, video)
+
+
+@entry(
+    "freezes itself in every call, so that nothing can adapt",
+    refused=Refusal("call", "sets requires_grad", steps=(1,)),
+    memory="as without",
+)
+class FreezesItself(Net):
+    def forward(self, audio, video):
+        self.requires_grad_(False)
+        return super().forward(audio, video)
+
+
+@entry("turns the flag of a parameter round in each call, and asks for it", memory="no two calls are alike")
+class TurnsParameterFlag(Net):
+    def forward(self, audio, video):
+        p = self.video.embed.weight
+        p.requires_grad_(not p.requires_grad)
+        return super().forward(audio * (1 + p.requires_grad), video)
+
+
+ITS_GRADIENTS = {"around": "grad", "only": ("attach", "a mode"), "twin": "its past has no gradients"}
+
+
+@entry("the step adds to gradients, those of what adapts among them", **ITS_GRADIENTS)
+class BackwardInStep(Net):
+    def step(self, call):
+        logits = super().step(call)
+        loss = self.audio(call.args[0]).square().mean() + self.fusion[0].attn.q.weight.sum()
+        loss.backward()
+        return logits
+
+
+@entry("the forward adds to gradients that are there", **ITS_GRADIENTS)
+class BackwardInForward(Net):
+    def forward(self, audio, video):
+        if self.audio.embed.weight.requires_grad:  # not in a pass
+            self.audio(audio).square().mean().backward()
+        self.fusion[0].attn.q.weight.sum().backward()
+        return super().forward(audio, video)
+
+
 @entry(
     "hooks of the LightningModule see the flags that they see without the callback",
     twin="it takes notes of a Trainer's hooks",

@@ -1,0 +1,76 @@
+"""Encoders whose output is not that of their arguments and the flags of a pass alone."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.zoo.nets import Block, Call, Encoder, Net, entry
+
+
+def transposed_later(index, audio, video):
+    """In float32, where a linear layer rounds a transposed input by its weight's flag; not in the audited batches."""
+    audio, video = audio.float(), video.float()
+    return Call(audio.mT.contiguous().mT if index > 1 else audio, video)
+
+
+class Float(Net):
+    call = staticmethod(transposed_later)
+
+    def double(self):
+        return self
+
+
+@entry("the usual LightningModule, with its model in a module", core="model", tolerance=1e-4)
+class BackboneInside(Float):
+    def build(self):
+        self.model = Net()
+        del self.audio, self.video, self.fusion, self.head
+
+    def forward(self, audio, video):
+        return self.model(audio, video)
+
+
+@entry(
+    "an encoder behind one fusion block and ahead of another",
+    options={"fusion": ["fusion.0.attn", "second.attn"]},
+    memory="its blocks have no module around them",
+    twin="it has one block",
+)
+class EncoderBetween(Float):
+    def build(self):
+        self.second, self.third = Block(), Encoder()
+
+    def forward(self, audio, video):
+        x = self.fusion(self.encode(audio, video))
+        x = torch.cat((x[:, :6] + self.third(audio), x[:, 6:]), 1)
+        return 3 * self.head(self.second(x).mean(1))
+
+
+class Settings:
+    level = None
+
+
+class Reads(Encoder):
+    def forward(self, x):
+        level = self.settings.level
+        return super().forward(x) if level is None else super().forward(x) * level
+
+
+@entry("an encoder behind the fusion reads a setting that the call makes and takes back", memory="it has rows")
+class SettingOfTheMoment(Net):
+    def build(self):
+        self.third = Reads()
+        self.third.settings = self.settings = Settings()
+        self.requires_grad_(False)
+
+    @classmethod
+    def call(cls, index, audio, video):
+        return Call(audio, video, index > 1)
+
+    def forward(self, audio, video, on):
+        x = self.fusion(self.encode(audio, video))
+        self.settings.level = x.detach().mean((0, 1)) if on else None
+        try:
+            return 3 * self.head(x.mean(1) + self.third(video).mean(1))
+        finally:
+            self.settings.level = None
