@@ -51,8 +51,9 @@ class FrozenReplay(Uncopied):
     unchanged tensors, or equal ones, under the same flags of its parameters. In any doubt the module simply runs.
 
     A module that does more than to give an output runs in every pass, and what it calls is replayed in its place:
-    one with hooks on others inside it, one that edits its arguments, one in training mode, and one whose state a pass has
-    changed. A model that draws random numbers is not replayed at all. The first batches are audited: what would have been replayed is computed again and compared.
+    one with hooks on others inside it, one that edits its arguments, one in training mode, one whose state a pass has
+    changed, and one that reaches adapted parameters by a reference or a closure. A model that draws random numbers is
+    not replayed at all. The first batches are audited: what would have been replayed is computed again and compared.
 
     Args:
         model: the module whose submodules are replayed, itself excepted.
@@ -72,7 +73,7 @@ class FrozenReplay(Uncopied):
         varying: Collection[nn.Module] = (),
         audited_batches: int = 2,
     ) -> None:
-        moving = {id(p) for p in adapted}
+        self._moving = moving = {id(p) for p in adapted}
         self._model, self.enabled = model, True
         hidden = {model} | inside_compiled(model)
         owners = {m for m in model.modules() if not moving.isdisjoint(map(id, m.parameters(recurse=False)))}
@@ -102,6 +103,7 @@ class FrozenReplay(Uncopied):
         """
         changes.note(self.end_batch)
         self._flags = self._flags if flags is None else flags
+        self._leave_out_what_reaches_adapted()
         for module in self._moved:
             # Its plain forward is known by what stands there, or a property stands ahead of it.
             if compiled_entry(module) == "forward" or hides_attribute(module, "forward"):
@@ -110,6 +112,17 @@ class FrozenReplay(Uncopied):
                 changes.wrap(module, compiled_entry(module) or "forward", self._enter)
         for key, module in self._modules.items():
             changes.wrap(module, compiled_entry(module) or "forward", self._call, key)
+
+    def _leave_out_what_reaches_adapted(self) -> None:
+        """Record no module that could compute with what moves by way of a reference, a closure or the like."""
+        clean: set[int] = set()
+        for key, module in self._modules.items():  # the outer ones come first, and reach what the inner ones do
+            if key in clean:
+                continue
+            if self._moving.isdisjoint(reachable(module)):
+                clean.update(map(id, module.modules()))
+            else:
+                self._recording.discard(key)
 
     def start_pass(self) -> None:
         """Begin a pass over the batch: the first one records, those after it replay."""

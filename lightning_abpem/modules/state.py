@@ -114,11 +114,12 @@ class Snapshot(Walk):
         """
         edited = self._held.edited()
         if edited:
-            names = {id(p): name for name, p in self._target.named_parameters()}
+            names = {id(p): repr(name) for name, p in self._target.named_parameters()}
+            name = names.get(id(edited[0])) or self._name(edited[0])
             raise ValueError(
-                f"Expected a forward that leaves its parameters alone, but it edited '{names.get(id(edited[0]))}' in "
-                "place. The adapting passes would edit it once more for every batch. Keep such a value in a buffer, "
-                "and load the parameter again: this pass moved it."
+                f"Expected a forward that leaves its parameters alone, but it edited {name} in place. The adapting "
+                "passes would edit it once more for every batch. Keep such a value in a buffer, and load the parameter "
+                "again: this pass moved it."
             )
 
 

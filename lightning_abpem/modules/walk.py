@@ -75,6 +75,7 @@ class Walk(Uncopied):
         self._modules = SavedModules(is_sharded)
         self._tensors: list[SavedTensor] = []
         self._parameters: list[nn.Parameter] = []
+        self._loose: list[nn.Parameter] = []  # parameters that are in no module's table
         self._used: set[int] = set()  # ids of what may have changed without a trace
         self._is_compiled = False
 
@@ -83,6 +84,9 @@ class Walk(Uncopied):
         while self._todo:
             save, x = self._todo.pop()
             save(self, x)
+        known = set(map(id, self._parameters))
+        self._parameters += [p for p in self._loose if id(p) not in known]
+        self._loose.clear()
         for p in self._parameters:
             if p.__dict__:
                 self._save(SavedAttributes(p))
@@ -117,6 +121,11 @@ class Walk(Uncopied):
         if not x.is_inference():  # else its clone is the pass's own
             self._tensors.append(SavedTensor(own, id(x), functools.partial(self._name, x)))
         return own
+
+    def _parameter(self, x: nn.Parameter) -> nn.Parameter:
+        if not x.is_inference():
+            self._loose.append(x)
+        return x
 
     def _tuple(self, x: tuple[Any, ...]) -> Any:
         own = [self._find(item, x, i) for i, item in enumerate(x)]
@@ -373,9 +382,10 @@ def _handler(kind: type) -> _Handler | None:
 
 def _find_handler(kind: type) -> _Handler | None:
     package = kind.__module__.partition(".")[0]
-    if issubclass(kind, Uncopied | nn.Parameter | ModuleType):
+    if issubclass(kind, Uncopied | ModuleType):
         return None
     bases: dict[type, _Handler] = {
+        nn.Parameter: Walk._parameter,
         Tensor: Walk._tensor,
         torch.jit.ScriptModule: _queued(Walk._save_script),
         nn.Module: _queued(Walk._save_module),

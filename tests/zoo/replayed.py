@@ -6,6 +6,8 @@ import torch
 
 from tests.zoo.nets import Block, Call, Encoder, Net, entry
 
+OTHER_WEIGHTS = {"memory_refused": "bypasses"}  # the same tokens give other logits after a step
+
 
 def transposed_later(index, audio, video):
     """In float32, where a linear layer rounds a transposed input by its weight's flag; not in the audited batches."""
@@ -44,6 +46,39 @@ class EncoderBetween(Float):
         x = self.fusion(self.encode(audio, video))
         x = torch.cat((x[:, :6] + self.third(audio), x[:, 6:]), 1)
         return 3 * self.head(self.second(x).mean(1))
+
+
+class Borrows(Encoder):
+    """Uses a weight of the fusion, of which it knows by a function."""
+
+    def forward(self, x, on=True):
+        x = super().forward(x)
+        return x @ self.weight().mT if on else x
+
+
+@entry("an encoder borrows a weight that adapts, by a function that gives it", **OTHER_WEIGHTS)
+def borrowed_weight() -> Net:
+    net = Net(Borrows())
+    weight = net.double().fusion[0].attn.q.weight
+    net.audio.weight = lambda: weight
+    return net
+
+
+class _FromTheThird(Net):
+    @classmethod
+    def call(cls, index, audio, video):
+        return Call(audio, video, index > 1)
+
+    def forward(self, audio, video, on):
+        return self.classify(torch.cat((self.audio(audio, on), self.video(video)), 1))
+
+
+@entry("an encoder borrows a constant of what adapts, from the third batch on", calls=_FromTheThird.calls)
+def borrowed_later() -> Net:
+    net = _FromTheThird(Borrows())
+    attention = net.fusion[0].attn
+    net.audio.weight = lambda: attention.q.weight.detach()
+    return net
 
 
 class Settings:

@@ -275,3 +275,21 @@ class ParameterAsState(Encoder):
         x = super().forward(x)
         self.mean.data.lerp_(x.mean((0, 1)), 0.5)
         return x - self.mean
+
+
+@entry(
+    "prototypes that are parameters in a plain list, which the forward moves",
+    refused=Refusal("call", r"edited attribute 'prototypes' of module 'audio', 0 in place"),
+)
+class ParametersInAList(Encoder):
+    def build(self):
+        self.prototypes = [nn.Parameter(torch.zeros(WIDTH), requires_grad=False)]
+
+    @torch.no_grad()
+    def move(self, x):
+        self.prototypes[0].lerp_(x.mean((0, 1)).float(), 0.5)
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.move(x)
+        return x - self.prototypes[0]
