@@ -84,12 +84,16 @@ class Snapshot(Walk):
             ValueError: if a tensor that cannot be put back was edited in place; it is named.
         """
         self.end_call()
-        changed = {id(saved.owner) for saved in self._saved if saved.restore()}
-        changed |= self._modules.restore()
+        changed = self._restore_items()
+        if changed:
+            changed |= self._restore_items()  # what died with the pass may have edited them in its `__del__`
         if torch.get_default_dtype() != self._dtype:
             torch.set_default_dtype(self._dtype)
             changed.update(self._own)
         return changed | self._used | {saved.key for saved in self._tensors if saved.restore(counts)}
+
+    def _restore_items(self) -> set[int]:
+        return {id(saved.owner) for saved in self._saved if saved.restore()} | self._modules.restore()
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call with the arguments of a pass, in a copy of the context, so that context variables keep their values."""

@@ -269,6 +269,30 @@ def metaclass_registry() -> Net:
     return Net(Makes())
 
 
+@entry("a class counts its objects, down by `__del__`: those of a pass die as it is put back")
+def counts_its_objects() -> Net:
+    class Counted:
+        alive = 0
+
+        def __init__(self) -> None:
+            Counted.alive += 1
+
+        def __del__(self) -> None:
+            Counted.alive -= 1
+
+    class Makes(Encoder):
+        kind = Counted
+
+        def build(self) -> None:
+            self.kept: list[Counted] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept.append(self.kind())
+            return super().forward(x) * self.kind.alive
+
+    return Net(Makes())
+
+
 @entry("lists as defaults of a property, a partial method and a dispatched one")
 def defaults_of_methods() -> Net:
     class Keeps(Encoder):
