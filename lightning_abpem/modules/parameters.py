@@ -14,6 +14,7 @@ from lightning_abpem.modules.tensors import bit_sum
 __all__ = ["GradientFlags", "SavedParameters"]
 
 _flag, _gradient, _version, _attributes = map(attrgetter, ("requires_grad", "grad", "_version", "__dict__"))
+_hooks = attrgetter("_backward_hooks")
 
 
 class GradientFlags:
@@ -57,7 +58,7 @@ class GradientFlags:
 
 
 class SavedParameters:
-    """Flags, gradients and versions of parameters, and the first attributes of those that have none.
+    """Flags, gradients and versions of parameters, and the first attributes and hooks of those that have none.
 
     Args:
         parameters: all of them; those made in inference mode have no version.
@@ -66,12 +67,12 @@ class SavedParameters:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._all = parameters
         self._versions, self._gradients = list(map(_version, parameters)), list(map(_gradient, parameters))
-        self._flags = list(map(_flag, parameters))
+        self._flags, self._hooks = list(map(_flag, parameters)), list(map(_hooks, parameters))
         self._named = {id(p) for p in filter(_attributes, parameters)}
         self._sums: list[Tensor] = []
 
     def restore(self) -> set[int]:
-        """Put flags, gradients and attributes back, but not values; return the ids of what had changed."""
+        """Put flags, gradients, hooks and attributes back, but not values; return the ids of what had changed."""
         changed: set[int] = set()
         if any(map(is_not, map(_flag, self._all), self._flags)):
             for p, flag in zip(self._all, self._flags, strict=True):
@@ -83,6 +84,10 @@ class SavedParameters:
                 if p.grad is not gradient:
                     p.grad = gradient
                     changed.add(id(p))
+        if any(map(is_not, map(_hooks, self._all), self._hooks)):
+            for p, hooks in zip(self._all, self._hooks, strict=True):
+                if p._backward_hooks is not hooks:
+                    p._backward_hooks = hooks
         for p in filter(_attributes, self._all):
             if id(p) not in self._named and SavedAttributes(p, {}).restore():
                 changed.add(id(p))

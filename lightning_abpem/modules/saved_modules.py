@@ -13,7 +13,11 @@ from lightning_abpem.modules.containers import differ, restore_object, write_dic
 
 __all__ = ["SavedModules"]
 
-_TABLES = ("_modules", "_buffers", "_forward_pre_hooks", "_forward_hooks", "_parameters")
+_TABLES = (
+    *("_modules", "_buffers", "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_state_dict_hooks", "_load_state_dict_pre_hooks", "_parameters"),
+)
 _EMPTY: dict[Any, Any] = {}
 _attributes_of = attrgetter("__dict__")
 
@@ -40,7 +44,7 @@ class SavedModules:
         self._tables: list[dict[Any, Any]] = []  # of each module all of `_names`
         self._table_copies: list[dict[Any, Any]] = []
         self._given: dict[int, dict[str, Any]] = {}  # by the module's place: its attributes with stand-ins
-        self._before: tuple[list[Any], list[Any]] | None = None
+        self._before: tuple[list[Any], list[Any], list[int]] | None = None
 
     def add(self, modules: Sequence[nn.Module]) -> None:
         """Save modules."""
@@ -69,9 +73,10 @@ class SavedModules:
     def _differ(self) -> bool:
         if self._before is None:
             self._before = _flat([*self._copies, *self._table_copies])
-        keys, values = _flat([*self._attributes, *self._tables])
+        keys, values, sizes = _flat([*self._attributes, *self._tables])
         return (
-            keys != self._before[0]  # texts and numbers
+            sizes != self._before[2]
+            or keys != self._before[0]  # texts and numbers
             or any(map(is_not, values, self._before[1]))
             or any(map(is_not, map(type, self.owners), self._kinds))
             or any(map(is_not, map(_attributes_of, self.owners), self._attributes))
@@ -93,6 +98,7 @@ class SavedModules:
         return changed
 
 
-def _flat(every: Sequence[dict[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    """Return the keys of each of several dicts, and the values of all, one after another."""
-    return list(map(tuple, every)), list(chain.from_iterable(map(dict.values, every)))
+def _flat(every: Sequence[dict[Any, Any]]) -> tuple[list[Any], list[Any], list[int]]:
+    """Return the keys and the values of several dicts, one dict after another, and the size of each."""
+    filled = list(filter(None, every))
+    return list(chain.from_iterable(filled)), list(chain.from_iterable(map(dict.values, filled))), list(map(len, every))

@@ -55,6 +55,7 @@ _STANDARD = list(nn.Module().__dict__)  # attributes of every module, most often
 _COUNT = len(_STANDARD)
 _IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
 _STATELESS_KINDS: set[type] = set()
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Walk(Uncopied):
@@ -90,6 +91,8 @@ class Walk(Uncopied):
         for p in self._parameters:
             if p.__dict__:
                 self._save(SavedAttributes(p))
+            if p._backward_hooks:
+                self._save(SavedDict(p, p._backward_hooks))
         if self._todo:
             self._save_all()
 
@@ -212,8 +215,8 @@ class Walk(Uncopied):
             self._modules.replace(place, stand_ins)
         if own := attributes["_parameters"]:
             self._parameters += [p for p in own.values() if p is not None and not p.is_inference()]
-        for table in (attributes["_forward_pre_hooks"], attributes["_forward_hooks"]):
-            if table:
+        for name in _HOOKS:
+            if table := attributes[name]:
                 for key, value in table.items():
                     self._find(value, x, key)
         if own := attributes["_buffers"]:

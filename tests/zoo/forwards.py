@@ -6,6 +6,7 @@ from tests.zoo import (  # noqa: F401  (they register entries)
     containers,
     derived,
     hidden,
+    hooks,
     modes,
     objects,
     replayed,
