@@ -70,7 +70,7 @@ def run_benchmark(
         ValueError: something asked for does not exist, or `out` holds a run of other settings.
     """
     console = console or Console()
-    own = {label: _variant(label, spec) for label, spec in (variants or {}).items()}
+    own = _variants(variants or {})
     chosen = find_variants(list({**METHODS, **own}) if methods is None else _words("methods", methods), own)
     if workers is not None and workers < 1:
         raise ValueError(f"Expected `workers` to be an integer >= 1, but got {workers}.")
@@ -143,10 +143,23 @@ def _side(words: str) -> tuple[Path, str | None]:
     return (Path(folder), method) if colon else (Path(words), None)
 
 
+def _variants(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Variant]:
+    if not isinstance(specs, Mapping):
+        raise ValueError(f"Expected `variants` to map labels to a `method` and its `options`, but got {specs!r}.")
+    return {label: _variant(label, spec) for label, spec in specs.items()}
+
+
 def _variant(label: str, spec: Mapping[str, Any]) -> Variant:
-    if "method" not in spec or set(spec) - {"method", "options"}:
-        raise ValueError(f"Expected variant {label!r} to have a `method` and its `options`, but got {dict(spec)}.")
-    return Variant(spec["method"], spec.get("options") or {})
+    wanted = f"Expected variant {label!r} to have a `method` and its `options`"
+    if not isinstance(spec, Mapping) or "method" not in spec or set(spec) - {"method", "options"}:
+        raise ValueError(f"{wanted}, but got {spec!r}.")
+    method, options = spec["method"], spec.get("options") or {}
+    if not isinstance(method, str) or not isinstance(options, Mapping):
+        raise ValueError(f"{wanted}, a string and a mapping, but got {spec!r}.")
+    try:
+        return Variant(method, options)
+    except ValueError as error:
+        raise ValueError(f"`variants.{label}`: {error}") from error
 
 
 def _try_out(data: Benchmark, variants: Mapping[str, Variant], device: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lightning_abpem.bench.benchmark import Benchmark
+from lightning_abpem.bench.optimizers import named_optimizer, refuse_code
 from lightning_abpem.callback import Options, TestTimeAdaptation
 from lightning_abpem.data.corruptions import Sensor
 from lightning_abpem.engine.method import check_range
@@ -42,7 +43,8 @@ class Variant:
     Args:
         method: a key of `METHODS`.
         options: of its constructor; besides them `learning_rate`, of Adam, and `memory_samples`, how many samples the
-            memory holds, the current batch included.
+            memory holds, the current batch included. `optimizer` may also be one of torch's by its name,
+            ``{"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}``.
     """
 
     method: str
@@ -58,6 +60,16 @@ class Variant:
         for one, other in _RIVALS.items():
             if one in self.options and other in self.options:
                 raise ValueError(f"Expected `{one}` or `{other}`, which say the same, but got both.")
+        for name, value in self.options.items():
+            if name == "optimizer" and isinstance(value, Mapping):
+                named_optimizer(value, "options.optimizer")
+            else:
+                refuse_code(value, f"options.{name}")
+        logits = self.options.get("logits")
+        if logits is not None and not callable(logits):
+            raise ValueError(
+                f"Expected `options.logits` to be a function, which no config can name, but got {logits!r}."
+            )
 
     def resolved(self, benchmark: Benchmark, sensors: Sequence[Sensor]) -> dict[str, Any]:
         """The options on a benchmark when those sensors fail: the benchmark's own, and over them the variant's."""
@@ -86,12 +98,18 @@ class Variant:
         if "learning_rate" in options:
             check_range("learning_rate", options["learning_rate"], above=0)
             options["optimizer"] = partial(torch.optim.Adam, lr=options.pop("learning_rate"))
+        if isinstance(options.get("optimizer"), Mapping):
+            options["optimizer"] = named_optimizer(options["optimizer"], "options.optimizer")
         if "memory_samples" in options:
             held = options.pop("memory_samples")
             if isinstance(held, bool) or not isinstance(held, int) or held < 1:
                 raise ValueError(f"Expected `memory_samples` to be an integer >= 1, but got {held!r}.")
             options["memory_batches"] = max(held // batch_size, 1)
-        return constructor(**{**{name: value for name, value in fitting.items() if name in wanted}, **options})
+        fitting = {name: value for name, value in fitting.items() if name in wanted}
+        try:
+            return constructor(**{**fitting, **options})
+        except TypeError as error:  # a value that is not even of a kind that its check expects
+            raise ValueError(f"Expected options that fit {self.method}, but got {self.options!r}: {error}.") from error
 
 
 def _arguments(constructor: Callable[..., TestTimeAdaptation]) -> list[str]:

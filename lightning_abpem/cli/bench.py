@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -12,7 +13,9 @@ from rich.markdown import Markdown
 
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.command import compare_runs, run_benchmark
+from lightning_abpem.cli.fitting import fit, option_types
 from lightning_abpem.cli.importing import import_object
+from lightning_abpem.cli.untrusted import read_config, read_yaml
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,6 +24,7 @@ _KNOWN = {
     "kinetics50-c": "lightning_abpem.bench.kinetics.Kinetics50C",
     "vggsound-c": "lightning_abpem.bench.kinetics.VGGSoundC",
 }
+_NO_OPTIONS = {"benchmark", "arguments", "console"}  # of `run_benchmark`, for programs
 _EPILOG = """examples:
   abpem bench digits-avc --methods source,tent,read,abpem --protocol iid --severity 5 --seeds 5 --out runs/iid
   abpem bench digits-avc --config run.yaml --out runs/sweep
@@ -54,11 +58,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     benchmark = _found(options.data)
     if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
         raise ValueError(f"Expected {options.data} to be a Benchmark, but it is {benchmark!r}.")
-    parser = _parser(benchmark)
     if options.options:
-        parser.print_help()
+        _parser(benchmark, known=set()).print_help()
         return
-    given = _parse(parser, [_underscored(word) for word in rest])
+    given = _parse(benchmark, [_underscored(word) for word in rest])
     own = {name: given.pop(name) for name in inspect.signature(benchmark).parameters if name in given}
     run_benchmark(benchmark, own, **given)
 
@@ -75,22 +78,61 @@ def _found(name: str) -> Any:
         ) from error
 
 
-def _parser(benchmark: type[Benchmark]) -> jsonargparse.ArgumentParser:
+def _parser(benchmark: type[Benchmark], known: set[str]) -> jsonargparse.ArgumentParser:
+    """A parser of the options of a run, but for those that are known."""
     parser = jsonargparse.ArgumentParser(prog="abpem bench", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML of these options")
-    parser.add_function_arguments(run_benchmark, skip={"benchmark", "arguments", "console"})
-    parser.add_class_arguments(benchmark)
+    parser.add_argument("--config", metavar="FILE", help="YAML of these options; the command line goes over it")
+    parser.add_function_arguments(run_benchmark, skip={*_NO_OPTIONS, *known})
+    parser.add_class_arguments(benchmark, skip=known)
     return parser
 
 
-def _parse(parser: jsonargparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
+def _parse(benchmark: type[Benchmark], words: list[str]) -> dict[str, Any]:
+    """The options of files and of the command line. What a file has is never parsed as what could be run."""
+    words, files = _taken(words, "--config")
+    words, variants = _taken(words, "--variants")
+    from_files: dict[str, Any] = {}
+    for path in files:
+        from_files |= _read_options(Path(path), benchmark)
+    for text in variants:
+        from_files["variants"] = read_yaml(text, "`--variants`")
+    on_line = {word[2:].partition("=")[0].partition(".")[0] for word in words if word.startswith("--")}
+    known = {name: value for name, value in from_files.items() if name not in on_line}
+    parser = _parser(benchmark, {*known, "variants"})
     try:
         parsed = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
         raise ValueError(error) from error
     given = parser.instantiate(parsed).as_dict()
     given.pop("config", None)
-    return given
+    return {**given, **known}
+
+
+def _read_options(path: Path, benchmark: type[Benchmark]) -> dict[str, Any]:
+    """The options of a config, each of its type."""
+    types = {**option_types(run_benchmark), **option_types(benchmark)}
+    options = read_config(path)
+    if unknown := sorted(set(options) - (set(types) - _NO_OPTIONS)):
+        raise ValueError(f"Expected options of `--options` in {path}, but got {', '.join(unknown)}.")
+    return {
+        name: value if name == "variants" else fit(value, types[name], f"`{name}` of {path}")
+        for name, value in options.items()
+    }
+
+
+def _taken(words: list[str], option: str) -> tuple[list[str], list[str]]:
+    """The words without an option, and its values."""
+    left, values, rest = [], [], iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != option:
+            left.append(word)
+            continue
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ValueError(f"Expected a value after {option}, but got none.")
+        values.append(given)
+    return left, values
 
 
 def _underscored(word: str) -> str:

@@ -23,7 +23,7 @@ __all__ = ["add_arguments", "run"]
 
 _EPILOG = """examples:
   abpem inspect my_package.MyModel --data my_package.MyData --model.width 256
-  abpem inspect --config config.yaml                       (of a LightningCLI with class paths)
+  abpem inspect --config config.yaml --trust-config        (of a LightningCLI with class paths)
   abpem inspect my_package.MyModel --config config.yaml    (of a LightningCLI of that class)
   abpem inspect my_package.MyModel --batch batch.pt        (torch.save of one batch)
 """
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="import path of the LightningModule; its arguments as --model.NAME")
     parser.add_argument("--data", help="import path of the LightningDataModule; its arguments as --data.NAME")
     parser.add_argument("--config", help="YAML of a LightningCLI; its sections `model` and `data` are read")
+    parser.add_argument("--trust-config", action="store_true", help="run the classes that the config names: it is code")
     parser.add_argument("--batch", help="a file with one batch, saved by torch.save, instead of data")
     parser.add_argument("--stage", choices=["test", "predict", "validate"], default="test", help="whose step is run")
 
@@ -82,21 +83,26 @@ def _add(parser: Any, name: str, path: str | None, base: type) -> None:
     parser.add_class_arguments(found, name)
 
 
+_NO_PATH = "#" * 256  # a comment, longer than any file's name: what is given as a config may be taken for its path
+
+
 def _read_sections(options: argparse.Namespace) -> list[str]:
     """What the config says of the model and the data, as arguments; a Trainer, loggers, optimizers are left out."""
     import yaml
 
-    try:
-        config = yaml.safe_load(Path(options.config).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{options.config} is not YAML: {error}") from error
+    from lightning_abpem.cli.untrusted import read_config, read_trusted, refuse_code
+
+    path = Path(options.config)
+    config = (read_trusted if options.trust_config else read_config)(path)
     if "model" not in config and isinstance(config.get(options.stage), dict):
         config = config[options.stage]
     wanted = ("model",) if options.batch is not None else ("model", "data")
     sections = {name: config[name] for name in wanted if name in config}
     if not sections:
         raise ValueError(f"{options.config} has none of the sections {wanted}, but {sorted(config)}")
-    return ["--config", yaml.safe_dump(sections)]
+    if not options.trust_config:
+        refuse_code(sections, path)
+    return ["--config", f"{_NO_PATH}\n{yaml.safe_dump(sections)}"]
 
 
 class _Inspecting(Callback):

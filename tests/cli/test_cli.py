@@ -68,7 +68,7 @@ def folder(tmp_path, monkeypatch):
     [
         ("mine.Model --data mine.Data", 1),
         ("mine.Model --data mine.Data --model.depth 2 --data.size=3", 2),
-        ("--config paths.yaml", 3),
+        ("--config paths.yaml --trust-config", 3),
         ("mine.Model --data mine.Data --config own.yaml", 2),
         ("mine.Model --data mine.Data --config test.yaml", 2),
         ("mine.Model --batch batch.pt --config own.yaml", 2),
