@@ -16,6 +16,7 @@ from lightning_abpem.data.audio_visual import AudioVisualPairs
 from lightning_abpem.data.corruptions import Corruption, Sensor
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
 from lightning_abpem.data.published_layout import read_json
+from lightning_abpem.data.roots import AllowOutside
 from lightning_abpem.methods.abpem import RECIPES
 from lightning_abpem.models.cavmae import CAVMAE
 
@@ -41,12 +42,15 @@ class _Published(Benchmark):
         seed: of the corruptions made here.
         broken: "raise" or "skip" clean samples whose files are missing or broken.
         num_workers: processes that load samples.
+        allow_outside: whether paths in the lists, and links, may lead out of `data_root`. Those of lists that are made
+            beforehand may lead out of `corrupted_root` to `data_root` all the same and, where the folder of lists is
+            ``OUT/json`` as ``abpem corrupt`` has it, to OUT.
     """
 
     sensors = ("audio", "image")
     sources = ("CAV-MAE",)
     fusion = "blocks_u.*.attn"
-    immaterial = ("num_workers",)
+    immaterial = ("num_workers", "allow_outside")
     stem: ClassVar[str]
     recipes: ClassVar[Mapping[Sensor, str]]
 
@@ -63,6 +67,7 @@ class _Published(Benchmark):
         seed: int = 0,
         broken: Literal["raise", "skip"] = "raise",
         num_workers: int = 2,
+        allow_outside: bool = False,
     ) -> None:
         if not Path(checkpoint).is_file():
             raise ValueError(f"Expected `checkpoint` to be the published state dict, but {checkpoint} is no file.")
@@ -76,6 +81,7 @@ class _Published(Benchmark):
         self._corrupted_lists, self._corrupted_root = corrupted_lists, corrupted_root
         self._made_here = {"recordings": recordings, "frost": frost}
         self._options: dict[str, Any] = {"root": data_root, "seed": seed, "broken": broken}
+        self._options["allow_outside"] = allow_outside
         clean = clean_list or lists / self.stem / "clean" / "severity_0.json"
         self._pairs = AudioVisualPairs(clean, self._labels_csv, recordings=recordings, frost=frost, **self._options)
         self.labels = self._pairs.labels
@@ -137,11 +143,8 @@ class _Published(Benchmark):
 
     def _list_and_positions(self, corruption: Corruption) -> tuple[AudioVisualPairs, dict[str, int]]:
         if corruption not in self._corrupted:
-            pairs = AudioVisualPairs(
-                self._list_of(corruption),
-                self._labels_csv,
-                **{**self._options, "root": self._corrupted_root, "broken": "raise"},
-            )
+            own = {"root": self._corrupted_root, "allow_outside": self._allowed(), "broken": "raise"}
+            pairs = AudioVisualPairs(self._list_of(corruption), self._labels_csv, **{**self._options, **own})
             positions = {name: i for i, name in enumerate(pairs.video_ids)}
             if missing := [name for name in self._pairs.video_ids if name not in positions]:
                 raise ValueError(
@@ -150,6 +153,13 @@ class _Published(Benchmark):
                 )
             self._corrupted[corruption] = pairs, positions
         return self._corrupted[corruption]
+
+    def _allowed(self) -> AllowOutside:
+        """Where lists that were made beforehand lead to: to the originals, and to the copies beside them."""
+        if self._options["allow_outside"]:
+            return True
+        lists = Path(self._corrupted_lists or "")
+        return [self._options["root"], *([lists.parent] if lists.name == "json" else [])]
 
 
 class Kinetics50C(_Published):
@@ -196,8 +206,9 @@ class VGGSoundC(_Published):
 
 def _made_beforehand(lists: Path) -> dict[str, str]:
     """Where noise and frost of data corrupted by ``abpem corrupt`` come from, as the records beside its lists say."""
-    records = [read_json(path) for path in sorted(Path(lists).glob("*/*/severity_*.meta.json"))]
-    said = {name: sorted({record[name] for record in records if record.get(name)}) for name in ("noise", "frost")}
+    found = [read_json(path) for path in sorted(Path(lists).glob("*/*/severity_*.meta.json"))]
+    records = [record for record in found if isinstance(record, dict)]
+    said = {name: sorted({str(record[name]) for record in records if record.get(name)}) for name in ("noise", "frost")}
     return {name: ", ".join(origins) for name, origins in said.items() if origins}
 
 

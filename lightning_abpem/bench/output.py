@@ -40,7 +40,7 @@ def write_results(
     lines = flatten(cells)
     summaries = summarise(lines, averaging)
     names = list(dict.fromkeys(name for line in lines for name in line))
-    with (folder / "results.csv").open("w", newline="") as file:
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(lines)
@@ -79,14 +79,30 @@ def read_lines(folder: Path) -> list[Json]:
     """The lines of a finished run's results.csv.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     path = folder / "results.csv"
     if not path.is_file():
         raise ValueError(f"Expected {folder} to be the folder of a finished run, but it has no results.csv.")
-    numbers = {"severity": int, "seed": int, "batch_size": int, "accuracy": float, "batch_accuracy": float}
-    with path.open(newline="") as file:
-        return [{**line, **{name: kind(line[name]) for name, kind in numbers.items()}} for line in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [_line(raw) for raw in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"Expected {path} to be of a finished run, but it is damaged: {error!r}.") from error
+
+
+_TYPES = {
+    **dict.fromkeys(("protocol", "row", "source", "method"), str),
+    **dict.fromkeys(("severity", "seed", "batch_size"), int),
+    **dict.fromkeys(("accuracy", "batch_accuracy"), float),
+}
+
+
+def _line(raw: Mapping[str, Any]) -> Json:
+    """A line of results.csv with numbers."""
+    if missing := [name for name in _TYPES if raw[name] is None]:
+        raise ValueError(f"a line ends before {missing[0]}")
+    return {**raw, **{name: kind(raw[name]) for name, kind in _TYPES.items()}}
 
 
 def _hyper_parameters(cells: Sequence[Mapping[str, Any]]) -> Json:

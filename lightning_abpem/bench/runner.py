@@ -176,5 +176,5 @@ def _path(folder: Path, cell: Cell) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}). Delete it, and run again.") from error

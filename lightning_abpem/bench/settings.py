@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import lightning_abpem
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.variants import Variant
 from lightning_abpem.callback import TestTimeAdaptation
-from lightning_abpem.data.published_layout import write_json
+from lightning_abpem.data.published_layout import read_json, write_json
 
 __all__ = ["check_comparable", "check_settings", "hyper_parameters", "plain", "settings_of"]
 
@@ -95,6 +96,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value.resolve())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # which JSON has no numbers for
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     return getattr(value, "__qualname__", None) or str(value)  # of a function without its address
@@ -123,11 +126,14 @@ def _checksum(model: nn.Module) -> str:
 def _of_cells(folder: Path) -> Json:
     """The settings on record, less those that no finished cell was computed with."""
     path = folder / "settings.json"
-    cells = [cell.stem.split(",") for cell in (folder / "cells").glob("*.json")]
+    names = [cell.stem.split(",") for cell in (folder / "cells").glob("*.json")]
+    cells = [words for words in names if len(words) == 7]  # the parts of a cell's key
     if not cells or not path.exists():
         return {}
     used = {"sources": {words[4] for words in cells}, "methods": {words[-1] for words in cells}}
-    settings: Json = json.loads(path.read_text())
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"Expected {path} to hold an object, but got {reprlib.repr(settings)}.")
     return {name: value for name, value in settings.items() if _is_of(name, used)}
 
 

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", required=True, help="one or several with commas, or all (held-out ones excepted)")
     parser.add_argument("--severity", required=True, help="1 to 5, or several with commas")
     parser.add_argument("--root", type=Path, help="what relative paths in the list are relative to; its own folder")
+    parser.add_argument("--allow-outside", action="store_true", help="paths and links may lead out of that folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recordings", type=Path, help="folder of KIND.wav; without it noises are procedural")
     parser.add_argument("--frost", type=Path, help="folder of pictures of frost; without it frost is procedural")
@@ -89,6 +90,7 @@ def _corrupt(fault: Corruption, options: argparse.Namespace, advance: Callable[[
         fault.kind,
         fault.severity,
         root=options.root,
+        allow_outside=options.allow_outside,
         seed=options.seed,
         recordings=options.recordings,
         frost=options.frost,

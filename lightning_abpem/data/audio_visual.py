@@ -27,6 +27,7 @@ from lightning_abpem.data.frames import centre_square
 from lightning_abpem.data.image_corruptions import corrupt_image
 from lightning_abpem.data.image_weather import load_frost
 from lightning_abpem.data.published_layout import read_list
+from lightning_abpem.data.roots import AllowOutside, Roots
 
 __all__ = ["AudioVisualC", "AudioVisualPairs"]
 
@@ -51,6 +52,8 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
             the frame is ``{video_path}/frame_{frame}/{video_id}.jpg``.
         labels_csv: its columns index and mid say which class, 0 to C - 1, a mid is; display_name is optional.
         root: what the list's relative paths are relative to; by default the folder of the list.
+        allow_outside: by default no path in the list, nor a link that it meets, may lead out of `root`. True allows
+            all, and folders allow those.
         corruptions: of every item, applied in this order.
         seed: of the corruptions. What a sample gets also depends on its video_id, but not on the order of reading.
         frame: which frame of a video; 5, the middle one of ten, as published.
@@ -67,8 +70,8 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         skipped: how many entries are left out.
 
     Raises:
-        ValueError: the list or the CSV is not as above, or "skip" leaves nothing; when a sample is read: a file of it
-            cannot be. The message has the file, the entry and the value.
+        ValueError: the list or the CSV is not as above, a path leads out, or "skip" leaves nothing; when a sample is
+            read: a file of it cannot be. The message has the file, the entry and the value.
         FileNotFoundError: files are missing.
     """
 
@@ -78,6 +81,7 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         labels_csv: str | Path,
         *,
         root: str | Path | None = None,
+        allow_outside: AllowOutside = False,
         corruptions: Sequence[Corruption] = (),
         seed: int = 0,
         frame: int = 5,
@@ -89,7 +93,9 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
             raise ValueError(f'Expected `broken` to be "raise" or "skip", but got {broken!r}.')
         data_list = Path(data_list)
         index_of, self.names = _read_classes(Path(labels_csv))
-        entries = _read_entries(data_list, data_list.parent if root is None else Path(root), frame, index_of)
+        home = data_list.parent if root is None else Path(root)
+        entries = _read_entries(data_list, home, frame, index_of)
+        _check_paths(entries, Roots(home, allow_outside))
         self._entries = _readable(entries, data_list) if broken == "skip" else _present(entries, data_list)
         self.skipped = len(entries) - len(self._entries)
         self.video_ids = [entry.video_id for entry in self._entries]
@@ -145,8 +151,8 @@ class AudioVisualC(LightningDataModule):
     A test batch is ((audio (B, 1024, 128), video (B, 3, 224, 224)), label (B,)); predict has (audio, video) alone.
 
     Args:
-        data_list, labels_csv, root, corruptions, seed, frame, recordings, frost, broken: see `AudioVisualPairs`,
-            which the attribute `pairs` is.
+        data_list, labels_csv, root, allow_outside, corruptions, seed, frame, recordings, frost, broken: see
+            `AudioVisualPairs`, which the attribute `pairs` is.
         batch_size: B.
         num_workers: processes that read.
         shuffle: one order drawn with `seed`, the same in every run; otherwise the list's.
@@ -158,6 +164,7 @@ class AudioVisualC(LightningDataModule):
         labels_csv: str | Path,
         *,
         root: str | Path | None = None,
+        allow_outside: AllowOutside = False,
         corruptions: Sequence[Corruption] = (),
         seed: int = 0,
         batch_size: int = 8,
@@ -173,6 +180,7 @@ class AudioVisualC(LightningDataModule):
             data_list,
             labels_csv,
             root=root,
+            allow_outside=allow_outside,
             corruptions=corruptions,
             seed=seed,
             frame=frame,
@@ -224,6 +232,12 @@ def _entry(raw: dict[str, Any], where: str, root: Path, frame: int, index_of: di
         raise ValueError(f"Expected `labels` of {where} to be one mid of the CSV's {len(index_of)}, but got {mid!r}.")
     picture = root / raw["video_path"] / f"frame_{frame}" / f"{raw['video_id']}.jpg"
     return _Entry(where, raw["video_id"], root / raw["wav"], picture, index_of[mid])
+
+
+def _check_paths(entries: list[_Entry], roots: Roots) -> None:
+    for entry in entries:
+        for key, path in (("wav", entry.wav), ("video_path", entry.frame)):
+            roots.check(path, str(path), f"`{key}` of {entry.where}")
 
 
 def _read_classes(path: Path) -> tuple[dict[str, int], list[str]]:

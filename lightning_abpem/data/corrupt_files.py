@@ -23,6 +23,7 @@ from lightning_abpem.data.image_weather import load_frost
 from lightning_abpem.data.published_layout import (
     File,
     Layout,
+    as_json,
     read_json,
     read_list,
     relative,
@@ -30,6 +31,7 @@ from lightning_abpem.data.published_layout import (
     write,
     write_json,
 )
+from lightning_abpem.data.roots import AllowOutside
 from lightning_abpem.processes import Workers
 
 __all__ = ["corrupt_data_set"]
@@ -45,6 +47,7 @@ def corrupt_data_set(
     severity: int,
     *,
     root: Path | None = None,
+    allow_outside: AllowOutside = False,
     seed: int = 0,
     recordings: Path | None = None,
     frost: Path | None = None,
@@ -72,6 +75,8 @@ def corrupt_data_set(
         kind: see `Corruption`.
         severity: 1 to 5.
         root: what the list's relative paths are relative to; None for its own folder.
+        allow_outside: by default no path in the list, nor a link that it meets, may lead out of `root`, or of the
+            list's own folder. True allows all, and folders allow those. A list that this function made needs it.
         seed: >= 0; every file has its own random numbers, drawn with this, the corruption and the file's name.
         recordings: folder of noises, see `Recordings`; None for procedural ones. White noise needs neither.
         frost: folder of pictures for the kind of that name, see `load_frost`; None for drawn ones.
@@ -84,21 +89,24 @@ def corrupt_data_set(
         The new list's path, absolute.
 
     Raises:
-        ValueError: a setting is out of range, the list is not as above or has a `video_id` twice, a file cannot be
-            read, or there are files already that were made with other settings.
+        ValueError: a setting is out of range, the list is not as above or has a `video_id` twice, a path leads out of
+            the root, a link would lead a file out of `out`, a file cannot be read, or there are files already that
+            were made with other settings.
         FileNotFoundError: files of the list, or the recording, are missing; nothing has been written then.
     """
     _check_integers(seed=(seed, 0), workers=(workers, 1), quality=(quality, 1, 100), size=(size, 1))
     job = _Job(Corruption(modality, kind, severity), seed, recordings, frost, quality, size)
-    layout = Layout(data_list, out, job.corruption, root)
+    layout = Layout(data_list, out, job.corruption, root, allow_outside)
     document = read_list(layout.data_list)
     files = layout.files(document["data"])
     corrupt = _Corrupt(job)
     settings = job.settings(layout)
+    layout.check_output(files)
+    new_list = as_json({**document, "data": [layout.relocate(entry) for entry in document["data"]]})
     _prepare(layout.folder, settings)
     _run(files, corrupt, workers, progress or _ignore)
     write_json(layout.new_list.with_suffix(".meta.json"), {**settings, "files": len(files)})
-    write_json(layout.new_list, {**document, "data": [layout.relocate(entry) for entry in document["data"]]})
+    write(layout.new_list, new_list)
     return layout.new_list
 
 
@@ -125,6 +133,8 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
         write_json(record, settings)
         return
     recorded = read_json(record)
+    if not isinstance(recorded, dict):
+        raise ValueError(f"Expected {record} to hold an object, but got {recorded!r}; {way_out}.")
     differ = [
         f"{name} was {recorded.get(name)!r} and is now {settings.get(name)!r}"
         for name in {**recorded, **settings}

@@ -2,13 +2,15 @@
 
 A data set is a list ``{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}`` in JSON, with sound at `wav` and
 frames at ``{video_path}/frame_{i}/{video_id}.jpg``, i from 0 to 9. Paths in it are relative to the list's own
-folder, if no other root is given.
+folder, if no other root is given, and do not lead out of it, if that is not allowed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import reprlib
 import warnings
 from collections.abc import Sequence
@@ -17,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_abpem.data.corruptions import Corruption
+from lightning_abpem.data.roots import AllowOutside, Roots, is_inside
 
-__all__ = ["File", "Layout", "read_json", "read_list", "relative", "remove_partial", "write", "write_json"]
+__all__ = ["File", "Layout", "as_json", "read_json", "read_list", "relative", "remove_partial", "write", "write_json"]
 
 _FRAMES = tuple(f"frame_{i}" for i in range(10))
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # nor halves of characters, which are no UTF-8
 _PARTIAL = ".partial"  # how temporary names end
 
 
@@ -43,12 +47,14 @@ class Layout:
         out: folder of all its corruptions; links in it are followed, since a path ``..`` leaves where they lead.
         corruption: which one.
         root: what the list's relative paths are relative to; None for its own folder.
+        allow_outside: whether, or where else, the list's paths may lead to.
     """
 
     data_list: Path
     out: Path
     corruption: Corruption
     root: Path | None = None
+    allow_outside: AllowOutside = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_list", Path(self.data_list))
@@ -76,14 +82,21 @@ class Layout:
         """All files to make; an entry may have any number of frames, and a warning says if others have more.
 
         Raises:
+            ValueError: a path leads out of the root.
             FileNotFoundError: entries have no file.
         """
         found: list[File] = []
         absent: list[File] = []
         missing: list[str] = []
+        roots = Roots(self.home, self.allow_outside)
         for i, entry in enumerate(entries):
-            candidates = self._candidates(entry, f"data[{i}] of {self.data_list}")
+            where = f"data[{i}] of {self.data_list}"
+            for key in ("wav", "video_path"):
+                roots.check(self.home / entry[key], entry[key], f"`{key}` of {where}")
+            candidates = self._candidates(entry, where)
             there = [file for file in candidates if file.source.is_file()]
+            for file in there:
+                roots.check(file.source, str(file.source), f"the files of {where}")
             found += there
             absent += [file for file in candidates if file not in there]
             if not there:
@@ -103,6 +116,16 @@ class Layout:
                 stacklevel=3,
             )
         return found
+
+    def check_output(self, files: Sequence[File]) -> None:
+        """Refuse links in `out` by which a file would be written elsewhere.
+
+        Raises:
+            ValueError: a folder of the copy leads out of `out`.
+        """
+        for folder in dict.fromkeys([self.folder, self.new_list.parent, *(file.target.parent for file in files)]):
+            if not is_inside(real := os.path.realpath(folder), str(self.out)):
+                raise ValueError(f"Expected {folder} to be in {self.out}, but it is a link, or in one, to {real}.")
 
     def relocate(self, entry: dict[str, Any]) -> dict[str, Any]:
         """An entry of the data set's list, as it is in the new list."""
@@ -131,19 +154,37 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Return what a JSON file holds.
 
     Raises:
-        ValueError: it is not JSON in UTF-8.
+        ValueError: it is not JSON in UTF-8, has a name twice in an object, or a number that is not finite.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_each_name_once)
     except ValueError as error:
         raise ValueError(f"Expected {path} to be JSON, but: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"Expected {path} to be JSON, but it is nested too deeply.") from error
+
+
+def _finite(word: str) -> float:
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(f"{word} is no finite number")
+    return number
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is twice in an object")
+    return found
 
 
 def read_list(path: Path, keys: Sequence[str] = ("video_id", "wav", "video_path")) -> dict[str, Any]:
-    """A data set's list: all entries have a string for each of the keys, and each `video_id` differs.
+    """Return a data set's list: all entries have a string for each of the keys, and each `video_id` differs.
 
     Raises:
         ValueError: the list is something else.
@@ -154,31 +195,52 @@ def read_list(path: Path, keys: Sequence[str] = ("video_id", "wav", "video_path"
     first: dict[str, int] = {}
     for i, entry in enumerate(document["data"]):
         where = f"data[{i}] of {path}"
-        if not isinstance(entry, dict):
-            raise ValueError(f"Expected {where} to be an object, but got {reprlib.repr(entry)}.")
-        for key in keys:
-            if not isinstance(entry.get(key), str) or not entry[key]:
-                got = repr(entry[key]) if key in entry else f"only {', '.join(entry) or 'an empty one'}"
-                raise ValueError(f"Expected {where} to have `{key}`, a string, but got {got}.")
+        _check_entry(entry, keys, where)
         name = entry["video_id"]
-        if set(name) & set("/\\\0"):
-            raise ValueError(f"Expected `video_id` of {where} to be part of a file name, but got {name!r}.")
         if first.setdefault(name, i) != i:
             raise ValueError(f"Expected each `video_id` once, but {name!r} is in data[{first[name]}] and {where}.")
     return document
+
+
+def _check_entry(entry: Any, keys: Sequence[str], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"Expected {where} to be an object, but got {reprlib.repr(entry)}.")
+    for key in keys:
+        value = entry.get(key)
+        if not isinstance(value, str) or not value:
+            got = reprlib.repr(value) if key in entry else f"only {', '.join(entry)[:200] or 'an empty one'}"
+            raise ValueError(f"Expected {where} to have `{key}`, a string, but got {got}.")
+        if _CONTROL.search(value):
+            raise ValueError(f"Expected `{key}` of {where} without control characters, but got {reprlib.repr(value)}.")
+    if set(entry["video_id"]) & set("/\\"):
+        raise ValueError(f"Expected `video_id` of {where} to be part of a file name, but got {entry['video_id']!r}.")
 
 
 def write(path: Path, content: bytes) -> None:
     """Write a file at once: under its name there is never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{_PARTIAL}")
-    partial.write_bytes(content)
+    partial.unlink(missing_ok=True)  # of a run that was killed, or a link to a file elsewhere
+    with partial.open("xb") as file:
+        file.write(content)
     os.replace(partial, path)
+
+
+def as_json(content: Any) -> bytes:
+    """Return the JSON of a value, in UTF-8.
+
+    Raises:
+        ValueError: it is nested too deeply, or has strings that are no Unicode.
+    """
+    try:
+        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise ValueError(f"Expected shallow values and strings of whole characters, but: {error}.") from error
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON at once."""
-    write(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write(path, as_json(content))
 
 
 def remove_partial(folder: Path) -> None:

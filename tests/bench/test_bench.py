@@ -20,6 +20,7 @@ from rich.console import Console
 from lightning_abpem.bench.cells import Cell, run_cell, stream_of
 from lightning_abpem.bench.command import compare_runs, run_benchmark
 from lightning_abpem.bench.runner import list_cells, load_cells, run_cells
+from lightning_abpem.bench.settings import plain
 from lightning_abpem.bench.variants import METHODS, VARIANTS, Variant, find_variants
 from lightning_abpem.cli import main
 from lightning_abpem.methods import ABPEM
@@ -209,6 +210,27 @@ def test_a_damaged_cell_is_named(tmp_path):
     path.write_text(path.read_text()[:20])
     with pytest.raises(ValueError, match=rf"{path.name} is damaged .* Delete it, and run again"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", '{"a": 1, "a": 2}', "{"])
+def test_damaged_settings_are_named(tmp_path, content):
+    run(tmp_path, methods="source", sources="one")
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"Expected .*settings\.json to "):
+        run(tmp_path, methods="source", sources="one")
+
+
+@pytest.mark.parametrize("change", [("accuracy", "a"), ("iid,5", "iid,five"), (",source,", "\n"), ("method,", "")])
+def test_damaged_results_are_named(tmp_path, change):
+    run(tmp_path, methods="source", sources="one")
+    path = tmp_path / "results.csv"
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(ValueError, match=r"Expected .*results\.csv to be of a finished run, but it is damaged: "):
+        compare_runs(str(tmp_path), str(tmp_path))
+
+
+def test_numbers_that_are_not_finite_are_recorded_as_words():
+    assert plain({"a": [float("inf"), float("nan"), 1.0]}) == {"a": ["inf", "nan", 1.0]}
 
 
 # --------------------------------------------------------------------------------------------------- the whole command

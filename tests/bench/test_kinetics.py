@@ -86,6 +86,28 @@ def test_data_corrupted_beforehand(arguments, tmp_path):
         before.load([FOG, Corruption("image", "fog", 4), Corruption("audio", "rain", 4)])
 
 
+def test_lists_lead_nowhere_else_unless_told(arguments, tmp_path):
+    """Neither the clean list nor those made beforehand, whose originals and copies lie apart."""
+    secret = tmp_path / "secret.wav"
+    clean_list = arguments["data_root"] / "json_csv_files" / "ks50" / "clean" / "severity_0.json"
+    made = corrupt_data_set(arguments["data_root"] / "list.json", tmp_path / "made", "audio", "wind", 3)
+    before = {"corrupted_lists": tmp_path / "made" / "json"}
+    shutil.copy(arguments["data_root"] / json.loads(clean_list.read_text())["data"][0]["wav"], secret)
+    Kinetics50C(**arguments, **before).load([WIND])
+    moved = shutil.copytree(tmp_path / "made" / "json", tmp_path / "made" / "lists")
+    with pytest.raises(ValueError, match=r"Expected `wav` of data\[0\] of .*lists/audio/wind.* to stay in"):
+        Kinetics50C(**arguments, corrupted_lists=moved).load([WIND])
+    for path in (clean_list, made):
+        text = path.read_text()
+        document = json.loads(text)
+        document["data"][1]["wav"] = str(secret)
+        path.write_text(json.dumps(document))
+        with pytest.raises(ValueError, match=r"Expected `wav` of data\[1\] of .* to stay in .*secret\.wav"):
+            Kinetics50C(**arguments, **before).load([WIND])
+        Kinetics50C(**arguments, **before, allow_outside=True).load([WIND])
+        path.write_text(text)
+
+
 def test_the_authors_settings(arguments):
     bench = Kinetics50C(**arguments)
     for sensors, expected in ((["audio"], (7, 5.0, 4)), (["image"], (8, 1.0, 4)), (["audio", "image"], (7, 5.0, 4))):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import re
 import shutil
@@ -288,8 +289,33 @@ def test_paths_relative_to_the_list_to_a_root_and_absolute(folder, tmp_path):
     assert same(AudioVisualPairs(str(folder / "list.json"), str(folder / "classes.csv"))[3][0], expected)
     frames = {"video_path": str(folder / "frames")}
     write_list(tmp_path, [entry | frames | {"wav": str(folder / entry["wav"])} for entry in entries_of(folder)])
-    assert same(pairs_of(tmp_path)[3][0], expected)
-    assert same(pairs_of(tmp_path, root="elsewhere")[3][0], expected)
+    assert same(pairs_of(tmp_path, root=folder)[3][0], expected)
+    assert same(pairs_of(tmp_path, root="elsewhere", allow_outside=True)[3][0], expected)
+    assert same(pairs_of(tmp_path, root="elsewhere", allow_outside=[folder])[3][0], expected)
+
+
+@pytest.mark.parametrize("broken", ["raise", "skip"])
+@pytest.mark.parametrize("how", ["absolute", "dots", "link"])
+@pytest.mark.parametrize("key", ["wav", "video_path"])
+def test_paths_that_lead_out_are_refused(copy, folder, key, how, broken):
+    entries = entries_of(copy)
+    away = folder / entries[2][key]
+    (copy / "link").symlink_to(away)
+    entries[2][key] = {"absolute": str(away), "dots": os.path.relpath(away, copy), "link": "link"}[how]
+    write_list(copy, entries)
+    for make in (pairs_of, data_of):
+        with pytest.raises(ValueError, match=rf"Expected `{key}` of data\[2\] of .* to stay in .*--allow-outside"):
+            make(copy, broken=broken)
+        make(copy, broken=broken, allow_outside=True)
+
+
+def test_a_frame_that_is_a_link_out_is_refused(copy, folder):
+    name = entries_of(copy)[1]["video_id"]
+    frame = copy / "frames" / "frame_5" / f"{name}.jpg"
+    frame.unlink()
+    frame.symlink_to(folder / "frames" / "frame_5" / f"{name}.jpg")
+    with pytest.raises(ValueError, match=r"Expected `video_path` of data\[1\] of .* to stay in"):
+        pairs_of(copy)
 
 
 def test_another_frame_of_the_video(copy):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, corrupt_audio
 from lightning_abpem.data.corrupt_files import corrupt_data_set
 from lightning_abpem.data.corruptions import Corruption, sample_rng
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS, corrupt_image
+from lightning_abpem.data.published_layout import as_json
 
 IDS = ("-aB_000030", "b", "ünï c")
 RATE = 16000
@@ -145,7 +147,7 @@ def test_paths_hold_through_links_and_from_any_folder(data, tmp_path, monkeypatc
 
 def test_both_modalities_one_after_the_other(data, tmp_path):
     out = tmp_path / "out"
-    both = images(sounds(data, out), out)
+    both = images(sounds(data, out), out, allow_outside=[tmp_path])
     entry = load(both)["data"][0]
     assert os.path.samefile(both.parent / entry["wav"], out / "audio" / "rain" / "severity_3" / f"{IDS[0]}.wav")
     assert contents(out / "video" / "gaussian_noise" / "severity_3" / "frame_5") == contents(
@@ -452,7 +454,189 @@ def test_paths_relative_to_a_root(data, tmp_path):
         assert (made.parent / one["video_path"]).resolve() == (plain.parent / other["video_path"]).resolve()
 
 
+# ------------------------------------------------------------------------------------------------------- leading out
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A folder beside the data's, with a sound and frames."""
+    folder = tmp_path / "secret"
+    for frame, name in product((0, 5), IDS):
+        picture = folder / f"frame_{frame}" / f"{name}.jpg"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(picture)
+    soundfile.write(folder / "s.wav", np.zeros(800), RATE)
+    return folder
+
+
+def leads_out(data, secret, key, how):
+    """The list with an entry that leads to the secret folder."""
+    target = secret / "s.wav" if key == "wav" else secret
+    link = data.parent / "link"
+    if how == "link":
+        link.symlink_to(target)
+    elif how == "folder":
+        link.symlink_to(target.parent)
+    chained = {"link": "link", "folder": f"link/{target.name}"}
+    relative = os.path.relpath(target, data.parent)
+    words = {"absolute": str(target), "dots": relative, "deep": f"sound/../{relative}", **chained}
+    return change(data, 1, **{key: words[how]})
+
+
+@pytest.mark.parametrize("how", ["absolute", "dots", "deep", "link", "folder"])
+@pytest.mark.parametrize("key", ["wav", "video_path"])
+@pytest.mark.parametrize("make", [sounds, images])
+def test_paths_that_lead_out_are_refused(data, secret, tmp_path, make, key, how):
+    """Those of the other modality too, for the new list has them."""
+    leads_out(data, secret, key, how)
+    with pytest.raises(ValueError, match=rf"Expected `{key}` of data\[1\] of .* to stay in .*clean, .*secret.*outside"):
+        make(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    make(data, tmp_path / "anywhere", allow_outside=True)
+    make(data, tmp_path / "there", allow_outside=[secret])
+    with pytest.raises(ValueError, match="to stay in"):
+        make(data, tmp_path / "out", allow_outside=[tmp_path / "elsewhere"])
+
+
+def test_a_frame_that_is_a_link_out_is_refused(data, secret, tmp_path):
+    frame = data.parent / "frames" / "frame_5" / "b.jpg"
+    frame.unlink()
+    frame.symlink_to(secret / "frame_0" / "b.jpg")
+    with pytest.raises(ValueError, match=r"the files of data\[1\] of .* to stay in .*secret"):
+        images(data, tmp_path / "out")
+    sounds(data, tmp_path / "out")
+
+
+def test_links_and_absolute_paths_within_are_taken(data, tmp_path):
+    home = data.parent
+    (home / "link").symlink_to(home / "sound")
+    (tmp_path / "home").symlink_to(home)
+    plain = sounds(data, tmp_path / "plain")
+    change(data, 0, wav=str(home / "sound" / f"{IDS[0]}.wav"))
+    change(data, 1, wav="link/../sound/b.wav")
+    change(data, 2, wav=f"link/{IDS[2]}.wav")
+    linked = sounds(tmp_path / "home" / "test.json", tmp_path / "linked")
+    names = [f"{name}.wav" for name in IDS]
+    folders = [path.parents[3] / "audio" / "rain" / "severity_3" for path in (plain, linked)]
+    assert [(folders[0] / name).read_bytes() for name in names] == [(folders[1] / name).read_bytes() for name in names]
+
+
+def test_a_folder_whose_name_begins_alike_is_outside(data, secret, tmp_path):
+    secret.rename(tmp_path / "clean-secret")
+    change(data, 1, wav="../clean-secret/s.wav")
+    with pytest.raises(ValueError, match="to stay in"):
+        sounds(data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", ["audio", "audio/rain", "audio/rain/severity_3", "json", "json/audio"])
+def test_outputs_stay_in_their_folder(data, secret, tmp_path, inside):
+    link = tmp_path / "out" / inside
+    link.parent.mkdir(parents=True)
+    link.symlink_to(secret)
+    before = contents(secret)
+    with pytest.raises(ValueError, match="Expected .* to be in .*out, but it is a link, or in one, to .*secret"):
+        sounds(data, tmp_path / "out")
+    assert contents(secret) == before
+
+
+def test_a_frames_folder_that_is_a_link(data, secret, tmp_path):
+    link = tmp_path / "out" / "video" / "fog" / "severity_3" / "frame_5"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(secret)
+    with pytest.raises(ValueError, match="frame_5 to be in .*out, but it is a link"):
+        images(data, tmp_path / "out", "fog")
+
+
+def test_links_in_the_way_of_a_file_are_replaced(data, secret, tmp_path):
+    """Under the name of the file, of its temporary one, and of the list."""
+    before = contents(secret)
+    folder = tmp_path / "out" / "audio" / "rain" / "severity_3"
+
+    def plant(done, total):
+        for name in (".b.wav.partial", "b.wav"):
+            if done == 1:
+                (folder / name).symlink_to(secret / f"new-{name}")
+
+    lists = tmp_path / "out" / "json" / "audio" / "rain"
+    lists.mkdir(parents=True)
+    (lists / "severity_3.json").symlink_to(secret / "s.wav")
+    new = sounds(data, tmp_path / "out", progress=plant)
+    assert contents(secret) == before
+    assert not new.is_symlink()
+    assert not (folder / "b.wav").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "to be JSON, but it is nested too deeply"),
+        ('{"data": ' + "[" * 100_000, "to be JSON, but it is nested too deeply"),
+        ('{"a":' * 100_000, "to be JSON, but it is nested too deeply"),
+        ('{"data": [{"x": NaN}]}', "to be JSON, but: NaN is no finite number"),
+        ('{"data": [{"x": -Infinity}]}', "to be JSON, but: -Infinity is no finite number"),
+        ('{"data": [{"x": 1e999}]}', "to be JSON, but: 1e999 is no finite number"),
+        ('{"data": [{"x": ' + "9" * 5000 + "}]}", "to be JSON, but: Exceeds the limit"),
+        ('{"data": [{"wav": "a", "wav": "b"}]}', "to be JSON, but: 'wav' is twice in an object"),
+        ('{"data": [], "data": []}', "to be JSON, but: 'data' is twice in an object"),
+        ("null", "not empty, but got None"),
+        ('{"data": "abc"}', "not empty, but got"),
+        ('{"data": [[1]]}', r"Expected data\[0\] of .* to be an object, but got \[1\]"),
+        ('{"data": [{}]}', r"Expected data\[0\] of .* to have `video_id`, a string, but got only an empty one"),
+    ],
+)
+def test_lists_of_another_form_are_a_sentence(data, tmp_path, content, message):
+    data.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        sounds(data, tmp_path / "out")
+    assert len(str(error.value)) < 400
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["video_id", "wav", "video_path"])
+@pytest.mark.parametrize("odd", ["\0", "\x1b[2J", "a\nb", "\ud800"])
+def test_names_with_control_characters_are_refused(data, tmp_path, key, odd):
+    change(data, 1, **{key: odd})
+    with pytest.raises(ValueError, match=rf"Expected `{key}` of data\[1\] of .* without control characters, but got"):
+        sounds(data, tmp_path / "out")
+
+
+def test_what_the_new_list_cannot_have_is_told_before_anything_is_written(data, tmp_path):
+    change(data, 1, extra="\ud800")
+    with pytest.raises(ValueError, match="Expected shallow values and strings of whole characters"):
+        sounds(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_too_deep_to_be_written_is_a_sentence():
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="Expected shallow values and strings of whole characters"):
+        as_json(deep)
+
+
+def test_settings_of_another_form_are_refused(data, tmp_path):
+    sounds(data, tmp_path / "out")
+    (tmp_path / "out" / "audio" / "rain" / "severity_3" / "settings.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"settings\.json to hold an object, but got \[1\]"):
+        sounds(data, tmp_path / "out")
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_lets_nothing_lead_out_unless_told(data, secret, tmp_path, capsys):
+    leads_out(data, secret, "wav", "dots")
+    words = ["corrupt", str(data), str(tmp_path / "out"), "--kind", "rain", "--severity", "1", "--workers", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Expected `wav` of data[1]" in error
+    assert "--allow-outside" in error
+    assert len(error.splitlines()) == 1
+    main([*words, "--allow-outside"])
+    assert (tmp_path / "out" / "audio" / "rain" / "severity_1" / "b.wav").is_file()
 
 
 def test_the_command(data, tmp_path, capsys):
