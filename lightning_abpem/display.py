@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["comparison_table", "inspection_table", "plain_text"]
+__all__ = ["comparison_table", "inspection_table", "literal", "plain_text", "visible"]
 
 
 def comparison_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -23,14 +24,14 @@ def comparison_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
             deviation of the change over seeds; `source_entropy`, `adapted_entropy` in nats; `source_gap`,
             `adapted_gap`, sizes in scores; and optionally `section`, true where a rule goes under the line.
     """
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=literal(title, "table.title"), title_justify="left", header_style="bold")
     table.add_column("corruption")
     for heading in ("source", "adapted", "change", "entropy", "attention gap"):
         table.add_column(heading, justify="right")
     for row in rows:
         colour = "green" if row["change"] > 0 else "red" if row["change"] < 0 else "default"
         table.add_row(
-            row["name"],
+            literal(row["name"]),
             f"{row['source_accuracy']:.1f} %",
             f"[bold]{row['adapted_accuracy']:.1f} %[/bold]",
             f"[{colour}]{row['change']:+.1f}[/{colour}] ± {row['spread']:.1f}",
@@ -61,15 +62,28 @@ def inspection_table(rows: Iterable[Mapping[str, Any]], line: str | None, notes:
     for row in rows:
         known = row["kind"] != "hidden"
         table.add_row(
-            row["name"],
-            row["kind"] if known else "[red]hidden[/red]",
+            literal(row["name"]),
+            literal(row["kind"]) if known else Text("hidden", "red"),
             *(str(row[size]) if known else "?" for size in ("queries", "keys", "heads")),
-            row["tokens"],
+            literal(row["tokens"]),
             f"{row['values']:,}" if row["values"] else "?",
             style="bold green" if row["fusion"] else None,
         )
     below = [Text(line, style="bold", overflow="fold")] if line else []
-    return Group(table, *below, *(Text(note) for note in notes))
+    return Group(table, *below, *(literal(note, lines=True) for note in notes))
+
+
+def literal(words: str, style: str = "", lines: bool = False) -> Text:
+    """Return words for a terminal as they are: no markup, no emoji codes, no control characters."""
+    return Text(visible(words, lines), style)
+
+
+def visible(words: str, lines: bool = False) -> str:
+    """Return words with escapes for control characters; with `lines` they may have several."""
+    return _CONTROL.sub(lambda found: found[0] if lines and found[0] == "\n" else repr(found[0])[1:-1], words)
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and what turns text around
 
 
 def plain_text(renderable: Any, width: int = 160) -> str:

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lightning_abpem.display import comparison_table
+from lightning_abpem.display import comparison_table, inspection_table, literal, plain_text, visible
+from lightning_abpem.report.labels import figure_text
 from lightning_abpem.report.severity import severity_figure
 
 ROW = {
@@ -36,6 +37,49 @@ def test_comparison_table():
         "1.48 → 0.11",
     ]
     assert "-0.5 ± 1.0" in next(line for line in lines if "clean" in line)
+
+
+ODD = ["[red]x[/red]", "[/]", "a_b", "<script>", "a|b", r"\textbf{x}", ":smile:", "x\\", "[link=http://a]b[/link]"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_names_are_shown_as_they_are(name):
+    row = {"name": name, "kind": name, "queries": 1, "keys": 2, "heads": 3, "tokens": name, "fusion": True, "values": 4}
+    for table, times in (
+        (comparison_table(name, [ROW | {"name": name}]), 2),
+        (inspection_table([row], name, [name]), 5),
+        (literal(name), 1),
+    ):
+        assert plain_text(table, 200).count(name) == times
+
+
+def test_what_would_move_the_cursor_or_turn_text_around_is_escaped():
+    assert visible("a\x1b[2Jb\rc\n\u202ed é\N{NO-BREAK SPACE}e") == r"a\x1b[2Jb\rc\n\u202ed é" + "\N{NO-BREAK SPACE}e"
+    assert visible("a\nb\x07", lines=True) == "a\nb" + r"\x07"
+    assert plain_text(inspection_table([], None, ["one\ntwo\x1b[2J"])).splitlines()[-2:] == ["one", r"two\x1b[2J"]
+
+
+def test_hidden_calls_are_called_so():
+    row = {
+        "name": "a",
+        "kind": "hidden",
+        "queries": 0,
+        "keys": 0,
+        "heads": 0,
+        "tokens": "",
+        "fusion": False,
+        "values": 0,
+    }
+    assert "hidden" in plain_text(inspection_table([row], None, []))
+
+
+@pytest.mark.parametrize("words", ["a$b$c", "$\\notatexcommand$", "_a", "a_b", "a^b", r"\$", "{x}"])
+def test_figures_show_words_as_they_are(words):
+    text = pytest.importorskip("matplotlib.text").Text(0, 0, figure_text(words))
+    drawn, is_formula = text._preprocess_math(text.get_text())
+    assert not is_formula
+    assert drawn.strip() == words
+    assert not figure_text(words).startswith("_")
 
 
 def test_severity_figure(tmp_path):

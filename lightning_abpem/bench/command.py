@@ -20,6 +20,7 @@ from lightning_abpem.bench.runner import faults_of, finished, list_cells, load_c
 from lightning_abpem.bench.settings import check_comparable, check_settings, settings_of
 from lightning_abpem.bench.tables import comparison_markdown, terminal
 from lightning_abpem.bench.variants import METHODS, Variant, find_variants
+from lightning_abpem.display import literal, visible
 
 __all__ = ["SEEDS", "compare_runs", "run_benchmark"]
 
@@ -96,13 +97,13 @@ def run_benchmark(
     check_settings(out, settings_of(data, arguments, asked["sources"], chosen))
     processes = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
     with _progress(console) as progress:
-        bar = progress.add_task(data.name, total=len(cells), completed=len(finished(folder, cells)))
+        bar = progress.add_task(visible(data.name), total=len(cells), completed=len(finished(folder, cells)))
         run_cells(make, cells, chosen, folder, processes, device, lambda: progress.advance(bar))
     run = {"benchmark": data.name, "arguments": arguments, **asked, "averaging": averaging, "device": device}
     for summary in write_results(out, load_cells(folder, cells), data, averaging, run):
         console.print(terminal(summary, published_beside(summary, data)))
-    console.print(note_on(data, averaging), markup=False)
-    console.print(f"Cells: {out / 'results.csv'}. Tables: {out / 'tables.md'}, {out / 'tables.tex'}.", markup=False)
+    console.print(literal(note_on(data, averaging)))
+    console.print(literal(f"Cells: {out / 'results.csv'}. Tables: {out / 'tables.md'}, {out / 'tables.tex'}."))
 
 
 def compare_runs(a: str, b: str) -> str:
@@ -206,5 +207,5 @@ def _seeds(value: Numbers) -> list[int]:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from lightning_abpem.bench.cells import BINS
 from lightning_abpem.bench.results import Summary
 from lightning_abpem.bench.tables import title
+from lightning_abpem.report.labels import figure_text
 
 __all__ = ["accuracy_figure", "gap_figure", "reliability_figure", "running_figure"]
 
@@ -40,12 +41,13 @@ def accuracy_figure(summary: Summary, path: Path) -> None:
     offsets = np.linspace(-0.32, 0.32, len(summary.scores)) if len(summary.scores) > 1 else np.zeros(1)
     for (method, scores), offset, colour in zip(summary.scores.items(), offsets, _cycle(), strict=False):
         means, deviations = [scores[row].mean for row in rows], [scores[row].deviation or 0 for row in rows]
-        axes.errorbar(np.arange(len(rows)) + offset, means, deviations, fmt="o", color=colour, label=method, ms=3, lw=1)
+        style: dict[str, Any] = {"fmt": "o", "color": colour, "label": figure_text(method), "ms": 3, "lw": 1}
+        axes.errorbar(np.arange(len(rows)) + offset, means, deviations, **style)
     for boundary in range(1, len(rows)):
         axes.axvline(boundary - 0.5, color="#e3e6ea", lw=0.6, zorder=0)
-    axes.set_xticks(range(len(rows)), rows, rotation=60, ha="right", fontsize=8)
+    axes.set_xticks(range(len(rows)), [figure_text(row) for row in rows], rotation=60, ha="right", fontsize=8)
     axes.set_ylabel("accuracy (%)")
-    axes.set_title(title(summary), fontsize=10, loc="left")
+    axes.set_title(figure_text(title(summary)), fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, [axes], path)
 
@@ -72,8 +74,8 @@ def gap_figure(cells: Cells, path: Path) -> bool:
     for axes, ((modality, pair), methods) in zip(panels, values.items(), strict=True):
         for (method, by_severity), colour in zip(methods.items(), _cycle(), strict=False):
             points = sorted((severity, float(np.mean(gaps))) for severity, gaps in by_severity.items())
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=method, ms=4)
-        axes.set_title(f"{modality} fails: {pair}", fontsize=9)
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=figure_text(method), ms=4)
+        axes.set_title(figure_text(f"{modality} fails: {pair}"), fontsize=9)
         axes.set_xlabel("severity")
     panels[0].set_ylabel("attention gap (scores)")
     panels[-1].legend(frameon=False, fontsize=8)
@@ -91,8 +93,8 @@ def running_figure(cells: Cells, path: Path) -> None:
         for (method, runs), colour in zip(methods.items(), _cycle(), strict=False):
             grid = np.linspace(0.05, 1, 96)
             curves = [np.interp(grid, *_running(*run)) for run in runs]
-            axes.plot(100 * grid, np.mean(curves, axis=0), color=colour, label=method)
-        axes.set_title(protocol, fontsize=9)
+            axes.plot(100 * grid, np.mean(curves, axis=0), color=colour, label=figure_text(method))
+        axes.set_title(figure_text(protocol), fontsize=9)
     figure.supxlabel("share of the stream seen (%)", fontsize=9)
     figure.supylabel("accuracy so far (%)", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
@@ -115,7 +117,7 @@ def reliability_figure(cells: Cells, path: Path) -> None:
         axes.plot(confidence / samples, correct / samples, color=_COLOURS[1], lw=1)
         sizes = 3 + 60 * samples / samples.max()  # what few predictions say is small
         axes.scatter(confidence / samples, correct / samples, sizes, color=_COLOURS[1])
-        axes.set_title(f"{method}, ECE {100 * error:.1f} %", fontsize=8)
+        axes.set_title(f"{figure_text(method)}, ECE {100 * error:.1f} %", fontsize=8)
     figure.supxlabel("confidence", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
     _save(figure, figure.axes, path)

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         if console.is_terminal:
             console.print(Markdown(table))
         else:  # where Markdown is of more use than a table cut to 80 columns
-            console.print(table, soft_wrap=True, markup=False, highlight=False)
+            console.print(table, soft_wrap=True, markup=False, emoji=False, highlight=False)
         return
     if options.data is None:
         raise ValueError(f"Expected a benchmark, {', '.join(_KNOWN)} or an import path; or --compare A B.")

@@ -15,6 +15,7 @@ from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, Recordings
 from lightning_abpem.data.corrupt_files import corrupt_data_set
 from lightning_abpem.data.corruptions import KINDS, Corruption, Sensor
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
+from lightning_abpem.display import literal
 
 __all__ = ["add_arguments", "run"]
 
@@ -57,12 +58,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     if options.recordings is not None:  # what is missing is said before the first kind is made
         Recordings(options.recordings).check(fault.kind for fault in faults if fault.modality == "audio")
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for fault in faults:
             bar = progress.add_task(f"{fault}, severity {fault.severity}", total=None)
             made = _corrupt(fault, options, partial(_advance, progress, bar))
-            progress.console.print(str(made), markup=False)
+            progress.console.print(literal(str(made)))
 
 
 def _kinds(words: str, modalities: Sequence[Sensor]) -> list[tuple[Sensor, str]]:

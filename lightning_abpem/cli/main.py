@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_abpem.display import visible
+
 __all__ = ["main"]
 
 _COMMANDS = {
@@ -52,6 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, f"abpem {chosen}: interrupted; the same command goes on from here\n")
     except (ImportError, OSError, ValueError, MisconfigurationException) as error:
-        parser.exit(2, f"abpem {chosen}: {error}\n")
+        parser.exit(2, f"abpem {chosen}: {visible(str(error), lines=True)}\n")
     finally:
         logger.setLevel(level)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_abpem.report.labels import figure_text
+
 __all__ = ["severity_figure"]
 
 _COLOURS = {"source": "#8a8f98", "adapted": "#0b6e4f"}
@@ -34,9 +36,9 @@ def severity_figure(rows: Sequence[Mapping[str, Any]], gaps: Mapping[str, str], 
             severity = [row["severity"] for row in chosen]
             axes[0, column].plot(severity, [r["accuracy"] for r in chosen], "o-", color=colour, label=method, ms=3.5)
             for (name, words), style in zip(gaps.items(), ("-", "--", ":", "-."), strict=False):
-                label = words if method == "adapted" else None
+                label = figure_text(words) if method == "adapted" else None
                 axes[1, column].plot(severity, [r[name] for r in chosen], style, color=colour, label=label)
-        axes[0, column].set_title(kind.replace(": ", "\n"), fontsize=10)
+        axes[0, column].set_title(figure_text(kind).replace(": ", "\n"), fontsize=10)
         axes[1, column].set_xlabel("severity")
         axes[1, column].set_xticks(range(6))
     axes[0, 0].set_ylabel("accuracy (%)")

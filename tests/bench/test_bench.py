@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -376,6 +377,39 @@ def test_tables_say_what_is_procedural_left_out_or_unweighted(tmp_path):
     note = "Procedural: noise. Samples left out, for they are missing or broken: 1. Means over batches"
     for shown in (console.file.getvalue(), *((tmp_path / f"tables.{kind}").read_text() for kind in ("md", "tex"))):
         assert note in shown
+
+
+class Marked(ToyBench):
+    """Its names have markup."""
+
+    name = "[red]Toy[/red] :smile: <b>|"
+
+    def provenance(self):
+        return {"skipped": "[bold]2[/bold] <script>"}
+
+
+def test_a_benchmarks_names_are_shown_as_they_are(tmp_path):
+    console = Console(file=StringIO(), width=300, force_terminal=True, color_system=None)
+    run_benchmark(Marked, {}, out=tmp_path / "[b]:fire:", methods="source", seeds=1, workers=1, console=console)
+    shown = console.file.getvalue()
+    for words in (Marked.name, "broken: [bold]2[/bold] <script>.", f"{tmp_path}/[b]:fire:/tables.md"):
+        assert words in shown
+    assert "<script>" not in (tmp_path / "[b]:fire:" / "tables.md").read_text()
+
+
+def test_a_label_that_begins_with_an_underscore_is_in_the_legends(tmp_path, monkeypatch):
+    shown = []
+    savefig = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        legends = [legend for legend in (*(axes.get_legend() for axes in figure.axes), *figure.legends) if legend]
+        shown.extend([text.get_text().strip() for text in legend.get_texts()] for legend in legends)
+        return savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    run(tmp_path, methods="source,_own_", variants={"_own_": {"method": "abpem"}}, severity="3,5", seeds=1)
+    assert len(shown) == 4  # of two tables, the gap, the stream
+    assert all("_own_" in names for names in shown)
 
 
 def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):

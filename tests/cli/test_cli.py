@@ -136,3 +136,9 @@ def test_without_jsonargparse(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["inspect", "mine.Model", "--data", "mine.Data"])
     assert "pip install 'lightning_abpem[cli]'" in capsys.readouterr().err
+
+
+def test_an_error_moves_no_cursor(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "a\x1b[2J\rb"])
+    assert r"a\x1b[2J\rb" in capsys.readouterr().err
