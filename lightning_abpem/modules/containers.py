@@ -63,16 +63,21 @@ class Saved:
         """Replace the items of now. An interrupt may come at any point: never leave an object without attributes."""
 
 
+def _base(own: dict[Any, Any]) -> Any:
+    """Return the class whose methods read and write a dict as it is, whatever those of its own class do."""
+    return OrderedDict if isinstance(own, OrderedDict) else dict
+
+
 def write_dict(own: dict[Any, Any], items: dict[Any, Any]) -> None:
     """Give a dict these items, in their order; an interrupt leaves old and new ones, never none."""
-    base: Any = OrderedDict if isinstance(own, OrderedDict) else dict
-    for key in [key for key in own if key not in items]:
+    base = _base(own)
+    for key in [key for key in base.__iter__(own) if key not in items]:
         base.__delitem__(own, key)
     for key, value in items.items():
         base.__setitem__(own, key, value)
-    if list(own) != list(items):  # their order
+    if list(base.__iter__(own)) != list(items):  # their order
         for key, value in items.items():
-            base.pop(own, key)
+            base.__delitem__(own, key)
             base.__setitem__(own, key, value)
 
 
@@ -89,11 +94,12 @@ class SavedDict(Saved):
     __slots__ = ("_dict",)
 
     def __init__(self, owner: Any, own: dict[Any, Any]) -> None:
-        super().__init__(owner, dict(own.items()) if type(own) is not OrderedDict else dict(own))
+        super().__init__(owner, own.copy() if type(own) is dict else dict(_base(own).items(own)))
         self._dict = own
 
     def _read(self) -> dict[Any, Any]:
-        return self._dict
+        own = self._dict
+        return own if type(own) is dict else dict(_base(own).items(own))
 
     def _write(self, items: dict[Any, Any]) -> None:
         write_dict(self._dict, items)
@@ -148,13 +154,14 @@ def restore_object(owner: Any, kind: type, attributes: dict[str, Any]) -> bool:
 class SavedSequence(Saved):
     """The items of a list or a deque."""
 
-    __slots__ = ()
+    __slots__ = ("_base",)
 
     def __init__(self, owner: Any) -> None:
-        super().__init__(owner, dict(enumerate(owner)))
+        self._base: Any = list if isinstance(owner, list) else deque
+        super().__init__(owner, dict(enumerate(self._base.__iter__(owner))))
 
     def _read(self) -> dict[Any, Any]:
-        return dict(enumerate(self.owner))
+        return dict(enumerate(self._base.__iter__(self.owner)))
 
     def _write(self, items: dict[Any, Any]) -> None:
         if isinstance(self.owner, list):
@@ -170,11 +177,11 @@ class SavedSet(Saved):
     __slots__ = ()
 
     def __init__(self, owner: set[Any]) -> None:
-        super().__init__(owner, {id(item): item for item in owner})
+        super().__init__(owner, {id(item): item for item in set.__iter__(owner)})
 
     def restore(self) -> bool:
         """Put the items back, in any order; return True if the pass had changed them."""
-        changed = {id(item) for item in self.owner} != self.items.keys()
+        changed = {id(item) for item in set.__iter__(self.owner)} != self.items.keys()
         if changed:
             set.clear(self.owner)
             set.update(self.owner, self.items.values())

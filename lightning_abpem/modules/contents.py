@@ -2,42 +2,86 @@
 
 from __future__ import annotations
 
-from array import array
+import sys
+from mmap import mmap
 from typing import Any
 
 from lightning_abpem.modules.containers import Saved
 from lightning_abpem.modules.randomness import generator_state, set_generator_state
 
-__all__ = ["SavedCache", "SavedGenerator", "SavedScript", "SavedStream", "SavedValues"]
+__all__ = [
+    "SavedArray",
+    "SavedCache",
+    "SavedGenerator",
+    "SavedMap",
+    "SavedScript",
+    "SavedStream",
+    "SavedValues",
+    "is_locked",
+]
 
 
 class SavedValues(Saved):
-    """The values of a NumPy array, a bytearray or an array."""
+    """The values of a bytearray or an array."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner, {})
+        self._before = owner[:]
+
+    def restore(self) -> bool:
+        """Put the values back; return True if the pass had changed them."""
+        changed = bytes(memoryview(self.owner)) != bytes(memoryview(self._before))
+        if changed:
+            self.owner[:] = self._before
+        return changed
+
+
+class SavedArray(Saved):
+    """The values, shape and write lock of NumPy's arrays."""
 
     __slots__ = ("_before", "_form")
 
     def __init__(self, owner: Any) -> None:
         super().__init__(owner, {})
-        self._before = owner[:] if isinstance(owner, bytearray | array) else owner.copy()
-        self._form = _form(owner)
+        self._before, self._form = _plain(owner).copy(), (owner.shape, owner.flags.writeable)
 
     def restore(self) -> bool:
-        """Put the values back; return True if the pass had changed them."""
-        owner, form = self.owner, _form(self.owner)
-        if form != self._form:
-            owner.shape = self._form[0]
-        changed = bool(_values(owner) != _values(self._before))
-        if changed and form:
+        """Put all of it back; return True if the pass had changed something."""
+        owner, (shape, lock) = self.owner, self._form
+        changed = owner.shape != shape or owner.flags.writeable is not lock
+        if owner.shape != shape:
+            if owner.size == self._before.size:
+                owner.shape = shape
+            else:
+                _ndarray().resize(owner, shape, refcheck=False)
+        if _plain(owner).tobytes() != self._before.tobytes():
+            changed = True
             if not owner.flags.writeable:
                 owner.flags.writeable = True
-            owner[...] = self._before
-        elif changed:
-            owner[:] = self._before
-        if changed or form != self._form:
-            for flag in self._form[1:]:
-                if owner.flags.writeable is not flag:  # memory that is another's may refuse it
-                    owner.flags.writeable = flag
-        return changed or form != self._form
+            _plain(owner)[...] = self._before
+        if owner.flags.writeable is not lock:  # memory that is another's may refuse it
+            owner.flags.writeable = lock
+        return changed
+
+
+class SavedMap(Saved):
+    """The bytes of a file that is mapped into memory, and the position in it."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self, owner: mmap) -> None:
+        super().__init__(owner, {})
+        self._before = owner[:], owner.tell()
+
+    def restore(self) -> bool:
+        """Put bytes and position back; return True if the pass had changed them."""
+        changed = not self.owner.closed and (self.owner[:], self.owner.tell()) != self._before
+        if changed:
+            self.owner[:] = self._before[0]
+            self.owner.seek(self._before[1])
+        return changed
 
 
 class SavedGenerator(Saved):
@@ -130,10 +174,17 @@ def _same(x: Any, y: Any) -> bool:
     return x is y or (isinstance(x, bool | int | float | complex | str) and x == y)
 
 
-def _form(x: Any) -> tuple[Any, ...]:
-    """Return shape and writeability of an array of NumPy; nothing for others."""
-    return (x.shape, x.flags.writeable) if hasattr(x, "flags") else ()
+def is_locked(x: Any) -> bool:
+    """Return True if nobody can write into an array of NumPy: its memory is read-only, such as a file's."""
+    while isinstance(x, _ndarray()) and not x.flags.writeable and x.base is not None:
+        x = x.base
+    return not isinstance(x, _ndarray()) and memoryview(x).readonly
 
 
-def _values(x: Any) -> bytes:
-    return bytes(x) if isinstance(x, bytearray) else x.tobytes()
+def _plain(x: Any) -> Any:
+    """Return an array as one of NumPy's own class, which reads and writes values as they are."""
+    return x if type(x) is _ndarray() else x.view(_ndarray())
+
+
+def _ndarray() -> Any:
+    return sys.modules["numpy"].ndarray

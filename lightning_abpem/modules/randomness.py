@@ -51,7 +51,7 @@ def generator_state(x: Any) -> bytes:
         return bytes(x.get_state().tolist())
     if isinstance(x, random.Random):
         return pickle.dumps(x.getstate())
-    return pickle.dumps(_bits(x).state)
+    return pickle.dumps([part.__reduce__()[-1] if _spawns(part) else part.state for part in _parts(x)])
 
 
 def set_generator_state(x: Any, state: bytes) -> None:
@@ -61,12 +61,22 @@ def set_generator_state(x: Any, state: bytes) -> None:
     elif isinstance(x, random.Random):
         x.setstate(pickle.loads(state))
     else:
-        _bits(x).state = pickle.loads(state)
+        for part, own in zip(_parts(x), pickle.loads(state), strict=True):
+            if _spawns(part):
+                part.__setstate__(own)
+            else:
+                part.state = own
 
 
-def _bits(x: Any) -> Any:
-    """Return the bit generator of one of NumPy's generators."""
-    return x.bit_generator if hasattr(x, "bit_generator") else x._bit_generator
+def _parts(x: Any) -> list[Any]:
+    """Return what one of NumPy's generators draws from: its bits, and the seeds that it gives to its children."""
+    bits = getattr(x, "bit_generator", None) or getattr(x, "_bit_generator", x)
+    seeds = getattr(bits, "seed_seq", None)
+    return [bits, seeds] if _spawns(seeds) else [bits]
+
+
+def _spawns(x: Any) -> bool:
+    return hasattr(x, "n_children_spawned")
 
 
 def _same_array(x: Any, y: Any) -> bool:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextvars
 import functools
 import io
-import random
-import sys
 import threading
-import weakref
-from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from mmap import mmap
 from operator import is_not
-from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
+from types import CellType, FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -35,26 +32,26 @@ from lightning_abpem.modules.containers import (
     SavedSlots,
     slots_of,
 )
-from lightning_abpem.modules.contents import SavedCache, SavedGenerator, SavedScript, SavedStream, SavedValues
+from lightning_abpem.modules.contents import (
+    SavedArray,
+    SavedCache,
+    SavedGenerator,
+    SavedMap,
+    SavedScript,
+    SavedStream,
+    SavedValues,
+    is_locked,
+)
 from lightning_abpem.modules.iterators import Refusing, copied
+from lightning_abpem.modules.kinds import PLAIN, is_stateless, saver_of
 from lightning_abpem.modules.saved_modules import SavedModules
 from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied
 from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
 
 __all__ = ["Walk"]
 
-_PLAIN = frozenset(
-    {int, float, complex, bool, str, bytes, type(None), range, slice, torch.dtype, torch.device, torch.Size}
-)
-_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-_LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "tensorboard"}
-_OPAQUE = {*_LIBRARIES, *_LOGGERS, *sys.stdlib_module_names}  # their objects hold no state of a forward
-_WALKED = {"types", "collections", "argparse", "functools", "weakref", "queue"}  # UserDict, Queue, ...
-_STATELESS = {*_OPAQUE, "torchmetrics", "transformers", "timm", "torchvision", "torchaudio"}  # their classes
 _STANDARD = list(nn.Module().__dict__)  # attributes of every module, most often its first
 _COUNT = len(_STANDARD)
-_IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
-_STATELESS_KINDS: set[type] = set()
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -99,7 +96,7 @@ class Walk(Uncopied):
     def _find(self, x: Any, parent: Any, key: Any) -> Any:
         """Note an object for saving; return what the pass gets in its place, mostly itself."""
         kind = type(x)
-        if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, x))):
+        if kind in PLAIN or (kind is tuple and PLAIN.issuperset(map(type, x))):
             return x
         handler = _HANDLERS.get(kind) or _handler(kind)
         if handler is None:
@@ -131,12 +128,16 @@ class Walk(Uncopied):
         return x
 
     def _tuple(self, x: tuple[Any, ...]) -> Any:
-        own = [self._find(item, x, i) for i, item in enumerate(x)]
-        if not any(map(is_not, own, x)):
+        items, kind = tuple.__iter__(x), type(x)
+        own = tuple([self._find(item, x, i) for i, item in enumerate(items)])
+        if not any(map(is_not, own, tuple.__iter__(x))):
             return x
-        if type(x) is tuple:
-            return tuple(own)
-        return type(x)(own) if hasattr(x, "n_sequence_fields") else tuple.__new__(type(x), own)
+        if kind is tuple:
+            return own
+        made = kind(own) if hasattr(x, "n_sequence_fields") else tuple.__new__(kind, own)
+        if kind.__dictoffset__:
+            made.__dict__.update(x.__dict__)
+        return made
 
     def _iterator(self, x: Any) -> Any:
         own = copied(x)
@@ -166,13 +167,13 @@ class Walk(Uncopied):
     def _save(self, saved: Saved) -> None:
         """Save a container's items, find what they hold, and replace those that the pass cannot take."""
         self._saved.append(saved)
-        if not _PLAIN.issuperset(map(type, saved.items.values())):
+        if not PLAIN.issuperset(map(type, saved.items.values())):
             self._find_items(saved, saved.items)
 
     def _find_items(self, saved: Saved, items: dict[Any, Any]) -> None:
         stand_ins = {}
         for key, value in items.items():
-            if type(value) not in _PLAIN:
+            if type(value) not in PLAIN:
                 own = self._find(value, saved.owner, key)
                 if own is not value:
                     stand_ins[key] = own
@@ -207,7 +208,7 @@ class Walk(Uncopied):
         is_usual = names[:_COUNT] == _STANDARD
         for name in names[_COUNT:] if is_usual else names:
             value = attributes[name]
-            if type(value) not in _PLAIN and (is_usual or name not in _STANDARD):
+            if type(value) not in PLAIN and (is_usual or name not in _STANDARD):
                 own = self._find(value, x, name)
                 if own is not value:
                     stand_ins[name] = own
@@ -231,7 +232,8 @@ class Walk(Uncopied):
         """Save an object's attributes, and its items if it is a container besides."""
         if isinstance(x, dict):
             self._save_dict(x)
-            self._find_fixed(getattr(x, "default_factory", None), x, "its factory")
+            if isinstance(x, defaultdict):
+                self._find_fixed(x.default_factory, x, "its factory")
         elif isinstance(x, list | deque):
             self._save(SavedSequence(x))
         elif isinstance(x, set):
@@ -243,13 +245,20 @@ class Walk(Uncopied):
         self._find_classes(type(x))
 
     def _save_dict(self, x: dict[Any, Any]) -> None:
-        self._save(SavedDict(x, x))
-        if not _PLAIN.issuperset(map(type, x)):
-            self._save_parts(x)
+        saved = SavedDict(x, x)
+        self._save(saved)
+        if not PLAIN.issuperset(map(type, saved.items)):
+            self._find_parts(x, saved.items)
 
-    def _save_parts(self, x: Iterable[Any]) -> None:
-        for part in x:
+    def _find_parts(self, x: Any, parts: Iterable[Any]) -> None:
+        for part in parts:
             self._find_fixed(part, x, "one of its keys")
+
+    def _save_frozen(self, x: frozenset[Any]) -> None:
+        self._find_parts(x, frozenset.__iter__(x))
+
+    def _save_mapping(self, x: MappingProxyType[Any, Any]) -> None:
+        self._find_parts(x, x.values())
 
     def _save_list(self, x: list[Any]) -> None:
         self._save(SavedSequence(x))
@@ -266,9 +275,17 @@ class Walk(Uncopied):
 
     def _save_values(self, x: Any) -> None:
         self._saved.append(SavedValues(x))
-        if getattr(getattr(x, "dtype", None), "hasobject", False):
+
+    def _save_array(self, x: Any) -> None:
+        if not is_locked(x):
+            self._saved.append(SavedArray(x))
+        if x.dtype.hasobject:
             for item in x.flat:
                 self._find_fixed(item, x, "one of its items")
+
+    def _save_map(self, x: mmap) -> None:
+        if not x.closed and not memoryview(x).readonly:
+            self._saved.append(SavedMap(x))
 
     def _save_view(self, x: memoryview) -> None:
         self._find_fixed(x.obj, x, "its memory")
@@ -325,96 +342,39 @@ class Walk(Uncopied):
 
     def _find_classes(self, kind: type) -> None:
         """Find the classes of an object, which may hold state, or functions that do."""
-        if kind in _STATELESS_KINDS or id(kind) in self._own:
-            return
-        if kind.__module__.partition(".")[0] in _STATELESS:
-            _STATELESS_KINDS.add(kind)
+        if is_stateless(kind) or id(kind) in self._own:
             return
         for own in {*kind.__mro__, *type.mro(type(kind))}:
-            if own.__module__.partition(".")[0] not in _STATELESS and id(own) not in self._own:
+            if id(own) not in self._own and not is_stateless(own):
                 self._own[id(own)] = own
                 self._places[id(own)] = (None, f"class {own.__name__}")
                 self._todo.append((Walk._save_class, own))
 
 
-# ------------------------------------------------------------------------------------------------- by kind of object
-
 _Handler = Callable[[Walk, Any], Any]
-
-
-def _queued(save: Callable[[Walk, Any], None]) -> _Handler:
-    """Return a handler for objects that stay the same in a pass: they are saved, all in one loop."""
-
-    def handle(snapshot: Walk, x: Any) -> Any:
-        snapshot._todo.append((save, x))
-        return x
-
-    return handle
-
-
-_HANDLERS: dict[type, _Handler | None] = {
-    dict: _queued(Walk._save_dict),
-    list: _queued(Walk._save_list),
-    tuple: Walk._tuple,
-    Tensor: Walk._tensor,
-    FunctionType: _queued(Walk._save_function),
-    MethodType: _queued(Walk._save_method),
-    BuiltinMethodType: _queued(Walk._save_method),
-    MethodWrapperType: _queued(Walk._save_method),
-    property: _queued(Walk._save_descriptor),
-    staticmethod: _queued(Walk._save_descriptor),
-    classmethod: _queued(Walk._save_descriptor),
-    CellType: _queued(Walk._save_cell),
-    bytearray: _queued(Walk._save_values),
-    memoryview: _queued(Walk._save_view),
-    weakref.ProxyType: _queued(Walk._save_proxy),
-    contextvars.ContextVar: _queued(Walk._save_variable),
-    type(functools.cache(len)): _queued(Walk._save_cache),
-    random.SystemRandom: None,
-    StandIn: _queued(Walk._save_stand_in),
-}
-"""What is done with an object of a kind; None if it holds nothing that a forward could change."""
+_HANDLERS: dict[type, _Handler | None] = {}  # None for what holds nothing that a forward could change
 
 
 def _handler(kind: type) -> _Handler | None:
-    """Return the handler of a kind of object, and remember it."""
+    """Return what is done with an object of a kind, and remember it."""
     if kind not in _HANDLERS:
-        _HANDLERS[kind] = _find_handler(kind)
+        name, has_attributes = saver_of(kind)
+        _HANDLERS[kind] = None if name is None else _made(name, has_attributes)
     return _HANDLERS[kind]
 
 
-def _find_handler(kind: type) -> _Handler | None:
-    package = kind.__module__.partition(".")[0]
-    if issubclass(kind, Uncopied | ModuleType):
-        return None
-    bases: dict[type, _Handler] = {
-        nn.Parameter: Walk._parameter,
-        Tensor: Walk._tensor,
-        torch.jit.ScriptModule: _queued(Walk._save_script),
-        nn.Module: _queued(Walk._save_module),
-        tuple: Walk._tuple,
-        functools.partial: _queued(Walk._save_partial),
-        type: Walk._class,
-        io.BytesIO: _queued(Walk._save_stream),
-        io.StringIO: _queued(Walk._save_stream),
-        threading.local: _queued(Walk._save_object),
-        frozenset: _queued(Walk._save_parts),
-        weakref.ref: _queued(Walk._save_reference),
-        array: _queued(Walk._save_values),
-        torch.Generator: _queued(Walk._save_generator),
-        random.Random: _queued(Walk._save_generator),
-    }
-    for base, handler in bases.items():
-        if issubclass(kind, base):
-            return handler
-    if package == "numpy":
-        if kind.__name__ in ("Generator", "RandomState"):
-            return _queued(Walk._save_generator)
-        return _queued(Walk._save_values) if hasattr(kind, "tobytes") and hasattr(kind, "__setitem__") else None
-    if issubclass(kind, dict | list | set | deque):
-        return _queued(Walk._save_object)
-    if hasattr(kind, "__next__") and (package in _OPAQUE or not kind.__flags__ & _IN_PYTHON):
-        return None if issubclass(kind, io.IOBase) else Walk._iterator
-    if package in _OPAQUE and package not in _WALKED:
-        return None
-    return _queued(Walk._save_object) if kind.__dictoffset__ or slots_of(kind) else None
+def _made(name: str, has_attributes: bool) -> _Handler:
+    """Return a handler by a method; objects that stay the same in a pass are saved later, all in one loop."""
+    method: _Handler = getattr(Walk, name)
+
+    def queue(walk: Walk, x: Any) -> Any:
+        walk._todo.append((method, x))
+        return x
+
+    find = queue if name.startswith("_save_") else method
+
+    def find_and_queue(walk: Walk, x: Any) -> Any:
+        walk._todo.append((Walk._save_object, x))
+        return find(walk, x)
+
+    return find_and_queue if has_attributes else find

@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 import types
+import weakref
 from collections import UserDict, deque
 from collections.abc import Mapping
 from enum import Enum
@@ -113,7 +114,7 @@ class Album:
             for i, value in enumerate(x):
                 self._walk(value, f"{path}[{i}]")
         elif isinstance(x, set | frozenset):
-            self._out[f"{path}.set"] = sorted(map(repr, x))
+            self._out[f"{path}.set"] = sorted(repr(own() if isinstance(own, weakref.ref) else own) for own in x)
 
     def _attributes(self, x: Any, path: str) -> None:
         own = x.__dict__ if type(x).__dictoffset__ or isinstance(x, threading.local) else {}
