@@ -60,6 +60,7 @@ _BY_BASE: dict[type, str] = {
     nn.Module: "_save_module",
     type: "_class",
     threading.local: "_save_object",
+    torch.optim.Optimizer: "_save_optimizer",
 }
 _BY_CONTENTS: dict[type, str] = {
     tuple: "_tuple",

@@ -81,7 +81,7 @@ class Snapshot(Walk):
             the ids of the containers, objects and tensors that had changed.
 
         Raises:
-            ValueError: if a tensor that cannot be put back was edited in place; it is named.
+            ValueError: if a tensor that cannot be put back was edited in place; it is named. All else is put back.
         """
         self.end_call()
         changed = self._restore_items()
@@ -90,7 +90,16 @@ class Snapshot(Walk):
         if torch.get_default_dtype() != self._dtype:
             torch.set_default_dtype(self._dtype)
             changed.update(self._own)
-        return changed | self._used | {saved.key for saved in self._tensors if saved.restore(counts)}
+        failure: ValueError | None = None
+        for saved in self._tensors:
+            try:
+                if saved.restore(counts):
+                    changed.add(saved.key)
+            except ValueError as error:  # the others first
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return changed | self._used
 
     def _restore_items(self) -> set[int]:
         return {id(saved.owner) for saved in self._saved if saved.restore()} | self._modules.restore()

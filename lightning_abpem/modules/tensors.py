@@ -56,11 +56,13 @@ class SavedTensor:
         name: called for the tensor's name, if that is needed.
     """
 
-    __slots__ = ("_alias", "_before", "_layout", "_name", "_part", "_tensor", "_version", "key")
+    __slots__ = ("_alias", "_before", "_flags", "_is_told", "_layout", "_name", "_part", "_tensor", "_version", "key")
 
     def __init__(self, tensor: Tensor, key: int, name: Callable[[], str]) -> None:
         self._tensor, self.key, self._name, self._version = tensor, key, name, tensor._version
         self._alias: Tensor | None = None
+        self._is_told = False
+        self._flags = (tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
         if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
             with torch._C.DisableTorchFunctionSubclass():
                 plain = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
@@ -77,7 +79,8 @@ class SavedTensor:
             counts: count that as an edit.
 
         Raises:
-            ValueError: if another kind of tensor was edited in place: its values were not saved.
+            ValueError: if another kind of tensor was edited in place: its values were not saved. If a view has a
+                history now, which stays. Both are said once.
         """
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             changed = self._restore()
@@ -95,20 +98,37 @@ class SavedTensor:
                     f"{type(x).__name__} with layout {x.layout}, which cannot be put back. Edit a clone of it."
                 )
             return False
-        if x.requires_grad:
-            x.detach_() if x.grad_fn is not None else x.requires_grad_(False)
-            x.grad = None
+        has_history = x.grad_fn is not None and x._is_view()
+        if not has_history:
+            self._restore_flags(x)
         moved = _layout(x) != self._layout
         if moved:
             x.data = alias
         part = self._part
-        if reading_waits(alias):
+        waits = reading_waits(alias)
+        changed = x._version != version if waits else not same_bits(part, self._before)
+        if waits or changed:
             part.copy_(self._before)
-            return moved or x._version != version
-        changed = not same_bits(part, self._before)
-        if changed:
-            part.copy_(self._before)
+        if has_history:
+            self._refuse_history()
         return moved or changed
+
+    def _restore_flags(self, x: Tensor) -> None:
+        requires_grad, gradient = self._flags
+        if x.grad_fn is not None:
+            x.detach_()
+        if x.requires_grad is not requires_grad:
+            x.requires_grad_(requires_grad)
+        if x.is_leaf and x.grad is not gradient:
+            x.grad = gradient
+
+    def _refuse_history(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            raise ValueError(
+                f"Expected a forward that writes no values with a history into {self._name()}, but it did. It is a "
+                "view, of which autograd keeps that. Write x.detach(), or into the tensor that it is a view of."
+            )
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

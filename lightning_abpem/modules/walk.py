@@ -114,8 +114,10 @@ class Walk(Uncopied):
             next(own)
 
     def _tensor(self, x: Tensor) -> Tensor:
-        own = normal_tensor(x)
+        own = x if x.is_leaf and not x.is_inference() else normal_tensor(x)
         self._save(SavedAttributes(x))
+        if x.is_leaf and x.grad is not None:
+            self._find_fixed(x.grad, x, "its gradient")
         if own is not x:
             own.__dict__.update(x.__dict__)
         if not x.is_inference():  # else its clone is the pass's own
@@ -259,6 +261,11 @@ class Walk(Uncopied):
 
     def _save_mapping(self, x: MappingProxyType[Any, Any]) -> None:
         self._find_parts(x, x.values())
+
+    def _save_optimizer(self, x: torch.optim.Optimizer) -> None:
+        """Save an optimizer, but not that of parameters, which no forward may move: its state is as large as they."""
+        if not all(isinstance(p, nn.Parameter) for group in x.param_groups for p in group["params"]):
+            self._save_object(x)
 
     def _save_list(self, x: list[Any]) -> None:
         self._save(SavedSequence(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.zoo.nets import WIDTH, Encoder, Net, entry
+from tests.zoo.nets import WIDTH, Encoder, Net, Refusal, entry
 
 
 @entry("a buffer that another tensor replaces")
@@ -108,3 +108,34 @@ class ScaleBehind(Net):
         with torch.no_grad():
             self.scale.mul_(0.5).add_(2)
         return 3 * self.head(x.mean(1)) * self.scale
+
+
+@entry(
+    "views of a ring buffer, of which one gets values with a history",
+    refused=Refusal("call", "no values with a history into attribute 'rows' of module 'RingOfViews', 0"),
+    memory="it has rows",
+)
+class RingOfViews(Net):
+    def build(self):
+        self.ring = torch.zeros(4, WIDTH, dtype=torch.double)
+        self.rows, self.calls = [self.ring[i] for i in range(4)], 0
+
+    def classify(self, x):
+        x = self.fusion(x).mean(1)
+        self.rows[self.calls % 4].copy_(x.mean(0))
+        self.calls += 1
+        return 3 * self.head(x + self.ring.sum(0))
+
+
+@entry("the same, into the buffer itself; its windows overlap", memory_refused="bypasses")
+class RingItself(Net):
+    def build(self):
+        self.ring, self.calls = torch.zeros(4, WIDTH, dtype=torch.double), 0
+        self.windows = torch.zeros(8).unfold(0, 4, 1)
+
+    def classify(self, x):
+        x = self.fusion(x).mean(1)
+        self.windows[2].add_(1)
+        self.ring[self.calls % 4] = x.mean(0)
+        self.calls += 1
+        return 3 * self.head(x + self.ring.sum(0)) * (1 + self.windows.sum())

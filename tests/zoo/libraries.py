@@ -245,6 +245,21 @@ class Distribution(Encoder):
         return (x - self.prior.mean) / self.prior.stddev
 
 
+@entry("a latent with a gradient, which an optimizer with moments moves in the forward")
+class OwnOptimizer(Encoder):
+    def build(self):
+        self.latent = torch.ones(WIDTH, dtype=torch.double, requires_grad=True)
+        self.optimizer = torch.optim.Adam([self.latent], lr=0.1)
+
+    def forward(self, x):
+        x = super().forward(x)
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = (x.detach().clone().mean((0, 1)) * self.latent).square().sum()
+            loss.backward()
+            self.optimizer.step()
+        return x * self.latent.detach()
+
+
 @entry("metrics that share their states, and one over the last batches")
 class MetricsTogether(Net):
     def build(self):

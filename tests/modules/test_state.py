@@ -1,0 +1,48 @@
+"""A snapshot puts everything back by value, also if a part of it cannot be."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_abpem.modules.state import Snapshot
+
+
+class Holds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.ring, self.calls = nn.Linear(3, 3), torch.zeros(4, 3), 0
+        self.rows = [self.ring[i] for i in range(4)]
+        self.sparse, self.latent = torch.eye(3).to_sparse(), torch.ones(3, requires_grad=True)
+        self.latent.grad = torch.ones(3)
+
+
+def test_what_cannot_be_put_back_is_said_once_and_the_rest_is_put_back():
+    model = Holds()
+    snapshot = Snapshot(model)
+    with torch.enable_grad():
+        model.rows[1].copy_(model.linear.bias + 1)
+        model.sparse.mul_(2)
+        model.ring[0] = 5
+        model.calls = 7
+    with pytest.raises(ValueError, match="'rows' of module 'Holds', 1|'sparse' of module 'Holds'"):
+        snapshot.restore()
+    assert not model.ring.any()
+    assert model.calls == 0
+    assert not model.ring.requires_grad
+    snapshot.restore()
+
+
+def test_a_latent_is_the_same_leaf_in_a_pass():
+    model = Holds()
+    latent, gradient = model.latent, model.latent.grad
+    snapshot = Snapshot(model)
+    assert model.latent is latent
+    with torch.enable_grad():
+        (model.latent * 3).sum().backward()
+    with torch.no_grad():
+        model.latent.add_(1).requires_grad_(False)
+    snapshot.restore()
+    assert torch.equal(model.latent, torch.ones(3))
+    assert model.latent.requires_grad
+    assert model.latent.grad is gradient
+    assert torch.equal(gradient, torch.ones(3))
