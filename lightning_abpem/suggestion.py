@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -50,7 +51,7 @@ def suggest(
         return Suggestion([], [*notes, str(error)])
     notes += more
     target = _target(outputs, (joint or cross)[0].name)
-    more_options = {"target": f'"{target}"'} if target else {}
+    more_options = {"target": _quoted(target)} if target else {}
     try:
         more_options |= _head_options(outputs[target])
     except ValueError as error:
@@ -189,7 +190,12 @@ def _starred(name: str) -> str:
 
 
 def _shown(patterns: Sequence[str]) -> str:
-    return f'"{patterns[0]}"' if len(patterns) == 1 else "[" + ", ".join(f'"{p}"' for p in patterns) + "]"
+    return _quoted(patterns[0]) if len(patterns) == 1 else f"[{', '.join(map(_quoted, patterns))}]"
+
+
+def _quoted(name: str) -> str:
+    """A name as a string of Python: the line is run, and a name may have quotes."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _line(options: _Options) -> str:
@@ -203,10 +209,10 @@ def _line(options: _Options) -> str:
         if isinstance(value, str) or len(part) < 72:
             lines.append(f"    {part},")
         else:
-            pairs = [f'        "{key}": {x},' for key, x in value.items()]
+            pairs = [f"        {_quoted(key)}: {x}," for key, x in value.items()]
             lines += [f"    {part.partition('{')[0]}{{", *pairs, "    },"]
     return "\n".join(["ABPEM(", *lines, ")"])
 
 
 def _mapping(items: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f'"{key}": {value}' for key, value in items.items()) + "}"
+    return "{" + ", ".join(f"{_quoted(key)}: {value}" for key, value in items.items()) + "}"

@@ -34,6 +34,28 @@ def test_a_joint_sequence():
     assert "\x1b" not in str(found)
 
 
+class Named(nn.Module):
+    """The toy with its fusion under a name of any characters."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.audio, self.video, self.head = nn.Linear(3, WIDTH), nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.fusion = nn.ModuleDict({name: FusedAttention()})
+
+    def forward(self, audio, video):
+        x = torch.cat((self.audio(audio), self.video(video)), 1)
+        (fusion,) = self.fusion.values()
+        return self.head((x + fusion(x)).mean(1))
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\", "é", '" + str(print("run")) + "', '", lr=1)', "{x}"])
+def test_a_name_is_a_string_of_the_line(name, capsys):
+    """And no part of the code, which is run to be tried."""
+    found = inspect(Named(name), *BATCH)
+    assert eval(found.line, {"ABPEM": ABPEM}).settings.fusion == f"fusion.{name}"
+    assert "run" not in capsys.readouterr().out
+
+
 def test_the_model_stays_as_it_was():
     model = make_toy().train()
     model.head.eval()
