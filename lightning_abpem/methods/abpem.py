@@ -132,11 +132,13 @@ class ABPEM(TestTimeAdaptation):
         memory_at: the module whose input tokens are remembered. Default: the layer around the fusion attention,
             or what calls them, around several.
         options: those that all methods share: `steps`, `optimizer`, `target`, `logits`, `reset`, `restore`, `stages`,
-            `replay`, `predicts`, `sync`, `projections`; `TestTimeAdaptation` documents them.
+            `replay`, `predicts`, `sync`, `projections`, `learning_rate`, `clip_gradients`, `anchor`, `max_drift`,
+            `monitor`, `guard`; `TestTimeAdaptation` documents them.
 
     Attributes:
         updates: steps taken in the last run.
         skipped: steps not taken in the last run, because the loss, a gradient or the step was not finite.
+        events: what the guard did in the last run.
         averages: per dataloader, the last run's figures averaged over samples.
 
     Raises:
