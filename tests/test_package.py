@@ -74,6 +74,17 @@ def test_import_rules(name):
     assert {i.split(".")[0] for i in found - own} - set(STDLIB) <= set(dict(LAYERS)[layer(name)].split())
 
 
+def test_files_of_torch_are_loaded_without_code():
+    """Every call of `torch.load` and `load_from_checkpoint` in the package has weights_only=True."""
+    found = []
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("torch.load", ".load_from_checkpoint")):
+                found.append({k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only"))
+    assert len(found) >= 4
+    assert set(found) == {"True"}
+
+
 def test_nothing_imports_in_circles():
     found = {
         name: {i.removeprefix("lightning_abpem.") for i in imports(path) if i.startswith("lightning_abpem.")}

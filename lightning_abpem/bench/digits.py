@@ -70,7 +70,13 @@ class DigitsAVC(Benchmark):
 
     def source(self, name: str) -> LightningModule:
         path = train_digits_model(**_SIZES[name])
-        return DigitsModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+        try:
+            return DigitsModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+        except Exception as error:  # torch reads words that are no pickle as far as they go
+            raise ValueError(
+                f"Expected {path} to be the model that this package trained, but it is damaged or another's "
+                f"({type(error).__name__}). Delete it, and it is trained anew."
+            ) from error
 
     def sample(self, index: int, corruptions: Sequence[Corruption]) -> tuple[Tensor, Tensor]:
         return self._pairs.sample(index, corruptions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -68,8 +69,21 @@ def _instantiate(options: argparse.Namespace, rest: list[str]) -> tuple[Lightnin
     made = parser.instantiate(config)
     if options.batch is None:
         return made.model, made.data
-    batch = torch.load(options.batch, map_location="cpu", weights_only=True)
-    return made.model, DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    return made.model, DataLoader([_load_batch(options.batch)], batch_size=None)  # type: ignore[arg-type]
+
+
+def _load_batch(path: str) -> Any:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected {path} to be a file of one batch, but there is none.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on archives of TorchScript, which it refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reads words that are no pickle as far as they go
+        raise ValueError(
+            f"Expected {path} to be one batch saved by torch.save, of tensors, numbers, strings, lists, tuples and "
+            f"dicts, for nothing else is loaded, but it is damaged or holds more ({type(error).__name__})."
+        ) from error
 
 
 def _add(parser: Any, name: str, path: str | None, base: type) -> None:

@@ -143,6 +143,7 @@ def test_no_checkpoint(arguments, tmp_path):
     ("content", "words"),
     [
         (b"", "EOFError"),
+        (b"text", "pop from empty list"),
         (b"<!DOCTYPE html>", "it is no file of torch.save's, or holds more than tensors"),
         ([1, 2], "it holds a list"),
         ({"a": 1}, "it holds a dict of other things than tensors"),

@@ -1,6 +1,7 @@
 """Configs from strangers: nothing that they name is imported or run, and each refusal is one short line."""
 
 import functools
+import pickle
 import re
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 import yaml
 
 from lightning_abpem.bench.command import run_benchmark
@@ -210,6 +212,31 @@ def test_plain_values_need_no_trust(folder, capsys):
 def test_a_trusted_config_that_is_too_deep(folder, capsys):
     (folder / "c.yaml").write_text("model: " + "[" * 2_000)
     assert "less depth" in refused(capsys, "inspect", "--config", "c.yaml", "--trust-config")
+
+
+class Evil:
+    """A pickle of it runs the module's function."""
+
+    def __reduce__(self):
+        return exec, (EVIL + "run()",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle", "old", "text", "empty", "cut", "archive"])
+def test_a_batch_from_a_stranger_runs_nothing(folder, capsys, kind):
+    path = folder / "batch.pt"
+    if kind in ("zip", "old"):
+        torch.save((torch.zeros(2), Evil()), path, _use_new_zipfile_serialization=kind == "zip")
+    elif kind == "archive":
+        torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+    elif kind == "cut":
+        torch.save((torch.zeros(2000),), path)
+        path.write_bytes(path.read_bytes()[:-2000])
+    else:
+        path.write_bytes({"pickle": pickle.dumps(Evil()), "text": b"text", "empty": b""}[kind])
+    (folder / "trusting.py").write_text(textwrap.dedent(MODEL))
+    error = refused(capsys, "inspect", "trusting.Loose", "--batch", "batch.pt")
+    assert "Expected batch.pt to be one batch saved by torch.save" in error
+    sys.modules.pop("trusting", None)
 
 
 class Colour(Enum):
