@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.output import note_on, published_beside, read_lines, write_results
+from lightning_abpem.bench.protocols import POOLED, Kinds, chosen_kinds
 from lightning_abpem.bench.results import Averaging, compare
 from lightning_abpem.bench.runner import faults_of, finished, list_cells, load_cells, run_cells
-from lightning_abpem.bench.settings import check_comparable, check_settings, settings_of
+from lightning_abpem.bench.settings import check_comparable, check_settings, pooled_kinds, settings_of
 from lightning_abpem.bench.tables import comparison_markdown, terminal
 from lightning_abpem.bench.variants import METHODS, Variant, find_variants
 from lightning_abpem.display import literal, visible
@@ -38,6 +39,7 @@ def run_benchmark(
     out: Path,
     methods: Words | None = None,
     protocol: Words = "iid",
+    kinds: Words | None = None,
     severity: Numbers = 5,
     seeds: Numbers = 5,
     sources: Words | None = None,
@@ -57,6 +59,7 @@ def run_benchmark(
         methods: labels of methods or of `variants`, in the order of the tables; several with commas. By default every
             method, and the variants.
         protocol: one or several of clean, iid, continual, mixed, gradual, both, missing, skewed-0.1, skewed-1.
+        kinds: of corruption, one or several; all by default. MODALITY:KIND is one of a modality alone.
         severity: one or several of 1 to 5.
         seeds: how many of 111, 222, 333, 444, 555; or, with commas or as a list, the seeds themselves.
         sources: names of source models; all by default.
@@ -78,8 +81,11 @@ def run_benchmark(
     bound = inspect.signature(benchmark).bind_partial(**arguments)
     bound.apply_defaults()
     arguments = bound.arguments
-    make = partial(benchmark, **arguments)
-    data = make()
+    data = benchmark(**arguments)
+    every = data.kinds
+    some = None if kinds is None else chosen_kinds(every, _words("kinds", kinds))
+    make = partial(_make, benchmark, arguments, some)
+    data.kinds = every if some is None else some
     asked: dict[str, Any] = {
         "protocols": _words("protocol", protocol),
         "severities": _numbers("severity", severity),
@@ -92,15 +98,17 @@ def run_benchmark(
     _try_out(data, chosen, device)
     data.load(faults_of(data, cells))
     data.prepare(asked["sources"])
-    folder = out / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
-    check_settings(out, settings_of(data, arguments, asked["sources"], chosen))
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    pooled = pooled_kinds(data.kinds, every, {cell.protocol for cell in cells if cell.condition == POOLED})
+    check_settings(out, {**settings_of(data, arguments, asked["sources"], chosen), **pooled})
     processes = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
     with _progress(console) as progress:
-        bar = progress.add_task(visible(data.name), total=len(cells), completed=len(finished(folder, cells)))
-        run_cells(make, cells, chosen, folder, processes, device, lambda: progress.advance(bar))
-    run = {"benchmark": data.name, "arguments": arguments, **asked, "averaging": averaging, "device": device}
-    for summary in write_results(out, load_cells(folder, cells), data, averaging, run):
+        done = len(finished(out / "cells", cells))
+        bar = progress.add_task(visible(data.name), total=len(cells), completed=done)
+        run_cells(make, cells, chosen, out / "cells", processes, device, lambda: progress.advance(bar))
+    run = {"benchmark": data.name, "arguments": arguments, "kinds": data.kinds, **asked}
+    run |= {"averaging": averaging, "device": device}
+    for summary in write_results(out, load_cells(out / "cells", cells), data, averaging, run):
         console.print(terminal(summary, published_beside(summary, data)))
     console.print(literal(note_on(data, averaging)))
     console.print(literal(f"Cells: {out / 'results.csv'}. Tables: {out / 'tables.md'}, {out / 'tables.tex'}."))
@@ -161,6 +169,14 @@ def _variant(label: str, spec: Mapping[str, Any]) -> Variant:
         return Variant(method, options)
     except ValueError as error:
         raise ValueError(f"`variants.{label}`: {error}") from error
+
+
+def _make(benchmark: type[Benchmark], arguments: Mapping[str, Any], kinds: Kinds | None) -> Benchmark:
+    """The benchmark with those kinds of corruption alone, in any process."""
+    data = benchmark(**arguments)
+    if kinds is not None:
+        data.kinds = kinds
+    return data
 
 
 def _try_out(data: Benchmark, variants: Mapping[str, Variant], device: str) -> None:

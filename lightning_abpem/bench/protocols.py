@@ -16,10 +16,23 @@ from numpy.typing import NDArray
 
 from lightning_abpem.data.corruptions import Corruption, Sensor
 
-__all__ = ["PROTOCOLS", "Condition", "Item", "Kinds", "Protocol", "dirichlet_order", "find_protocol"]
+__all__ = [
+    "POOLED",
+    "PROTOCOLS",
+    "Condition",
+    "Item",
+    "Kinds",
+    "Protocol",
+    "chosen_kinds",
+    "dirichlet_order",
+    "find_protocol",
+]
 
 Kinds = Mapping[Sensor, Sequence[str]]
 Labels = NDArray[np.int64]
+POOLED = "all"
+"""The condition of streams that draw from all kinds: other kinds make another stream."""
+
 _GRADUAL = (1, 2, 3, 4, 5, 4, 3, 2, 1)
 
 
@@ -85,6 +98,27 @@ def find_protocol(name: str) -> Protocol:
     return Protocol(_single, partial(_skewed, delta=concentration))
 
 
+def chosen_kinds(kinds: Kinds, names: Sequence[str]) -> Kinds:
+    """Those of the kinds that have the names, in their own order; modalities without one are left out.
+
+    Args:
+        kinds: of a benchmark.
+        names: KIND for each modality that has it, or MODALITY:KIND.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    known = {name for sensor, own in kinds.items() for kind in own for name in (kind, f"{sensor}:{kind}")}
+    if unknown := [name for name in names if name not in known]:
+        listed = "; of ".join(f"{sensor}: {', '.join(own)}" for sensor, own in kinds.items())
+        raise ValueError(f"Expected `kinds` to be among those of {listed}; but got {', '.join(unknown)}.")
+    chosen = {
+        sensor: tuple(kind for kind in own if kind in names or f"{sensor}:{kind}" in names)
+        for sensor, own in kinds.items()
+    }
+    return {sensor: own for sensor, own in chosen.items() if own}
+
+
 def dirichlet_order(labels: Labels, delta: float, rng: np.random.Generator) -> NDArray[np.int64]:
     """An order of the samples in which classes come in clumps, the denser the smaller `delta`.
 
@@ -125,7 +159,7 @@ def _single(kinds: Kinds, severity: int) -> list[Condition]:
 
 
 def _all_in_one(kinds: Kinds, severity: int) -> list[Condition]:
-    return [Condition("all", tuple(_corruptions(kinds, severity)))]
+    return [Condition(POOLED, tuple(_corruptions(kinds, severity)))]
 
 
 def _pairs(kinds: Kinds, severity: int) -> list[Condition]:

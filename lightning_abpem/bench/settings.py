@@ -15,11 +15,12 @@ from torch import nn
 
 import lightning_abpem
 from lightning_abpem.bench.benchmark import Benchmark
+from lightning_abpem.bench.protocols import POOLED, Kinds
 from lightning_abpem.bench.variants import Variant
 from lightning_abpem.callback import TestTimeAdaptation
 from lightning_abpem.data.published_layout import read_json, write_json
 
-__all__ = ["check_comparable", "check_settings", "hyper_parameters", "plain", "settings_of"]
+__all__ = ["check_comparable", "check_settings", "hyper_parameters", "plain", "pooled_kinds", "settings_of"]
 
 Json = dict[str, Any]
 
@@ -46,6 +47,21 @@ def settings_of(
         **{f"sources.{name}": _checksum(benchmark.source(name)) for name in sources},
         **{f"methods.{label}": _on(benchmark, variant) for label, variant in variants.items()},
     }
+
+
+def pooled_kinds(kinds: Kinds, every: Kinds, protocols: Collection[str]) -> Json:
+    """The kinds of corruption that a run is on, for the protocols whose streams draw from them all.
+
+    Args:
+        kinds: those of the run.
+        every: those of the benchmark.
+        protocols: names of such protocols.
+    """
+    chosen = _EVERY if plain(kinds) == plain(every) else plain(kinds)
+    return {f"kinds.{name}": chosen for name in protocols}
+
+
+_EVERY = "all"  # which also holds for folders of runs that could not choose
 
 
 def check_settings(folder: Path, settings: Json) -> None:
@@ -130,10 +146,12 @@ def _of_cells(folder: Path) -> Json:
     cells = [words for words in names if len(words) == 7]  # the parts of a cell's key
     if not cells or not path.exists():
         return {}
-    used = {"sources": {words[4] for words in cells}, "methods": {words[-1] for words in cells}}
+    pooled = {words[0] for words in cells if words[2] == POOLED}
+    used = {"kinds": pooled, "sources": {words[4] for words in cells}, "methods": {words[-1] for words in cells}}
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"Expected {path} to hold an object, but got {reprlib.repr(settings)}.")
+    settings = {**dict.fromkeys((f"kinds.{name}" for name in pooled), _EVERY), **settings}
     return {name: value for name, value in settings.items() if _is_of(name, used)}
 
 

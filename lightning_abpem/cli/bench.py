@@ -25,9 +25,11 @@ _KNOWN = {
     "vggsound-c": "lightning_abpem.bench.kinetics.VGGSoundC",
 }
 _NO_OPTIONS = {"benchmark", "arguments", "console"}  # of `run_benchmark`, for programs
+_SEVERAL = {f"--{name}" for name in ("methods", "protocol", "kinds", "severity", "seeds", "sources", "batch_size")}
 _EPILOG = """examples:
   abpem bench digits-avc --methods source,tent,read,abpem --protocol iid --severity 5 --seeds 5 --out runs/iid
   abpem bench digits-avc --config run.yaml --out runs/sweep
+  abpem bench digits-avc --kinds fog audio:gaussian_noise --out runs/some
   abpem bench kinetics50-c --data-root DATA --checkpoint cav_mae_ks50.pth --out runs/ks50
   abpem bench my_package.MyBenchmark --out runs/mine
   abpem bench --compare runs/iid:read runs/iid:abpem
@@ -89,7 +91,7 @@ def _parser(benchmark: type[Benchmark], known: set[str]) -> jsonargparse.Argumen
 
 def _parse(benchmark: type[Benchmark], words: list[str]) -> dict[str, Any]:
     """The options of files and of the command line. What a file has is never parsed as what could be run."""
-    words, files = _taken(words, "--config")
+    words, files = _taken(_joined(words), "--config")
     words, variants = _taken(words, "--variants")
     from_files: dict[str, Any] = {}
     for path in files:
@@ -118,6 +120,20 @@ def _read_options(path: Path, benchmark: type[Benchmark]) -> dict[str, Any]:
         name: value if name == "variants" else fit(value, types[name], f"`{name}` of {path}")
         for name, value in options.items()
     }
+
+
+def _joined(words: list[str]) -> list[str]:
+    """`--kinds fog wind` as `--kinds fog,wind`, and so for all options of which there may be several."""
+    joined: list[str] = []
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option = word
+        elif option in _SEVERAL and not joined[-1].startswith("--"):
+            joined[-1] += f",{word}"
+            continue
+        joined.append(word)
+    return joined
 
 
 def _taken(words: list[str], option: str) -> tuple[list[str], list[str]]:

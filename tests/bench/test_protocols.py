@@ -1,11 +1,12 @@
 """Protocols: what each stream is made of, and that it follows its random numbers alone."""
 
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from lightning_abpem.bench.protocols import PROTOCOLS, dirichlet_order, find_protocol
+from lightning_abpem.bench.protocols import PROTOCOLS, chosen_kinds, dirichlet_order, find_protocol
 from lightning_abpem.data.corruptions import Corruption
 
 KINDS = {"image": ("fog", "contrast", "snow"), "audio": ("wind", "rain")}
@@ -110,3 +111,34 @@ def test_any_concentration_has_a_name():
 def test_unknown_protocols(name):
     with pytest.raises(ValueError, match=rf"Expected `protocol` to be one of clean, iid, .*but got '{name}'"):
         find_protocol(name)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["fog"], {"image": ("fog",)}),
+        (["rain", "snow", "fog"], {"image": ("fog", "snow"), "audio": ("rain",)}),
+        (["noise"], {"image": ("noise",), "audio": ("noise",)}),
+        (["audio:noise", "fog"], {"image": ("fog",), "audio": ("noise",)}),
+    ],
+)
+def test_kinds_are_chosen_by_name(names, expected):
+    assert chosen_kinds({"image": ("fog", "snow", "noise"), "audio": ("noise", "rain")}, names) == expected
+
+
+@pytest.mark.parametrize("name", ["haze", "Fog", "audio:fog", "", "fog "])
+def test_unknown_kinds_are_named_with_those_that_are_there(name):
+    words = f"Expected `kinds` to be among those of image: fog, contrast, snow; of audio: wind, rain; but got {name}."
+    with pytest.raises(ValueError, match=re.escape(words)):
+        chosen_kinds(KINDS, ["fog", name])
+
+
+@pytest.mark.parametrize("name", ["iid", "gradual", "skewed-1", "both", "clean"])
+def test_streams_of_chosen_kinds_are_those_of_all(name):
+    """Condition by condition, so that a run may go on with other kinds."""
+    protocol, every = find_protocol(name), streams(name)
+    some = chosen_kinds(KINDS, ["fog", "snow", "contrast", "wind"])
+    conditions = [c for c in protocol.conditions(some, 5) if c.name in every]
+    assert conditions
+    for condition in conditions:
+        assert protocol.stream(condition, LABELS, np.random.default_rng(0)) == every[condition.name]
