@@ -18,7 +18,7 @@ from lightning_abpem.engine.limits import Limits, way
 from lightning_abpem.engine.settings import OptimizerFactory, Settings
 from lightning_abpem.engine.shards import assign, full_tensor, is_sharded
 from lightning_abpem.modules.names import plain_name
-from lightning_abpem.modules.tensors import reading_waits
+from lightning_abpem.modules.tensors import reading_waits, same_bits
 
 __all__ = ["AdaptedWeights", "all_finite", "describe_run"]
 
@@ -72,8 +72,10 @@ class AdaptedWeights:
         self._start()
 
     def restore(self) -> None:
-        """Put the source values back, bit by bit."""
-        self._set(self._source)
+        """Put the source values back, bit by bit. Where nothing moved nothing is written, for graphs that are kept."""
+        pairs = zip(self._params, self._source, strict=True)
+        if not all(not is_sharded(p) and same_bits(p.detach(), value) for p, value in pairs):
+            self._set(self._source)
 
     def reset(self) -> None:
         """Put the source values back, with a fresh optimizer."""

@@ -86,6 +86,31 @@ def test_autograd_knows_of_a_step(fused):
         output.backward()
 
 
+def test_the_way_back_writes_nothing_where_nothing_moved():
+    """A graph that the user keeps, of a run with steps=0, is as good as before."""
+    params = ones()
+    weights = AdaptedWeights(named(params), SGD)
+    loss = (params[0] * params[0]).sum()
+    weights.restore()
+    loss.backward(retain_graph=True)
+    weights.step([torch.ones(3), torch.ones(2)], LOSS)
+    weights.restore()
+    assert all(map(torch.equal, params, ones()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_step_hides_the_gradients_of_the_user():
+    params = ones()
+    params[0].grad = own = torch.full((3,), 5.0)
+    weights = AdaptedWeights(named(params), SGD)
+    weights.step([torch.ones(3), torch.ones(2)], LOSS)
+    assert params[0].grad is own
+    assert params[1].grad is None
+    assert torch.equal(own, torch.full((3,), 5.0))
+    assert torch.equal(params[0], 1 - 1e-4 * torch.ones(3))
+
+
 def test_steps_are_counted_once_they_are_settled():
     params = ones()
     weights = AdaptedWeights(named(params), partial(torch.optim.SGD, lr=0.1, momentum=0.9))
