@@ -43,6 +43,8 @@ class SavedModules:
         self._copies: list[dict[str, Any]] = []
         self._tables: list[dict[Any, Any]] = []  # of each module all of `_names`
         self._table_copies: list[dict[Any, Any]] = []
+        self._transient: list[set[str]] = []  # of each module the names of buffers that are not saved with it
+        self._transient_copies: list[set[str]] = []
         self._given: dict[int, dict[str, Any]] = {}  # by the module's place: its attributes with stand-ins
         self._before: tuple[list[Any], list[Any], list[int]] | None = None
 
@@ -55,6 +57,8 @@ class SavedModules:
         self._copies += map(dict.copy, attributes)
         self._tables += tables
         self._table_copies += [x.copy() if x else _EMPTY for x in tables]
+        self._transient += [own["_non_persistent_buffers_set"] for own in attributes]
+        self._transient_copies += map(set.copy, self._transient[len(self._transient_copies) :])
         self.owners += modules  # last: an interrupt leaves none without its copies
 
     def replace(self, place: int, stand_ins: dict[str, Any]) -> None:
@@ -78,6 +82,7 @@ class SavedModules:
             sizes != self._before[2]
             or keys != self._before[0]  # texts and numbers
             or any(map(is_not, values, self._before[1]))
+            or self._transient != self._transient_copies
             or any(map(is_not, map(type, self.owners), self._kinds))
             or any(map(is_not, map(_attributes_of, self.owners), self._attributes))
         )
@@ -90,6 +95,10 @@ class SavedModules:
             changed = True
         if changed or given is not before:
             write_dict(own, before)
+        if self._transient[place] != self._transient_copies[place]:
+            self._transient[place].clear()
+            self._transient[place].update(self._transient_copies[place])
+            changed = True
         part = slice(place * len(self._names), (place + 1) * len(self._names))
         for table, items in zip(self._tables[part], self._table_copies[part], strict=True):
             if differ(table, items):

@@ -66,7 +66,7 @@ class SavedTensor:
         if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
             with torch._C.DisableTorchFunctionSubclass():
                 plain = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-                if plain.layout == torch.strided and not plain.is_meta and not plain.is_quantized:
+                if plain.layout == torch.strided and not (plain.is_meta or plain.is_quantized or plain.is_nested):
                     self._alias = plain.data  # the same memory; the shape, the version and the history are its own
                     self._layout = _layout(tensor)
                     self._part = _without_repeats(self._alias)
@@ -95,7 +95,8 @@ class SavedTensor:
             if x._version != version:
                 raise ValueError(
                     f"Expected a forward that leaves {self._name()} alone, but it edits it in place. It is a "
-                    f"{type(x).__name__} with layout {x.layout}, which cannot be put back. Edit a clone of it."
+                    f"{'nested ' * x.is_nested}{type(x).__name__} with layout {x.layout}, which cannot be put back. "
+                    "Edit a clone of it."
                 )
             return False
         has_history = x.grad_fn is not None and x._is_view()

@@ -46,3 +46,14 @@ def test_a_latent_is_the_same_leaf_in_a_pass():
     assert model.latent.requires_grad
     assert model.latent.grad is gradient
     assert torch.equal(gradient, torch.ones(3))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_kept_unless_it_is_edited(layout):
+    clips = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout)
+    snapshot = Snapshot(nn.Linear(3, 3), [clips])
+    assert snapshot.args[0] is clips
+    snapshot.restore()
+    clips.mul_(2)
+    with pytest.raises(ValueError, match="argument 0 alone.*(nested Tensor|NestedTensor) with layout"):
+        snapshot.restore()
