@@ -27,6 +27,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import gathers_weights, has_shards
 from lightning_abpem.modules.compiled import compiled_around, eagerly
 from lightning_abpem.modules.patches import Changes, encoders_around, watch_outputs, without_nested_tensors
+from lightning_abpem.modules.stand_ins import log_nothing
 from lightning_abpem.modules.state import Snapshot
 
 __all__ = ["Forward", "Pass"]
@@ -207,8 +208,8 @@ class Forward:
             snapshot.sum_parameters()
             self._sums_parameters = False
         for module in self._logging:  # in a pass nothing is logged
-            self._changes.set(module, "log", _log_nothing)
-            self._changes.set(module, "log_dict", _log_nothing)
+            self._changes.set(module, "log", log_nothing)
+            self._changes.set(module, "log_dict", log_nothing)
         without_nested_tensors(self._changes, self._encoders)
         eagerly(self._changes, self._compiled)
         return snapshot
@@ -295,10 +296,6 @@ def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None
                 "requires_grad of the projections to False. Bootstrapping could not act. Use an attention without "
                 "these, or set attention_weight=0."
             )
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a LightningModule's `log`."""
 
 
 def _in_full_precision(device: torch.device) -> AbstractContextManager[Any]:

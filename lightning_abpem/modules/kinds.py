@@ -38,7 +38,7 @@ _STANDARD_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
 _EXACT: dict[type, str] = {
     StandIn: "_save_stand_in",
     FunctionType: "_save_function",
-    MethodType: "_save_method",
+    MethodType: "_method",
     BuiltinMethodType: "_save_method",
     MethodWrapperType: "_save_method",
     property: "_save_descriptor",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import WRAPPER_ASSIGNMENTS, partial, update_wrapper
 from typing import Any, NoReturn
 
-__all__ = ["MISSING", "StandIn", "Uncopied", "hides_attribute", "put_back"]
+__all__ = ["MISSING", "StandIn", "Uncopied", "hides_attribute", "log_nothing", "put_back"]
 
 MISSING: Any = object()
 
@@ -106,3 +106,7 @@ def put_back(place: dict[str, Any], name: str, ours: Any, before: Any) -> None:
 def hides_attribute(owner: Any, attribute: str) -> bool:
     """Return True if an attribute cannot be stood in for: a property of the class hides that of the instance."""
     return hasattr(getattr(type(owner), attribute, None), "__set__")
+
+
+def log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a LightningModule's `log` and `log_dict`."""

@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from mmap import mmap
 from operator import is_not
-from types import CellType, FunctionType, MappingProxyType
+from types import CellType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ from lightning_abpem.modules.contents import (
 from lightning_abpem.modules.iterators import Refusing, copied
 from lightning_abpem.modules.kinds import PLAIN, is_stateless, saver_of
 from lightning_abpem.modules.saved_modules import SavedModules
-from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied
+from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied, log_nothing
 from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
 
 __all__ = ["Walk"]
@@ -140,6 +140,12 @@ class Walk(Uncopied):
         if kind.__dictoffset__:
             made.__dict__.update(x.__dict__)
         return made
+
+    def _method(self, x: MethodType) -> Any:
+        """Find what a method is of. One that logs, which somebody keeps, logs nothing in a pass."""
+        self._todo.append((Walk._save_method, x))
+        logs = x.__name__ in ("log", "log_dict") and hasattr(type(x.__self__), "log_dict")
+        return log_nothing if logs else x
 
     def _iterator(self, x: Any) -> Any:
         own = copied(x)

@@ -181,6 +181,31 @@ def test_the_printed_table_has_a_column_for_each_dataloader(capsys):
     assert [float(word) for word in line.replace("│", " ").split()[1:]] == pytest.approx(values)
 
 
+class Reports(Toy):
+    """Gives its `log` to an encoder, which counts its calls with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.audio.report, report_all = self.log, self.log_dict
+        options = {"on_step": False, "on_epoch": True, "reduce_fx": "sum"}
+
+        def hook(module, args, output):
+            module.report("calls", 1.0, **options)
+            report_all({"samples": float(len(output))}, **options)
+
+        self.audio.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 2}, {"replay": False}])
+def test_a_log_that_somebody_keeps_logs_once_for_each_batch(options):
+    [plain] = trainer().test(Reports().eval(), loader(5), verbose=False)
+    [results] = trainer(abpem(**options)).test(Reports().eval(), loader(5), verbose=False)
+    assert {name: results[name] for name in plain if name in ("calls", "samples")} == {
+        name: plain[name] for name in ("calls", "samples")
+    }
+    assert plain["calls"] == 5
+
+
 # -------------------------------------------------------------------------------------------------- loggers that fail
 
 
