@@ -40,7 +40,10 @@ def bit_sum(x: Tensor) -> Tensor:
     """Return a number that changes if a bit of `x` does, on its device; 0 for what is not strided."""
     if x.layout != torch.strided or x.is_meta or x.is_quantized or hasattr(x, "full_tensor"):
         return torch.zeros(())
-    return x.detach().view(_BITS[x.element_size()]).sum() if x.element_size() in _BITS else x.detach().sum()
+    x, size = x.detach(), x.element_size()
+    if x.is_contiguous() and x.numel() * size % 8 == 0 and x.storage_offset() * size % 8 == 0:
+        return x.flatten().view(torch.int64).sum()  # torch copies narrower integers into those, to sum them
+    return x.view(_BITS[size]).sum() if size in _BITS else x.sum()
 
 
 class SavedTensor:
