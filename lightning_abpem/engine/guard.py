@@ -22,8 +22,8 @@ __all__ = ["Event", "Guard", "harm"]
 log = logging.getLogger(__name__)
 
 LIMIT, CREDIT = 0.03, 0.1
-"""Harm that is too much, and how much of it evener classes can make up for: shares of ln C. Chosen on development data,
-by `benchmarks/guard.py`; docs/reliability has what they reach on the rest."""
+"""Harm that is too much, and how much of it evener classes can make up for: shares of ln C. Chosen on the
+development split of the digits; docs/reliability has what they reach on the test split."""
 _LEAST, _LEAST_PER_CLASS = 32, 3  # samples, the fewer of both: with less than that the means say little
 _PERIOD, _KEPT = 8, 3  # batches between two copies of good weights, and how many are kept
 _SLOWER = 0.3  # of the learning rate is left after weights were taken back

@@ -205,7 +205,7 @@ class Stepper:
             "state": self._state,
             "measured": self._source,
             "resets_next": self._resets_next,
-            "watch": self.watch.sums,
+            "watch": self.watch.state(),
             "guard": self.guard.state_dict(),
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
             "random": random_state(self._device),
@@ -303,9 +303,9 @@ class Stepper:
             with self.weights.at_source():
                 source = self._forward.predict(args, kwargs)
         figures = self.watch.see(own, source, None if ranks is None else ranks.total)
-        if self._settings.guard != "off":
-            assert self.watch.means is not None
-            self.guard.judge(self.watch.means)
+        means = self.watch.means
+        if self._settings.guard != "off" and means is not None:
+            self.guard.judge(means)
         return computed._replace(record={**computed.record, **figures, "drift": self.weights.drift})
 
     def _take_back(self) -> None:

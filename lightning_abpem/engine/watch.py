@@ -32,16 +32,12 @@ class Means(NamedTuple):
     source_share: Tensor
     samples: Tensor
 
-    @property
-    def information(self) -> Tensor:
-        """What a prediction tells of a sample: entropy of the mean prediction less the mean entropy."""
-        return entropy_of(self.share) - self.entropy
-
 
 class Watch:
     """Compares the adapted model's predictions with the source's, over the last samples of a stream.
 
     A sample counts by exp(-n / (5 C)), with n samples after it and C classes: all together as much as 5 for each class.
+    A batch with a prediction that is not finite does not count.
 
     Attributes:
         sums: over the last samples, which the state of a stream holds: their number, entropies, the source's entropies,
@@ -65,7 +61,8 @@ class Watch:
         Returns:
             `flip_rate`, the share of samples for which the two predict different classes; `source_entropy`, the
             source's mean; of the means over the stream `class_share`, the entropy of the adapted model's mean
-            prediction, and `information`. All scalars, in nats but for the first.
+            prediction, and `information`, that less the mean entropy: what a prediction tells of a sample. All scalars,
+            in nats but for the first.
         """
         batch = torch.zeros(0) if logits is None or source is None else _sums(widen(logits), widen(source))
         if total is not None:
@@ -74,14 +71,16 @@ class Watch:
         samples = sums[0]
         classes = (len(sums) - 3) // 2
         kept = (-samples / (_SAMPLES_PER_CLASS * classes)).exp()
-        self.sums = sums if self.sums is None else kept * self.sums.to(sums) + sums
+        before = torch.zeros_like(sums) if self.sums is None else self.sums.to(sums)
+        self.sums = torch.where(sums.isfinite().all(), kept * before + sums, before)
         means = self.means
         assert means is not None
+        class_share = entropy_of(means.share)
         return {
             "flip_rate": flips / samples,
             "source_entropy": sums[2] / samples,
-            "class_share": entropy_of(means.share),
-            "information": means.information,
+            "class_share": class_share,
+            "information": class_share - means.entropy,
         }
 
     @property
@@ -91,6 +90,10 @@ class Watch:
         samples, own, source, *_ = self.sums.unbind()
         share, source_share = (self.sums[3:] / samples).chunk(2)
         return Means(own / samples, source / samples, share, source_share, samples)
+
+    def state(self) -> Tensor | None:
+        """Return the sums for a stream to go on with; None if no sample counts yet. It waits for the device."""
+        return self.sums if self.sums is not None and self.sums[0] > 0 else None
 
     def forget(self) -> None:
         """Begin anew, as after a change of weights that the means do not know."""

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_abpem import ABPEM
-from lightning_abpem.engine.guard import CREDIT, LIMIT, harm
+from lightning_abpem.engine.guard import CREDIT, LIMIT, Guard, harm
 from lightning_abpem.engine.watch import Means
+from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.methods import Tent
 from tests.ranks import in_two_processes
 from tests.toy import MODALITIES, batches, loader, make_toy
@@ -62,10 +63,9 @@ def test_what_is_harm_and_what_is_none():
     assert told == ["less sure", "much less sure, though evener", "collapsed, and as sure"]
 
 
-def adapt(make, data, model=None, **options):
+def adapt(make, data, **options):
     """Logits, weights after each batch, the adaptation's events and rates, of a toy that is ruined."""
-    model = sure_toy() if model is None else model
-    logits, weights = [], []
+    model, logits, weights = sure_toy(), [], []
     callback = make(**(FAST | options))
     with torch.no_grad(), callback.attach(model) as adaptation:
         for batch in data:
@@ -152,9 +152,6 @@ def test_rollback_goes_on_with_earlier_weights_and_smaller_steps(make):
 
 def test_the_weights_that_come_back_are_copies_of_good_ones():
     """The oldest of three copies, each taken every eighth batch that was good; the source's where there is none."""
-    from lightning_abpem.engine.guard import Guard
-    from lightning_abpem.engine.weights import AdaptedWeights
-
     p = torch.nn.Parameter(torch.zeros(2))
     weights, guard = AdaptedWeights({"p": p}, partial(torch.optim.SGD, lr=1.0)), Guard("rollback")
     good, bad = means(0.5, 0.5, EVEN, EVEN), means(0.9, 0.5, EVEN, EVEN)
@@ -179,6 +176,20 @@ def test_the_weights_that_come_back_are_copies_of_good_ones():
     weights.reset()
     weights.step([-torch.ones(2)], torch.zeros(()))
     assert torch.equal(p, torch.ones(2))
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_broken_batch_does_not_blind_the_guard(broken):
+    """Its step is not taken, its predictions do not count, and the state can be saved and loaded with it."""
+    data = batches(40, 8)
+    data[broken] = tuple(torch.full_like(x, torch.nan) for x in data[broken])
+    _, _, events, _ = adapt(Tent, data, monitor="source", guard="reset")
+    assert events
+    callback = Tent(**FAST, monitor="source", guard="reset")
+    with torch.no_grad(), callback.attach(model := sure_toy()) as adaptation:
+        for batch in data[: broken + 1]:
+            model(*batch)
+        adaptation.load_state_dict(adaptation.state_dict())
 
 
 def test_few_samples_say_nothing():

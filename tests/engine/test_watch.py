@@ -59,6 +59,16 @@ def test_figures_are_those_of_the_twin():
         assert values(figures) == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_a_batch_that_is_not_finite_does_not_count(place):
+    watch, twin = Watch(), Watch()
+    for i, (logits, source) in enumerate(stream(4)):
+        if i == place:
+            watch.see(torch.full_like(logits, torch.nan), source)
+        figures, wanted = watch.see(logits, source), twin.see(logits, source)
+    assert values(figures) == values(wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened(dtype):
     watch, twin = Watch(), Watch()
