@@ -132,6 +132,10 @@ def _start(split: Split) -> None:
     _STREAMS.update(streams(split))
 
 
+def _names() -> list[str]:
+    return list(_STREAMS)
+
+
 @torch.no_grad()
 def _run(source: str, stream: str, rates: Sequence[float], policies: Sequence[str]) -> list[Outcome]:
     path = train_digits_model(**SOURCES[source])
@@ -177,7 +181,6 @@ def main() -> None:
     options = parser.parse_args()
     for source in options.sources:
         train_digits_model(**SOURCES[source])
-    names = list(streams(options.split))
     say = partial(Console().print, soft_wrap=True, highlight=False, markup=False)
     outcomes: list[Outcome] = []
     pool = Workers(options.workers, _start, options.split)
@@ -185,7 +188,7 @@ def main() -> None:
         jobs = [
             pool.submit(_run, source, name, options.rates, options.policies)
             for source in options.sources
-            for name in names
+            for name in pool.submit(_names).result()
         ]
         for job in as_completed(jobs):
             outcomes += job.result()
