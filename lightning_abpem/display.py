@@ -87,7 +87,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 
 
 def plain_text(renderable: Any, width: int = 160) -> str:
-    """What a terminal without colours shows, without spaces at the ends of lines."""
+    """Return what a terminal without colours shows, without spaces at the ends of lines."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     with console.capture() as capture:
         console.print(renderable, soft_wrap=False)

@@ -180,7 +180,7 @@ def _make(benchmark: type[Benchmark], arguments: Mapping[str, Any], kinds: Kinds
 
 
 def _try_out(data: Benchmark, variants: Mapping[str, Variant], device: str) -> None:
-    """Whether every method can be made, and the device is there, before anything is written."""
+    """Make every method once, and a tensor on the device, before anything is written."""
     for variant in variants.values():
         variant.build(data, list(data.sensors), len(data.labels), data.batch_size)
     try:

@@ -155,7 +155,7 @@ class _Published(Benchmark):
         return self._corrupted[corruption]
 
     def _allowed(self) -> AllowOutside:
-        """Where lists that were made beforehand lead to: to the originals, and to the copies beside them."""
+        """Return where lists that were made beforehand lead to: to the originals, and to the copies beside them."""
         if self._options["allow_outside"]:
             return True
         lists = Path(self._corrupted_lists or "")
@@ -205,7 +205,7 @@ class VGGSoundC(_Published):
 
 
 def _made_beforehand(lists: Path) -> dict[str, str]:
-    """Where noise and frost of data corrupted by ``abpem corrupt`` come from, as the records beside its lists say."""
+    """Return where noise and frost of ``abpem corrupt`` come from, as the records beside its lists say."""
     found = [read_json(path) for path in sorted(Path(lists).glob("*/*/severity_*.meta.json"))]
     records = [record for record in found if isinstance(record, dict)]
     said = {name: sorted({str(record[name]) for record in records if record.get(name)}) for name in ("noise", "frost")}

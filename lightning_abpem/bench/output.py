@@ -156,7 +156,7 @@ def _circumstances() -> Json:
 
 
 def _commit() -> str | None:
-    """Of the package's own repository, -dirty with changes after it; None where it was installed from elsewhere."""
+    """Return the commit of the package's own repository, -dirty if it has changes; None if installed from elsewhere."""
     root = Path(lightning_abpem.__file__).parents[1]
     if not (root / ".git").exists():
         return None

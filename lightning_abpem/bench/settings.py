@@ -103,7 +103,7 @@ def hyper_parameters(callback: TestTimeAdaptation) -> Json:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold, by the value's words where it cannot."""
+    """Return what JSON can hold, by the value's words where it cannot."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -161,5 +161,5 @@ def _is_of(name: str, used: Mapping[str, Collection[str]]) -> bool:
 
 
 def _differences(first: Json, second: Json) -> list[tuple[str, Any, Any]]:
-    """What both have and is not the same: its name, and either value."""
+    """Return what both have and is not the same: its name, and either value."""
     return [(name, first[name], second[name]) for name in first if name in second and first[name] != second[name]]

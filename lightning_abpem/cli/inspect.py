@@ -101,7 +101,7 @@ _NO_PATH = "#" * 256  # a comment, longer than any file's name: what is given as
 
 
 def _read_sections(options: argparse.Namespace) -> list[str]:
-    """What the config says of the model and the data, as arguments; a Trainer, loggers, optimizers are left out."""
+    """Return what the config says of the model and the data, as arguments; all else in it is left out."""
     import yaml
 
     from lightning_abpem.cli.untrusted import read_config, read_trusted, refuse_code

@@ -149,7 +149,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is done to every file: all that a worker has to be told."""
+    """The work on every file: all that a worker has to be told."""
 
     corruption: Corruption
     seed: int

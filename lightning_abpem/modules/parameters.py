@@ -1,4 +1,4 @@
-"""What parameters have besides their values, which no forward may edit: flags, gradients, attributes."""
+"""Parameters before a pass, besides their values, which no forward may edit: flags, gradients, attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in for a module's forward while a model adapts."""
+"""Stand-ins for a module's forward while a model adapts."""
 
 from __future__ import annotations
 
