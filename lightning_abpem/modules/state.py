@@ -93,7 +93,7 @@ class Snapshot(Walk):
         failure: ValueError | None = None
         for saved in self._tensors:
             try:
-                if saved.restore(counts):
+                if saved.restore(self._name, counts):
                     changed.add(saved.key)
             except ValueError as error:  # the others first
                 failure = failure or error
@@ -128,7 +128,7 @@ class Snapshot(Walk):
         edited = self._held.edited()
         if edited:
             names = {id(p): repr(name) for name, p in self._target.named_parameters()}
-            name = names.get(id(edited[0])) or self._name(edited[0])
+            name = names.get(id(edited[0])) or self._name(id(edited[0]))
             raise ValueError(
                 f"Expected a forward that leaves its parameters alone, but it edited {name} in place. The adapting "
                 "passes would edit it once more for every batch. Keep such a value in a buffer, and load the parameter "

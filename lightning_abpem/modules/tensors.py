@@ -56,13 +56,12 @@ class SavedTensor:
     Args:
         tensor: what the pass works on.
         key: the id of the tensor that it stands for.
-        name: called for the tensor's name, if that is needed.
     """
 
-    __slots__ = ("_alias", "_before", "_flags", "_is_told", "_layout", "_name", "_part", "_tensor", "_version", "key")
+    __slots__ = ("_alias", "_before", "_flags", "_is_told", "_layout", "_part", "_tensor", "_version", "key")
 
-    def __init__(self, tensor: Tensor, key: int, name: Callable[[], str]) -> None:
-        self._tensor, self.key, self._name, self._version = tensor, key, name, tensor._version
+    def __init__(self, tensor: Tensor, key: int) -> None:
+        self._tensor, self.key, self._version = tensor, key, tensor._version
         self._alias: Tensor | None = None
         self._is_told = False
         self._flags = (tensor.requires_grad, tensor.grad if tensor.is_leaf else None)
@@ -75,10 +74,11 @@ class SavedTensor:
                     self._part = _without_repeats(self._alias)
                     self._before = self._part.clone()
 
-    def restore(self, counts: bool = False) -> bool:
+    def restore(self, name: Callable[[int], str], counts: bool = False) -> bool:
         """Put the values back; return True if the pass had changed them.
 
         Args:
+            name: from `key` to the tensor's name, for an error.
             counts: count that as an edit.
 
         Raises:
@@ -86,18 +86,18 @@ class SavedTensor:
                 history now, which stays. Both are said once.
         """
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            changed = self._restore()
+            changed = self._restore(name)
             if changed and counts:
                 torch.autograd.graph.increment_version(self._tensor)
             return changed
 
-    def _restore(self) -> bool:
+    def _restore(self, name: Callable[[int], str]) -> bool:
         x, alias = self._tensor, self._alias
         version, self._version = self._version, x._version
         if alias is None:
             if x._version != version:
                 raise ValueError(
-                    f"Expected a forward that leaves {self._name()} alone, but it edits it in place. It is a "
+                    f"Expected a forward that leaves {name(self.key)} alone, but it edits it in place. It is a "
                     f"{'nested ' * x.is_nested}{type(x).__name__} with layout {x.layout}, which cannot be put back. "
                     "Edit a clone of it."
                 )
@@ -114,7 +114,7 @@ class SavedTensor:
         if waits or changed:
             part.copy_(self._before)
         if has_history:
-            self._refuse_history()
+            self._refuse_history(name)
         return moved or changed
 
     def _restore_flags(self, x: Tensor) -> None:
@@ -126,11 +126,11 @@ class SavedTensor:
         if x.is_leaf and x.grad is not gradient:
             x.grad = gradient
 
-    def _refuse_history(self) -> None:
+    def _refuse_history(self, name: Callable[[int], str]) -> None:
         if not self._is_told:
             self._is_told = True
             raise ValueError(
-                f"Expected a forward that writes no values with a history into {self._name()}, but it did. It is a "
+                f"Expected a forward that writes no values with a history into {name(self.key)}, but it did. It is a "
                 "view, of which autograd keeps that. Write x.detach(), or into the tensor that it is a view of."
             )
 

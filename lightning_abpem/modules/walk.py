@@ -121,7 +121,7 @@ class Walk(Uncopied):
         if own is not x:
             own.__dict__.update(x.__dict__)
         if not x.is_inference():  # else its clone is the pass's own
-            self._tensors.append(SavedTensor(own, id(x), functools.partial(self._name, x)))
+            self._tensors.append(SavedTensor(own, id(x)))
         return own
 
     def _parameter(self, x: nn.Parameter) -> nn.Parameter:
@@ -150,24 +150,24 @@ class Walk(Uncopied):
     def _iterator(self, x: Any) -> Any:
         own = copied(x)
         if own is None:
-            return Refusing(self._name(x), type(x))
+            return Refusing(self._name(id(x)), type(x))
         self._used.add(id(x))  # nobody can tell whether the copy was
         for part in x.__reduce__()[1]:
             self._find(part, x, "its items")
         return own
 
-    def _name(self, x: Any) -> str:
-        """Return where an object was found, in words."""
+    def _name(self, key: int) -> str:
+        """Return where the object with an id was found, in words."""
         steps: list[str] = []
-        parent, key = self._places.get(id(x), (None, "an object"))
+        parent, place = self._places.get(key, (None, "an object"))
         while parent is not None and not isinstance(parent, nn.Module):
-            steps.append(str(key))
-            parent, key = self._places.get(id(parent), (None, ""))
+            steps.append(str(place))
+            parent, place = self._places.get(id(parent), (None, ""))
         if isinstance(parent, nn.Module):
             names = {id(module): name for name, module in self._target.named_modules()}
-            steps.append(f"attribute '{key}' of module '{names.get(id(parent)) or type(parent).__name__}'")
+            steps.append(f"attribute '{place}' of module '{names.get(id(parent)) or type(parent).__name__}'")
         else:
-            steps.append(str(key))
+            steps.append(str(place))
         return ", ".join(reversed(steps))
 
     # -------------------------------------------------------------------------------------------------------- saving

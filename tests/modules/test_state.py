@@ -1,5 +1,8 @@
 """A snapshot puts everything back by value, also if a part of it cannot be."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +60,16 @@ def test_a_nested_tensor_is_kept_unless_it_is_edited(layout):
     clips.mul_(2)
     with pytest.raises(ValueError, match="argument 0 alone.*(nested Tensor|NestedTensor) with layout"):
         snapshot.restore()
+
+
+def test_a_snapshot_is_let_go_of_without_a_collection():
+    snapshot = Snapshot(Holds(), [torch.zeros(2, 3), [torch.ones(3)], (x for x in ())], {"more": {"a": torch.ones(1)}})
+    is_there = weakref.ref(snapshot)
+    gc.collect()
+    gc.disable()
+    try:
+        snapshot.restore()
+        del snapshot
+        assert is_there() is None
+    finally:
+        gc.enable()
