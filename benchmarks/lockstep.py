@@ -101,11 +101,26 @@ def in_lockstep(
         warmup: batches before the first round, untimed; by label where they differ.
         device: "cpu" or "cuda", for the peak memory and to wait for the device.
         progress: wraps the rounds.
+
+    Raises:
+        RuntimeError: if the process of a program ends before its turns do.
     """
     context = get_context("spawn")
     seconds: dict[str, list[float]] = {label: [] for label in programs}
+    ends: dict[str, Connection] = {}
+    processes: dict[str, Any] = {}
+
+    def answer(label: str) -> Any:
+        try:
+            return ends[label].recv()
+        except (EOFError, ConnectionError) as error:
+            processes[label].join()
+            raise RuntimeError(
+                f"The process of the program {label!r} ended early, with exit code {processes[label].exitcode}. "
+                "Minus 9 is what the system gives where memory runs out: run fewer programs at once."
+            ) from error
+
     with ExitStack() as stack:
-        ends: dict[str, Connection] = {}
         for label, (run, arguments) in programs.items():
             ends[label], theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, device, run, arguments), daemon=True)
@@ -113,19 +128,20 @@ def in_lockstep(
             theirs.close()  # so that a program that fails ends the run
             stack.callback(process.join)
             stack.callback(process.terminate)
-            ends[label].recv()  # built
+            processes[label] = process
+            answer(label)  # built
             ends[label].send(warmup if isinstance(warmup, int) else warmup[label])
-            ends[label].recv()
+            answer(label)
         for _ in progress(range(rounds)):
             for label, end in ends.items():
                 end.send(batches)
-                seconds[label].append(end.recv() / batches)
+                seconds[label].append(answer(label) / batches)
         operations, peaks = {}, {}
         for label, end in ends.items():
             end.send(_COUNT)
-            operations[label] = end.recv()
+            operations[label] = answer(label)
             end.send(0)
-            peaks[label] = end.recv()
+            peaks[label] = answer(label)
             end.close()
     return {label: Measured(seconds[label], peaks[label], operations[label]) for label in programs}
 

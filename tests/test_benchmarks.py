@@ -64,7 +64,7 @@ def test_turns_are_timed_per_batch_in_processes_of_their_own():
 
 
 def test_a_program_that_fails_ends_the_run():
-    with pytest.raises(EOFError):
+    with pytest.raises(RuntimeError, match="program 'bad' ended early, with exit code 1"):
         in_lockstep({"good": (count_turns, (0.0,)), "bad": (fail, ())}, rounds=1)
 
 
