@@ -82,7 +82,7 @@ class TestTimeAdaptation(Callback):
         logits: from the target's output to (B, C) logits, where it is not a tensor, `.logits`, `["logits"]` or a
             tuple's only (B, C) tensor.
         reset: when the source model returns: "never" within a run, before each "batch" (episodic), at each new
-            "dataloader", or after that many updates.
+            "dataloader", after that many updates, or after that many samples, as "640 samples".
         restore: put the source weights back after the run; False keeps the adapted ones.
         stages: the Trainer's functions that adapt: "test", "predict", "validate". Never inside `fit`.
         replay: compute the frozen part of the model once per batch; False computes it in every pass.

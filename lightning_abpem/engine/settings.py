@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from lightning_abpem.engine.method import Method, Predicts
 __all__ = ["GuardAction", "Monitor", "OptimizerFactory", "Reset", "Settings", "Sync", "default_optimizer"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Reset = Literal["never", "batch", "dataloader"] | int
+Reset = Literal["never", "batch", "dataloader"] | int | str
 Sync = Literal["global", "local"]
 GuardAction = Literal["rollback", "reset", "freeze", "warn", "off"]
 Monitor = Literal["source", "off"] | int
@@ -69,10 +70,12 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Expected `{name}` to be an integer >= {least}, but got {value!r}.")
-        if self.reset not in ("never", "batch", "dataloader") and not self._counted_reset():
+        if self.reset not in ("never", "batch", "dataloader") and not (
+            self.updates_per_reset or self.samples_per_reset
+        ):
             raise ValueError(
-                f'Expected `reset` to be "never", "batch", "dataloader" or a number of updates >= 1, '
-                f"but got {self.reset!r}."
+                f'Expected `reset` to be "never", "batch", "dataloader", a number of updates >= 1 or a number of '
+                f'samples, such as "640 samples", but got {self.reset!r}.'
             )
         if self.memory_batches > 1 and self.reset == "batch":
             raise ValueError(
@@ -116,7 +119,15 @@ class Settings:
         """After how many updates the source model returns before the next call; None if updates do not decide."""
         if self.reset == "batch":
             return 1
-        return self.reset if isinstance(self.reset, int) else None
+        if isinstance(self.reset, int) and not isinstance(self.reset, bool) and self.reset >= 1:
+            return self.reset
+        return None
+
+    @property
+    def samples_per_reset(self) -> int | None:
+        """After how many samples the source model returns before the next call; None if samples do not decide."""
+        found = re.fullmatch(r"([1-9][0-9]*) samples", self.reset) if isinstance(self.reset, str) else None
+        return int(found[1]) if found else None
 
     def _check_watch(self) -> None:
         if self.learning_rate is not None and not (_is_number(self.learning_rate) and self.learning_rate > 0):
@@ -164,9 +175,6 @@ class Settings:
             )
         object.__setattr__(self, "patterns", patterns)
         object.__setattr__(self, "spans", spans)
-
-    def _counted_reset(self) -> bool:
-        return isinstance(self.reset, int) and not isinstance(self.reset, bool) and self.reset >= 1
 
 
 def _is_number(value: Any) -> bool:

@@ -101,6 +101,7 @@ class Stepper:
         self._is_watched_for_effect = False
         self.watch, self.guard = Watch(), Guard(settings.guard)
         self._batches = 0  # that took part in steps
+        self._samples = 0  # of all processes since the last reset
         self._own: Tensor | None = None  # logits of this process's batch
         self._pending: _Computed | None = None  # a step that is due after the prediction
         self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
@@ -190,7 +191,7 @@ class Stepper:
         """Go back to the source model."""
         self.settle()
         self.weights.reset()
-        self._state, self._draft, self._resets_next = {}, {}, False
+        self._state, self._draft, self._resets_next, self._samples = {}, {}, False, 0
         self.guard.reset()
         self.watch.forget()
         if self._memory is not None:
@@ -205,6 +206,7 @@ class Stepper:
             "state": self._state,
             "measured": self._source,
             "resets_next": self._resets_next,
+            "samples": self._samples,
             "watch": self.watch.state(),
             "guard": self.guard.state_dict(),
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
@@ -224,6 +226,7 @@ class Stepper:
         guard, sums = to_device([state["guard"], state["watch"]], self._device)
         self.weights.load_state_dict(state["weights"])  # the last that may be refused
         self._state, self._source, self._resets_next = kept, source, state["resets_next"]
+        self._samples = state["samples"]
         self._scale.load_state_dict(scale)
         self.watch.sums = sums
         self.guard.load_state_dict(guard, self.watch.means)
@@ -339,6 +342,7 @@ class Stepper:
     def _apply(self, computed: _Computed) -> None:
         """Step, or not if the loss or a gradient is not finite; then record."""
         record = computed.record
+        self._samples += computed.samples * computed.is_last
         if computed.gradients is None:
             updated = record["loss"].new_zeros(())
             if self._settings.steps and not self.guard.is_frozen:  # who only observes sees each batch by itself
@@ -353,6 +357,7 @@ class Stepper:
 
     def _reset_is_due(self) -> bool:
         self.settle()
-        limit = self._settings.updates_per_reset
-        is_counted = limit is not None and self.weights.updates_since_reset >= limit
+        updates, samples = self._settings.updates_per_reset, self._settings.samples_per_reset
+        is_counted = updates is not None and self.weights.updates_since_reset >= updates
+        is_counted = is_counted or (samples is not None and self._samples >= samples)
         return is_counted or self._method.wants_reset(self._state)

@@ -448,6 +448,16 @@ def test_reset_after_a_number_of_updates():
     assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=False))
 
 
+def test_reset_after_a_number_of_samples():
+    """Six samples: after batches of 4 and 2, and after one of 7. A step that is not taken counts too."""
+    stream = [batches(1, size, seed=size)[0] for size in (4, 2, 7, 1, 1)]
+    stream[1][0].fill_(torch.nan)
+    parts = [x for part in (stream[:2], stream[2:3], stream[3:]) for x in predictions(make_toy(), part)]
+    whole = predictions(make_toy(), stream, reset="6 samples")
+    assert all(torch.equal(a, b) or b.isnan().all() for a, b in zip(parts, whole, strict=True))
+    assert not torch.equal(whole[-1], predictions(make_toy(), stream)[-1])
+
+
 def test_observing_moves_nothing():
     model = make_toy()
     with torch.no_grad():

@@ -26,6 +26,7 @@ METHODS = {
         ABPEM, "fusion.*.attn", MODALITIES, optimizer=partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
     ),
     "abpem, reset": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=4),
+    "abpem, reset by samples": partial(ABPEM, "fusion.*.attn", MODALITIES, reset="7 samples"),
     "tent": Tent,
     "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0, fisher_batches=batches(2, seed=7)),
     "sar": partial(SAR, entropy_margin=1.0),
@@ -430,7 +431,7 @@ DAMAGES = {
     ),
     "two flags": (("guard", "flags"), [True, False], "`guard.flags`"),
     "a number for a bool": (("resets_next",), 1, "`resets_next` .* a bool, but got 1"),
-    "another format": (("format",), torch.ones(2), "of form 3"),
+    "another format": (("format",), torch.ones(2), "of form 4"),
 }
 
 
@@ -626,7 +627,7 @@ def test_a_checkpoint_that_training_goes_on_from_says_nothing_of_the_next_run(tm
 def test_of_another_version():
     first = made("abpem")
     predict(first, make_toy(), batches(1))
-    with pytest.raises(ValueError, match="of form 3, but got 7"):
+    with pytest.raises(ValueError, match="of form 4, but got 7"):
         first.load_state_dict({**first.state_dict(), "format": 7})
 
 

@@ -33,6 +33,7 @@ METHODS = {
     "abpem masked": partial(ABPEM, "fusion.*.attn", MASKS),
     "abpem, two steps": partial(ABPEM, "fusion.*.attn", MODALITIES, steps=2),
     "abpem, reset": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=3),
+    "abpem, reset by samples": partial(ABPEM, "fusion.*.attn", MODALITIES, reset="15 samples"),
     "tent": Tent,
     "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0),
     "eata, fisher": partial(
