@@ -20,8 +20,9 @@ from lightning_abpem.attention.projections import Projections
 from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.checkpoint import check_form
+from lightning_abpem.engine.describe import changed_options
 from lightning_abpem.engine.guard import Event
-from lightning_abpem.engine.method import Method, Predicts
+from lightning_abpem.engine.method import Method, Predicts, Record
 from lightning_abpem.engine.settings import (
     GuardAction,
     Monitor,
@@ -33,8 +34,11 @@ from lightning_abpem.engine.settings import (
 )
 from lightning_abpem.engine.state_file import check_saved, read_state, write_state
 from lightning_abpem.modules.patches import Changes
+from lightning_abpem.trainer.figures import Chosen
+from lightning_abpem.trainer.notices import Display, Verbose
 from lightning_abpem.trainer.run import Outcome, Run, Stage
 from lightning_abpem.trainer.strategies import check_trainer
+from lightning_abpem.trainer.summary import Summary
 
 __all__ = ["Options", "TestTimeAdaptation"]
 
@@ -61,6 +65,8 @@ class Options(TypedDict, total=False):
     max_drift: float | None
     monitor: Monitor
     guard: GuardAction
+    verbose: Verbose
+    figures: Chosen
 
 
 class TestTimeAdaptation(Callback):
@@ -102,8 +108,14 @@ class TestTimeAdaptation(Callback):
         guard: what to do when the comparison says that adapting does harm: "rollback" puts the last good weights back
             and goes on with less of the learning rate, "reset" puts the source's back, "freeze" does so and takes no
             more steps, "warn" says so and does nothing, "off" does not judge.
+        verbose: 0 shows nothing but warnings, 1 a few lines at the start and a table at the end of a Trainer's run, 2
+            every tensor that adapts besides. `trainer.test(verbose=False)` has no table either.
+        figures: names of the figures whose averages are in Lightning's results: "headline", "all" or a list. All go to
+            the loggers.
 
     Attributes:
+        record: figures of the last step, by name.
+        summary: counts and averages of the last Trainer's run, which `rich` prints as a table; None before the first.
         updates: steps taken in the last run.
         skipped: steps not taken in the last run: the loss or a gradient was not finite, or no sample was fit for one.
         events: what the guard did in the last run.
@@ -141,6 +153,8 @@ class TestTimeAdaptation(Callback):
         max_drift: float | None = None,
         monitor: Monitor = "off",
         guard: GuardAction = "off",
+        verbose: Verbose = 1,
+        figures: Chosen = "headline",
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -169,6 +183,10 @@ class TestTimeAdaptation(Callback):
         if unknown or not stages or isinstance(stages, str):
             raise ValueError(f'Expected `stages` to hold some of "test", "predict", "validate", but got {stages!r}.')
         self.stages = tuple(stages)
+        self.display = Display(verbose, figures)
+        self.summary: Summary | None = None
+        self._unshown: Summary | None = None
+        self._record: Record = {}
         self._counts = (0, 0)
         self._events: list[Event] = []
         self.averages: dict[int, dict[str, Tensor]] = {}
@@ -187,6 +205,10 @@ class TestTimeAdaptation(Callback):
         return self._counts[1] if self._adaptation is None else self._adaptation.skipped
 
     @property
+    def record(self) -> Record:
+        return self._record if self._adaptation is None else self._adaptation.record
+
+    @property
     def events(self) -> list[Event]:
         return self._events if self._adaptation is None else self._adaptation.events
 
@@ -194,6 +216,9 @@ class TestTimeAdaptation(Callback):
     def _adaptation(self) -> Adaptation | None:
         """The adaptation of the run, or of the `attach`, that is under way; None before its first batch."""
         return self._attached if self._run is None else self._run.adaptation
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({changed_options(self.settings)})"
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[Adaptation]:
@@ -209,11 +234,12 @@ class TestTimeAdaptation(Callback):
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
         self._refuse_second_use()
-        adaptation = Adaptation(model, self.settings, report=rank_zero_info)
+        adaptation = Adaptation(model, self.settings, report=self.display.say)
         with Changes() as changes:  # which are undone at the latest when this frame is gone
             changes.note(partial(self._detach, adaptation))
             adaptation.__enter__()
             try:
+                self.display.begin(adaptation)
                 self._resume(adaptation)
                 self._attached, self.averages = adaptation, {}
                 yield adaptation
@@ -230,6 +256,7 @@ class TestTimeAdaptation(Callback):
         try:
             if self._attached is adaptation:
                 self._counts, self._events = (adaptation.updates, adaptation.skipped), adaptation.events
+                self._record = adaptation.record
                 self._state = adaptation.state_dict()
         finally:
             if self._attached is adaptation:
@@ -312,8 +339,9 @@ class TestTimeAdaptation(Callback):
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 check_trainer(trainer, own_stage, TestTimeAdaptation)
-                self._counts, self._events, self.averages = (0, 0), [], {}
-                self._run = Run(trainer, own_stage, self.settings, self._logged, self._resume)
+                self._counts, self._events, self._record, self.averages = (0, 0), [], {}, {}
+                self.summary = self._unshown = None
+                self._run = Run(trainer, own_stage, self.settings, self.display, self._logged, self._resume)
                 self._run.start(first=self)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -362,6 +390,9 @@ class TestTimeAdaptation(Callback):
                 self._run.start_streams()  # if Lightning skipped the loop, for this process has no batch
             finally:
                 self._end()
+        if self._unshown is not None:
+            self.display.end(self._unshown)
+        self._unshown = None
         if stage == "fit":
             self._loaded = None  # by a checkpoint that training went on from: of weights that are no more
 
@@ -406,8 +437,10 @@ class TestTimeAdaptation(Callback):
         try:
             run.close()
         finally:
-            updates, skipped, self._events, state = run.outcome or Outcome(0, 0, [], {})
-            self._counts, self._logged = (updates, skipped), run.figures.logged
-            self._state = {**state, "over": is_over} if state else self._state
+            own = run.outcome or Outcome(0, 0, [], {}, 0.0, 0, {})
+            self._counts, self._events, self._record = (own.updates, own.skipped), own.events, own.record
+            self._logged, self.summary = run.figures.logged, run.summary()
+            self._unshown = self.summary if is_over and run.is_verbose else None
+            self._state = {**own.state, "over": is_over} if own.state else self._state
             if run.phase == "closed":
                 self._run = None

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["comparison_table", "inspection_table", "literal", "plain_text", "visible"]
+__all__ = ["comparison_table", "inspection_table", "literal", "plain_text", "summary_table", "visible"]
 
 
 def comparison_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -71,6 +71,28 @@ def inspection_table(rows: Iterable[Mapping[str, Any]], line: str | None, notes:
         )
     below = [Text(line, style="bold", overflow="fold")] if line else []
     return Group(table, *below, *(literal(note, lines=True) for note in notes))
+
+
+def summary_table(
+    title: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], notes: Iterable[str]
+) -> Group:
+    """The figures of a run, one column per dataloader, and sentences below.
+
+    Args:
+        title: the caption above.
+        columns: their headings.
+        rows: each a name and a cell for every column.
+        notes: lines below.
+    """
+    table = Table(
+        title=literal(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim"
+    )
+    table.add_column("")
+    for heading in columns:
+        table.add_column(literal(heading), justify="right")
+    for name, cells in rows:
+        table.add_row(literal(name), *(literal(cell) for cell in cells))
+    return Group(table, *(literal(note) for note in notes))
 
 
 def literal(words: str, style: str = "", lines: bool = False) -> Text:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.attention.fusion import find_fusion
+from lightning_abpem.engine.describe import describe_run
 from lightning_abpem.engine.forward import Forward
 from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.logits import check_head
@@ -28,7 +30,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import check_shards, gathers_weights, has_shards, modules_of_shards, reshard
 from lightning_abpem.engine.step import Stepper
-from lightning_abpem.engine.weights import AdaptedWeights, describe_run
+from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.parameters import GradientFlags
@@ -60,6 +62,7 @@ class Adaptation(Uncopied):
     Attributes:
         params: the adapted parameters by name.
         calls: calls of the target so far.
+        seconds: spent in adapting passes so far, by the host's clock; on a GPU their work may last longer.
         updates: steps taken.
         skipped: steps not taken: the loss or a gradient was not finite, or no sample was fit for one.
         record: the last step's figures, as the method names them, and `updated`: 1 if the step was taken.
@@ -95,7 +98,7 @@ class Adaptation(Uncopied):
             check_head(model)
         check_entry(model, self.target)
         check_eval(model)
-        self.calls = 0
+        self.calls, self.seconds = 0, 0.0
         self._under_way: list[weakref.ref[_CallUnderWay]] = []  # the first one's turn it is
         self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
@@ -241,7 +244,7 @@ class Adaptation(Uncopied):
         self._report(f"{self.method.name} goes on from a state after {self.updates} updates.")
 
     def describe(self) -> str:
-        """Return a text that says what adapts, by name, with counts."""
+        """Return a few lines that say what adapts, and how."""
         memory_at = None if self.memory is None else self.memory.name
         return describe_run(self.settings, self.model, self.params, memory_at)
 
@@ -296,6 +299,7 @@ class Adaptation(Uncopied):
 
     def _adapt(self, args: Any, kwargs: Any) -> None:
         """Take the steps for a batch; without one, None, take part in those of the other processes."""
+        start = time.perf_counter()
         try:
             if not self._keeps_flags:
                 self._flags.freeze()
@@ -305,6 +309,7 @@ class Adaptation(Uncopied):
             self._forward.end_step()  # of a pass that was broken off
             if not self._keeps_flags:
                 self._flags.thaw()
+            self.seconds += time.perf_counter() - start
 
     def _first_call(self) -> _CallUnderWay | None:
         """Return the call that is under way; None if there is none."""

@@ -68,6 +68,7 @@ def length(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([widen(x).norm() for x in tensors]).norm()
 
 
+@torch.no_grad()
 def way(weights: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
     """Return the length of the weights' way from the source, relative to the source's length: a scalar.
 

@@ -98,6 +98,7 @@ class Stepper:
         self._source: Mapping[str, Any] | None = None  # what the method measured on the source model
         self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
         self._is_first, self._resets_next = True, False
+        self._has_acted = False  # the guard, before this batch
         self._is_watched_for_effect = False
         self.watch, self.guard = Watch(), Guard(settings.guard)
         self._batches = 0  # that took part in steps
@@ -132,7 +133,7 @@ class Stepper:
             self.settle()
             self._is_first = i == 0
             if i == 0:
-                self._take_back()
+                self._has_acted = self._take_back()
             computed = self._compute(args, kwargs, tokens)
             if computed is None:
                 return
@@ -309,12 +310,17 @@ class Stepper:
         means = self.watch.means
         if self._settings.guard != "off" and means is not None:
             self.guard.judge(means)
-        return computed._replace(record={**computed.record, **figures, "drift": self.weights.drift})
+        figures["drift"] = self.weights.drift
+        if self._settings.guard != "off":
+            figures["guard"] = figures["drift"].new_full((), float(self._has_acted))
+        return computed._replace(record={**computed.record, **figures})
 
-    def _take_back(self) -> None:
+    def _take_back(self) -> bool:
         """Let the guard act on what the last batch showed; after that the running means begin anew."""
-        if self.guard.act(self.weights) is not None and self._settings.guard != "warn":
+        event = self.guard.act(self.weights)
+        if event is not None and self._settings.guard != "warn":
             self.watch.forget()
+        return event is not None
 
     def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
         """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""

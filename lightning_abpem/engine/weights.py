@@ -15,12 +15,11 @@ from torch.autograd.graph import increment_version
 from lightning_abpem.engine.checkpoint import check_weights, digest, to_cpu
 from lightning_abpem.engine.flags import DeviceFlags
 from lightning_abpem.engine.limits import Limits, way
-from lightning_abpem.engine.settings import OptimizerFactory, Settings
+from lightning_abpem.engine.settings import OptimizerFactory
 from lightning_abpem.engine.shards import assign, full_tensor, is_sharded
-from lightning_abpem.modules.names import plain_name
 from lightning_abpem.modules.tensors import reading_waits, same_bits
 
-__all__ = ["AdaptedWeights", "all_finite", "describe_run"]
+__all__ = ["AdaptedWeights", "all_finite"]
 
 log = logging.getLogger(__name__)
 
@@ -294,30 +293,6 @@ def _master(p: nn.Parameter) -> nn.Parameter:
         return p
     value = full_tensor(p.detach())
     return nn.Parameter(value.float() if is_narrow else value.clone())
-
-
-def describe_run(
-    settings: Settings, model: nn.Module, params: Mapping[str, nn.Parameter], memory_at: str | None
-) -> str:
-    """Return a text: what adapts, with counts, what is tied to it and moves as well, and what is remembered."""
-    method = settings.method.name
-    if settings.steps == 0:
-        return f"{method} observes, with steps=0: no weight moves."
-    count = sum(p.numel() for p in params.values())
-    share = count / max(sum(p.numel() for p in model.parameters()), 1)
-    adapted = {id(p) for p in params.values()}
-    everywhere = model.named_parameters(remove_duplicate=False)
-    named = {plain_name(name) for name in params}  # torch.compile puts in other ones
-    tied = [name for name, p in everywhere if id(p) in adapted and plain_name(name) not in named]
-    lines = [
-        f"{method} adapts {count:,} values in {len(params)} tensors, {share:.2%} of {type(model).__name__}:",
-        *(f"  {name} {tuple(p.shape)}" for name, p in params.items()),
-        *(f"  {name} is the same tensor, so it moves as well" for name in tied),
-    ]
-    if memory_at is not None:
-        lines.append(f"The last {settings.memory_batches} batches are remembered as they enter '{memory_at}'.")
-    fate = "return" if settings.restore else "do not return (restore=False)"
-    return "\n".join([*lines, f"Their source values {fate} after the run."])
 
 
 def all_finite(*tensors: Tensor | None) -> Tensor:

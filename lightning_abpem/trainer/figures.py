@@ -1,17 +1,29 @@
-"""The figures of a run: every step's for the loggers, averages by dataloader for the Trainer's results."""
+"""The figures of a run: in the progress bar, in the loggers, and their averages in the Trainer's results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_abpem.trainer.metrics import Figure, RecordMean, merge_mean, new_mean
 
-__all__ = ["Figures"]
+__all__ = ["HEADLINE", "Chosen", "Figures"]
+
+HEADLINE = ("entropy", "attention_gap", "flip_rate", "updated")
+Chosen = Literal["headline", "all"] | Sequence[str]
+
+
+class _Logged(NamedTuple):
+    """A step that the loggers have not got yet: the end of its names, its figures, how many samples it is of."""
+
+    suffix: str
+    record: Mapping[str, Tensor]
+    samples: int
 
 
 class Figures:
@@ -19,19 +31,22 @@ class Figures:
 
     Args:
         trainer: the Trainer, for its loggers.
-        prefix: of all names: the method and the stage, as "abpem/test".
+        method: the prefix of all names in lower case, as "abpem".
+        stage: what follows it, as "test".
         logged: steps handed to the loggers so far.
+        chosen: names of the figures that go to Lightning's results; the others' averages go to the loggers alone.
 
     Attributes:
         logged: the same, with this run's.
     """
 
-    def __init__(self, trainer: Any, prefix: str, logged: int) -> None:
+    def __init__(self, trainer: Any, method: str, stage: str, logged: int, chosen: Chosen = "headline") -> None:
         self.logged = logged
-        self._trainer, self._prefix = trainer, prefix
+        self._trainer, self._method, self._prefix, self._chosen = trainer, method, f"{method}/{stage}", chosen
         self._means: dict[int, RecordMean] = {}
-        self._pending: list[tuple[str, dict[str, Tensor]]] = []
+        self._pending: list[_Logged] = []
         self._shown: set[tuple[int, str]] = set()
+        self._updates: Tensor | int = 0
 
     def add(self, record: dict[str, Tensor], samples: int, dataloader: int, suffix: str) -> None:
         """Add a step: scalars by name.
@@ -45,13 +60,31 @@ class Figures:
         if dataloader not in self._means:
             self._means[dataloader] = new_mean(record["loss"].device)
         self._means[dataloader].update(record, samples)
+        self._updates = self._updates + record["updated"]
         if self._trainer.loggers and self._trainer.log_every_n_steps > 0:
-            self._pending.append((suffix, record))
+            if self._pending and self._pending[-1].suffix != suffix:
+                self.flush()
+            self._pending.append(_Logged(suffix, record, samples))
             if len(self._pending) >= self._trainer.log_every_n_steps:
                 self.flush()
 
+    def show_step(self, module: Any, record: Mapping[str, Tensor]) -> None:
+        """Let Lightning show the last step's headline in its progress bar, and in `trainer.progress_bar_metrics`.
+
+        Args:
+            module: the LightningModule.
+            record: the step's figures.
+        """
+        if self._trainer.barebones:
+            return
+        shown = {
+            f"{self._method}/{name}": value for name in HEADLINE[:-1] if (value := _figure(record, name)) is not None
+        }
+        updates = {f"{self._method}/updates": self._updates}
+        module.log_dict({**shown, **updates}, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+
     def show(self, module: Any, dataloader: int, before: Callable[[], None]) -> None:
-        """Let Lightning log the averages of the current dataloader, under its own names, in the dataloader's result.
+        """Let Lightning log averages of the current dataloader, under its own names, in the dataloader's result.
 
         `updated` comes first, before the first step. Lightning computes metrics in the order in which they were logged,
         so `before` is called before Lightning averages anything of this dataloader over processes.
@@ -66,9 +99,11 @@ class Figures:
             before()
             return self._averages_of(dataloader).get(name, torch.tensor(torch.nan))
 
-        names = ["updated", *(self._means[dataloader].names if dataloader in self._means else [])]
+        if self._trainer.barebones:
+            return
+        names = ["updated", *(self._names_of(dataloader))]
         for name in names:
-            if (dataloader, name) not in self._shown and not self._trainer.barebones:
+            if (dataloader, name) not in self._shown and (name == "updated" or self._is_chosen(name)):
                 self._shown.add((dataloader, name))
                 figure = Figure(partial(average, name))
                 module.log(f"{self._prefix}/{name}", figure, on_step=False, on_epoch=True, metric_attribute="abpem")
@@ -84,7 +119,7 @@ class Figures:
         return {dataloader: self._averages_of(dataloader) for dataloader in sorted(self._means)}
 
     def log_averages(self, suffix: Callable[[int], str]) -> None:
-        """Hand the averages to the loggers after the last step, where Lightning has no results.
+        """Hand the averages that are not among Lightning's results to the loggers, after the last step.
 
         Args:
             suffix: from a dataloader's index to the end of its names.
@@ -94,21 +129,46 @@ class Figures:
             f"{self._prefix}/{name}{suffix(dataloader)}": value.item()
             for dataloader, means in self.averages().items()
             for name, value in means.items()
+            if (dataloader, name) not in self._shown
         }
-        for logger in self._trainer.loggers:
+        for logger in self._trainer.loggers if figures else ():
             logger.log_metrics(figures, step=self.logged)
 
     def flush(self) -> None:
-        """Hand each pending step to the loggers: one copy from the device for all of them."""
+        """Hand the means over the pending steps to the loggers, at the last one: one copy from the device for all."""
         pending, self._pending = self._pending, []  # first: a logger that raises gets none of them again
         if not pending:
             return
-        values = iter(torch.stack([value.float() for _, record in pending for value in record.values()]).tolist())
-        for suffix, record in pending:
-            figures = {f"{self._prefix}/{name}_step{suffix}": next(values) for name in record}
-            self.logged += 1
-            for logger in self._trainer.loggers:
-                logger.log_metrics(figures, step=self.logged - 1)
+        rows = [list(step.record.values()) for step in pending]
+        values = iter(torch.stack([value.float() for row in rows for value in row]).tolist())
+        sums: dict[str, tuple[float, int]] = {}
+        for step in pending:
+            for name in step.record:
+                if math.isfinite(value := next(values)):
+                    total, samples = sums.get(name, (0.0, 0))
+                    sums[name] = total + value * step.samples, samples + step.samples
+        means = {name: total / samples for name, (total, samples) in sums.items() if samples}
+        self.logged += len(pending)
+        figures = {f"{self._prefix}/{name}_step{pending[0].suffix}": mean for name, mean in means.items()}
+        for logger in self._trainer.loggers:
+            logger.log_metrics(figures, step=self.logged - 1)
+
+    def _is_chosen(self, name: str) -> bool:
+        names = HEADLINE if self._chosen == "headline" else self._chosen
+        return self._chosen == "all" or name in names
+
+    def _names_of(self, dataloader: int) -> list[str]:
+        names = self._means[dataloader].names if dataloader in self._means else []
+        has_pairs = any(name.startswith("attention_gap/") for name in names)
+        return [*names, *(["attention_gap"] if has_pairs else [])]
 
     def _averages_of(self, dataloader: int) -> dict[str, Tensor]:
-        return self._means[dataloader].compute() if dataloader in self._means else {}
+        means = self._means[dataloader].compute() if dataloader in self._means else {}
+        gap = _figure(means, "attention_gap")
+        return means if gap is None else {**means, "attention_gap": gap}
+
+
+def _figure(record: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return a figure; where it is of each pair of modalities, its mean over them; None if there is none."""
+    pairs = [value for key, value in record.items() if key.startswith(f"{name}/")]
+    return record.get(name) if not pairs else torch.stack(pairs).mean()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -17,7 +18,9 @@ from lightning_abpem.engine.ranks import Ranks
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer.figures import Figures
+from lightning_abpem.trainer.notices import Display, log_options
 from lightning_abpem.trainer.streams import Streams
+from lightning_abpem.trainer.summary import Summary
 
 __all__ = ["Outcome", "Run", "Stage"]
 
@@ -27,11 +30,17 @@ Stage = Literal["test", "predict", "validate"]
 
 
 class Outcome(NamedTuple):
-    """Result of a run: its counts, the guard's events, and the adaptation's state (empty if it never began)."""
+    """Result of a run: its counts, the guard's events, the last step's figures, seconds and calls, and the state.
+
+    The state is empty if the adaptation never began.
+    """
 
     updates: int
     skipped: int
     events: list[Event]
+    record: dict[str, Tensor]
+    seconds: float
+    calls: int
     state: dict[str, Any]
 
 
@@ -42,6 +51,7 @@ class Run:
         trainer: the Trainer.
         stage: its function.
         settings: the engine's.
+        display: what is shown and said.
         logged: steps handed to the loggers so far, over all runs of the callback.
         resume: called with the adaptation when it begins, to load a state.
 
@@ -53,16 +63,27 @@ class Run:
     """
 
     def __init__(
-        self, trainer: Any, stage: Stage, settings: Settings, logged: int, resume: Callable[[Adaptation], None]
+        self,
+        trainer: Any,
+        stage: Stage,
+        settings: Settings,
+        display: Display,
+        logged: int,
+        resume: Callable[[Adaptation], None],
     ) -> None:
         self.trainer, self.stage, self._settings, self._resume = trainer, stage, settings, resume
-        self._without_call = 0
+        self._display, self._without_call, self._began = display, 0, time.perf_counter()
         self.adaptation: Adaptation | None = None
-        self.figures = Figures(trainer, f"{settings.method.name.lower()}/{stage}", logged)
+        self.figures = Figures(trainer, settings.method.name.lower(), stage, logged, display.figures)
         self.outcome: Outcome | None = None
         self.phase: Literal["running", "closing", "closed"] = "running"
         self._streams = Streams(getattr(trainer, f"{stage}_loop"), trainer.world_size)
         self._changes = Changes()
+
+    @property
+    def is_verbose(self) -> bool:
+        """False for `trainer.test(verbose=False)`."""
+        return bool(getattr(getattr(self.trainer, f"{self.stage}_loop"), "verbose", True))
 
     def start(self, first: Callback) -> None:
         """Change the Trainer for the run.
@@ -73,6 +94,10 @@ class Run:
         Args:
             first: the callback whose hooks come first, so that no other can fail before it has put everything back.
         """
+        if self.figures.logged == 0:
+            log_options(
+                self._settings, self.trainer.loggers
+            )  # by now, for Lightning writes them before the first batch
         self._changes.note(self.figures.flush)
         callbacks = sorted(self.trainer.callbacks, key=lambda other: other is not first)
         self._changes.set(self.trainer, "callbacks", callbacks)
@@ -109,6 +134,8 @@ class Run:
             if self._without_call == _PATIENCE:
                 raise MisconfigurationException(self._missing_call())
         self._show()
+        if self.stage != "predict" and self.adaptation.record:
+            self.figures.show_step(self.trainer.lightning_module, self.adaptation.record)
 
     def _missing_call(self) -> str:
         assert self.adaptation is not None
@@ -139,9 +166,24 @@ class Run:
         return self.figures.averages()
 
     def log_averages(self) -> None:
-        """Hand the averages to the loggers in predict, where Lightning has no results and refuses to log."""
-        if self.stage == "predict":
-            self.figures.log_averages(self._streams.suffix)
+        """Hand the averages that Lightning does not log to the loggers: in predict, where it has no results, all."""
+        self.figures.log_averages(self._streams.suffix)
+
+    def summary(self) -> Summary | None:
+        """Return what the run came to; None if nothing adapted."""
+        if self.outcome is None:
+            return None
+        own = self.outcome
+        return Summary(
+            f"{self._settings.method.name} in {self.stage}",
+            self.averages(),
+            batches=own.calls,
+            updates=own.updates,
+            skipped=own.skipped,
+            seconds=own.seconds,
+            total=time.perf_counter() - self._began,
+            events=own.events,
+        )
 
     def abandon(self) -> None:
         """Tell the other processes, where they expect something of this one, that it fails."""
@@ -168,7 +210,7 @@ class Run:
         try:
             if self.outcome is None:  # the second time the weights may be back
                 own = self.adaptation
-                self.outcome = Outcome(own.updates, own.skipped, own.events, {})
+                self.outcome = Outcome(own.updates, own.skipped, own.events, own.record, own.seconds, own.calls, {})
                 self.outcome = self.outcome._replace(state=self.adaptation.state_dict())
         finally:
             self.adaptation.close()
@@ -178,13 +220,14 @@ class Run:
         if self.adaptation is None:
             scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))
             model = self.trainer.lightning_module
-            self.adaptation = Adaptation(model, self._settings, self._on_step, rank_zero_info, scale)
+            self.adaptation = Adaptation(model, self._settings, self._on_step, self._display.say, scale)
             self._changes.note(self._close_adaptation)
             try:
                 self.adaptation.__enter__()
             except Exception:  # after which it has closed itself
                 self.adaptation = None
                 raise
+            self._display.begin(self.adaptation)
             self._resume(self.adaptation)
         return self.adaptation
 

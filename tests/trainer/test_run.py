@@ -162,7 +162,7 @@ def test_combined_dataloaders_are_named_as_lightning_names_them(mode):
 
     loaders = CombinedLoader({"audio": loader(3, seed=1), "video": loader(2, seed=2)}, mode)
     torch.manual_seed(0)
-    callback = abpem()
+    callback = abpem(figures="all")
     results = trainer(callback).test(Pairs(), loaders, verbose=False)
     assert len(results) == len(callback.averages) == (2 if mode == "sequential" else 1)
     for index, result in enumerate(results):

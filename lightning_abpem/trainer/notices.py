@@ -1,0 +1,74 @@
+"""What a run says: a few lines when it begins, a table when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from rich.console import Console
+
+import lightning_abpem
+from lightning_abpem.engine.adaptation import Adaptation
+from lightning_abpem.engine.describe import list_tensors, options_of
+from lightning_abpem.engine.settings import Settings
+from lightning_abpem.trainer.figures import Chosen
+from lightning_abpem.trainer.summary import Summary
+
+__all__ = ["Display", "Verbose", "log_options"]
+
+Verbose = Literal[0, 1, 2]
+
+
+@dataclass(frozen=True)
+class Display:
+    """What is shown of a run, in the first process alone.
+
+    Args:
+        verbose: 0 for nothing but warnings; 1 for a few lines at the start and a table at the end; 2 for every tensor
+            that adapts besides.
+        figures: names of those whose averages are in Lightning's results; "headline" or "all".
+
+    Raises:
+        ValueError: naming the option, the value seen and what was expected.
+    """
+
+    verbose: Verbose = 1
+    figures: Chosen = "headline"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.verbose, bool) or self.verbose not in (0, 1, 2):
+            raise ValueError(f"Expected `verbose` to be 0, 1 or 2, but got {self.verbose!r}.")
+        names = self.figures
+        is_list = not isinstance(names, str) and isinstance(names, Iterable) and all(isinstance(x, str) for x in names)
+        if names not in ("headline", "all") and not is_list:
+            raise ValueError(f'Expected `figures` to be "headline", "all" or a list of names, but got {names!r}.')
+
+    def say(self, message: str) -> None:
+        """Log a message of the run's start."""
+        if self.verbose:
+            rank_zero_info(message)
+
+    def begin(self, adaptation: Adaptation) -> None:
+        """Say more of an adaptation that begins, if that is wanted."""
+        if self.verbose == 2 and adaptation.params:
+            self.say(list_tensors(adaptation.params))
+
+    def end(self, summary: Summary) -> None:
+        """Print what the run came to."""
+        if self.verbose:
+            _print(summary)
+
+
+@rank_zero_only
+def _print(summary: Summary) -> None:
+    Console().print(summary)
+
+
+def log_options(settings: Settings, loggers: Iterable[Any]) -> None:
+    """Hand all options, and the package's version, to the loggers as hyper-parameters."""
+    name = settings.method.name.lower()
+    options = {"version": lightning_abpem.__version__, **options_of(settings)}
+    for logger in loggers:
+        logger.log_hyperparams({f"{name}/{key}": value for key, value in options.items()})
