@@ -21,6 +21,7 @@ from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.checkpoint import check_form
 from lightning_abpem.engine.describe import changed_options
+from lightning_abpem.engine.faults import OnError
 from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.method import Method, Predicts, Record
 from lightning_abpem.engine.settings import (
@@ -67,6 +68,7 @@ class Options(TypedDict, total=False):
     guard: GuardAction
     verbose: Verbose
     figures: Chosen
+    on_error: OnError
 
 
 class TestTimeAdaptation(Callback):
@@ -112,12 +114,17 @@ class TestTimeAdaptation(Callback):
             every tensor that adapts besides. `trainer.test(verbose=False)` has no table either.
         figures: names of the figures whose averages are in Lightning's results: "headline", "all" or a list. All go to
             the loggers.
+        on_error: what to do with a batch that cannot be adapted, for instance because it lacks a modality: "predict" by
+            the weights as they are, count it in `skipped_for` and go on; or "raise". Before a batch has adapted every
+            error is raised, but for too little memory: it may be the configuration's.
 
     Attributes:
         record: figures of the last step, by name.
         summary: counts and averages of the last Trainer's run, which `rich` prints as a table; None before the first.
         updates: steps taken in the last run.
-        skipped: steps not taken in the last run: the loss or a gradient was not finite, or no sample was fit for one.
+        skipped: steps not taken in the last run: the loss or a gradient was not finite, no sample was fit for one, or
+            the batch could not be adapted.
+        skipped_for: the same by reason, as counts.
         events: what the guard did in the last run.
         averages: per dataloader, the last run's figures averaged over samples.
 
@@ -155,6 +162,7 @@ class TestTimeAdaptation(Callback):
         guard: GuardAction = "off",
         verbose: Verbose = 1,
         figures: Chosen = "headline",
+        on_error: OnError = "predict",
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -178,6 +186,7 @@ class TestTimeAdaptation(Callback):
             max_drift=max_drift,
             monitor=monitor,
             guard=guard,
+            on_error=on_error,
         )
         unknown = set(stages) - {"test", "predict", "validate"}
         if unknown or not stages or isinstance(stages, str):
@@ -186,9 +195,7 @@ class TestTimeAdaptation(Callback):
         self.display = Display(verbose, figures)
         self.summary: Summary | None = None
         self._unshown: Summary | None = None
-        self._record: Record = {}
-        self._counts = (0, 0)
-        self._events: list[Event] = []
+        self._outcome = Outcome()
         self.averages: dict[int, dict[str, Tensor]] = {}
         self._logged = 0
         self._state: Mapping[str, Any] = {}  # of the last run
@@ -198,19 +205,23 @@ class TestTimeAdaptation(Callback):
 
     @property
     def updates(self) -> int:
-        return self._counts[0] if self._adaptation is None else self._adaptation.updates
+        return (self._adaptation or self._outcome).updates
 
     @property
     def skipped(self) -> int:
-        return self._counts[1] if self._adaptation is None else self._adaptation.skipped
+        return sum(self.skipped_for.values())
+
+    @property
+    def skipped_for(self) -> dict[str, int]:
+        return dict((self._adaptation or self._outcome).skipped_for)
 
     @property
     def record(self) -> Record:
-        return self._record if self._adaptation is None else self._adaptation.record
+        return dict((self._adaptation or self._outcome).record)
 
     @property
     def events(self) -> list[Event]:
-        return self._events if self._adaptation is None else self._adaptation.events
+        return list((self._adaptation or self._outcome).events)
 
     @property
     def _adaptation(self) -> Adaptation | None:
@@ -243,7 +254,7 @@ class TestTimeAdaptation(Callback):
                 self._resume(adaptation)
                 self._attached, self.averages = adaptation, {}
                 yield adaptation
-                adaptation.drain(is_last=True)
+                adaptation.end_stream()
             except BaseException:
                 adaptation.abandon()
                 raise
@@ -255,8 +266,8 @@ class TestTimeAdaptation(Callback):
         """Keep what an `attach` has come to, and close its adaptation; it can be called again."""
         try:
             if self._attached is adaptation:
-                self._counts, self._events = (adaptation.updates, adaptation.skipped), adaptation.events
-                self._record = adaptation.record
+                own = adaptation
+                self._outcome = Outcome(own.updates, own.skipped_for, own.events, own.record, own.seconds, own.calls)
                 self._state = adaptation.state_dict()
         finally:
             if self._attached is adaptation:
@@ -339,7 +350,7 @@ class TestTimeAdaptation(Callback):
         for own_stage in self.stages:  # Lightning's is an enum that is equal to a string, but does not print as one
             if own_stage == stage:
                 check_trainer(trainer, own_stage, TestTimeAdaptation)
-                self._counts, self._events, self._record, self.averages = (0, 0), [], {}, {}
+                self._outcome, self.averages = Outcome(), {}
                 self.summary = self._unshown = None
                 self._run = Run(trainer, own_stage, self.settings, self.display, self._logged, self._resume)
                 self._run.start(first=self)
@@ -437,10 +448,10 @@ class TestTimeAdaptation(Callback):
         try:
             run.close()
         finally:
-            own = run.outcome or Outcome(0, 0, [], {}, 0.0, 0, {})
-            self._counts, self._events, self._record = (own.updates, own.skipped), own.events, own.record
-            self._logged, self.summary = run.figures.logged, run.summary()
+            outcome = run.outcome or Outcome()
+            self._outcome, self._logged = outcome._replace(state={}), run.figures.logged
+            self.summary = run.summary()
             self._unshown = self.summary if is_over and run.is_verbose else None
-            self._state = {**own.state, "over": is_over} if own.state else self._state
+            self._state = {**outcome.state, "over": is_over} if outcome.state else self._state
             if run.phase == "closed":
                 self._run = None

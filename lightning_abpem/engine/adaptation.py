@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_abpem.attention.fusion import find_fusion
 from lightning_abpem.engine.describe import describe_run
+from lightning_abpem.engine.faults import Fault
 from lightning_abpem.engine.forward import Forward
 from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.logits import check_head
@@ -64,7 +65,9 @@ class Adaptation(Uncopied):
         calls: calls of the target so far.
         seconds: spent in adapting passes so far, by the host's clock; on a GPU their work may last longer.
         updates: steps taken.
-        skipped: steps not taken: the loss or a gradient was not finite, or no sample was fit for one.
+        skipped: steps not taken: the loss or a gradient was not finite, no sample was fit for one, or the batch could
+            not be adapted.
+        skipped_for: the same by reason, as counts.
         record: the last step's figures, as the method names them, and `updated`: 1 if the step was taken.
         state: what the method keeps of earlier batches.
         events: what the guard did.
@@ -110,6 +113,8 @@ class Adaptation(Uncopied):
             *(model, self.target, settings, self.fusion, self.watched, self.memory, self._replay, report)
         )
         self._changes = Changes()
+        self._has_observer_failed = False
+        self._before = (0, 0)  # updates and skipped steps of the state that this goes on from
 
     @property
     def record(self) -> Record:
@@ -123,7 +128,12 @@ class Adaptation(Uncopied):
     @property
     def skipped(self) -> int:
         self._stepper.settle()
-        return self._stepper.weights.skipped
+        return self._stepper.weights.skips.total
+
+    @property
+    def skipped_for(self) -> dict[str, int]:
+        self._stepper.settle()
+        return dict(self._stepper.weights.skips.counts)
 
     @property
     def events(self) -> list[Event]:
@@ -145,7 +155,7 @@ class Adaptation(Uncopied):
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: Any) -> None:
         try:
-            self.abandon() if kind else self.drain(is_last=True)
+            self.abandon() if kind else self.end_stream()
         finally:
             self.close()
 
@@ -201,6 +211,16 @@ class Adaptation(Uncopied):
         while not (ranks.done or (ranks.is_idle and not is_last)):
             self._adapt(None, None)
 
+    def end_stream(self) -> None:
+        """Take part in the other processes' last steps; warn if there were batches and none of them was adapted."""
+        self.drain(is_last=True)
+        updates, skipped = self._before
+        if self.calls and self.updates == updates and self.skipped - skipped >= self.calls:
+            log.warning(
+                "None of the %d batches was adapted, so that every prediction is that of the weights as they were: %s.",
+                *(self.calls, ", ".join(f"{reason} ({count})" for reason, count in self.skipped_for.items())),
+            )
+
     def abandon(self) -> None:
         """Tell the other processes that this one fails, so that they stop too."""
         if self._forward.ranks is not None:
@@ -241,6 +261,7 @@ class Adaptation(Uncopied):
         """
         with torch.inference_mode(False):
             self._stepper.load_state_dict(state)
+        self._before = (self.updates, self.skipped)
         self._report(f"{self.method.name} goes on from a state after {self.updates} updates.")
 
     def describe(self) -> str:
@@ -254,8 +275,7 @@ class Adaptation(Uncopied):
         """Stand in for the target's call: adapt to the batch, then make the call."""
         if not self._changes:  # after the end, by somebody who kept the stand-in
             return target_call(*args, **kwargs)
-        first = self._first_call()
-        if first is not None and first.thread == threading.get_ident():
+        if self._is_under_way():
             # The engine's own pass, or a call that the target's forward makes of itself.
             return (self._plain_call if self._forward.is_plain else target_call)(*args, **kwargs)
         call = _CallUnderWay()
@@ -265,7 +285,7 @@ class Adaptation(Uncopied):
             self._refuse_two(call)
             return self._adapted_call(target_call, args, kwargs)
         finally:
-            del call, first  # also if somebody keeps the error, and this frame with it
+            del call  # also if somebody keeps the error, and this frame with it
 
     def _adapted_call(self, target_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Adapt to the batch, then make the call."""
@@ -275,11 +295,13 @@ class Adaptation(Uncopied):
             self.calls += 1
             if self._forward.ranks is not None and self._forward.ranks.done:
                 return target_call(*args, **kwargs)  # after the streams, in which the others have no part
-            self._adapt(args, kwargs)
-            self._replay.start_pass()
+            fault = self._fault_in(partial(self._adapt, args, kwargs), args, kwargs)
+            if fault is None:
+                self._replay.start_pass()
             output = target_call(*args, **kwargs)
-            with torch.inference_mode(False):
-                self._stepper.end_call(output)
+            fault = fault or self._fault_in(partial(self._end_call, output), args, kwargs)
+            if fault is not None:
+                self._stepper.faults.count(fault)
             return output
         finally:
             self._replay.end_batch()
@@ -311,10 +333,38 @@ class Adaptation(Uncopied):
                 self._flags.thaw()
             self.seconds += time.perf_counter() - start
 
+    def _end_call(self, output: Any) -> None:
+        with torch.inference_mode(False):
+            self._stepper.end_call(output)
+
+    def _fault_in(self, part: Callable[[], None], args: Any, kwargs: Any) -> Fault | None:
+        """Run a part of the adapting to a batch; return its fault if the batch is to be predicted all the same.
+
+        It does not hold the error, and with it the tensors of the pass, while the prediction is made.
+        """
+        faults, self._has_observer_failed = self._stepper.faults, False
+        try:
+            part()
+            return None
+        except Exception as error:
+            fault = None
+            if not self._has_observer_failed and self._forward.ranks is None:
+                fault = faults.of(error, args, kwargs)
+            if fault is None:
+                raise
+        self._replay.end_batch()
+        faults.drop(fault)
+        return fault
+
     def _first_call(self) -> _CallUnderWay | None:
         """Return the call that is under way; None if there is none."""
         calls = (reference() for reference in tuple(self._under_way))
         return next((call for call in calls if call is not None), None)
+
+    def _is_under_way(self) -> bool:
+        """Return True if a call of this thread is; its frame holds the call no longer than that, whoever keeps it."""
+        first = self._first_call()
+        return first is not None and first.thread == threading.get_ident()
 
     def _refuse_two(self, call: _CallUnderWay) -> None:
         """Raise if a call of another thread came first.
@@ -323,15 +373,23 @@ class Adaptation(Uncopied):
             RuntimeError: naming both threads.
         """
         first = self._first_call()
-        if first is not None and first is not call:
-            raise RuntimeError(
-                f"{type(self.target).__name__} is called from thread {call.thread} while its call in thread "
-                f"{first.thread} is under way. It adapts to one batch at a time: use one thread, or a lock."
-            )
+        if first is None or first is call:
+            return
+        own, other = call.thread, first.thread
+        del call, first  # also if somebody keeps the error
+        raise RuntimeError(
+            f"{type(self.target).__name__} is called from thread {own} while its call in thread {other} is under way. "
+            "It adapts to one batch at a time: use one thread, or a lock."
+        )
 
     def _report_step(self, record: Record, samples: int) -> None:
-        if self.on_step is not None:
+        if self.on_step is None:
+            return
+        try:
             self.on_step(record, samples)
+        except Exception:
+            self._has_observer_failed = True  # no fault of the batch: its step was taken
+            raise
 
 
 def _entry(target: nn.Module) -> str:

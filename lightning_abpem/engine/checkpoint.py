@@ -206,9 +206,10 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weights.optimizer": (_is_named, "an optimizer's state"),
     "weights.optimizer_class": (lambda x: isinstance(x, str), "a class's name"),
     "weights.counts": (
-        lambda x: _are_counts(x, 3) and x[2] <= x[0],
-        "the updates, the steps skipped and the updates since a reset",
+        lambda x: _are_counts(x, 2) and x[1] <= x[0],
+        "the updates, and those since a reset",
     ),
+    "weights.skipped_for": (lambda x: _is_named(x) and all(map(_is_count, x.values())), "counts of steps by reason"),
     "weights.rate": (lambda x: type(x) is float and 0 < x <= 1, "the share of the learning rate that goes on"),
     "scale.value": (lambda x: _is_scalar(x, 1, floating=True), "a scalar tensor of at least 1"),
     "scale.streak": (lambda x: _is_scalar(x, 0, floating=False), "a scalar tensor that counts steps"),

@@ -19,6 +19,7 @@ from lightning_abpem.attention.projections import FusionAttention
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import Comparison, Pair
 from lightning_abpem.attention.trace import trace_attention
+from lightning_abpem.engine.batch import Batch
 from lightning_abpem.engine.logits import read_logits, refuse_probabilities
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.ranks import Ranks, several_processes
@@ -129,20 +130,18 @@ class Forward:
         """Return the tokens of each modality in the batch of these arguments; empty for methods that do not ask."""
         return {} if self._tokens is None else self._tokens(args, kwargs)
 
-    def observe_all(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Pass | None:
+    def observe_all(self, batch: Batch) -> Pass | None:
         """Run one forward over memory and batch, and join what the other processes have seen in theirs.
 
         Args:
-            args: the target's arguments; None without a batch of one's own.
-            kwargs: its keyword arguments.
-            tokens: see `tokens_of`.
+            batch: this process's.
 
         Returns:
             None if no process has a batch.
         """
         if self.ranks is not None and self._is_sharded:
-            self.ranks.refuse_uneven(args is not None)
-        seen = None if args is None else self.observe(args, kwargs, tokens)
+            self.ranks.refuse_uneven(batch.args is not None)
+        seen = None if batch.args is None else self.observe(batch)
         if self.ranks is None:
             return seen
         own = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
@@ -151,14 +150,14 @@ class Forward:
             return together and Pass(*together, {}, is_local=False)
         return Pass(*together, {}, is_local=seen.samples > 0, own=seen.own)
 
-    def observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Pass:
+    def observe(self, batch: Batch) -> Pass:
         """Run one forward over memory and batch."""
         self.end_step(has_graphs=True)  # of another pass
         self._replay.start_pass()
         try:
-            snapshot = self._begin(args, kwargs)
+            snapshot = self._begin(batch.args, batch.kwargs)
             if self._memory is not None:
-                self._memory.attach(self._changes, tokens)
+                self._memory.attach(self._changes, batch.tokens)
             calls = watch_attention(self._changes, self._watched)
             outputs = watch_outputs(self._changes, self._model, self._settings.method.watches)
             output = self._run(snapshot)
@@ -170,7 +169,7 @@ class Forward:
             self._changes.close()
         snapshot.end_call()
         snapshot.check_parameters()
-        return self._seen(output, calls, tokens, outputs, args, kwargs)
+        return self._seen(output, calls, outputs, batch)
 
     def predict(self, args: Any, kwargs: Any) -> Tensor:
         """Run one forward over a batch alone, without gradients; return its logits (B, C)."""
@@ -227,12 +226,10 @@ class Forward:
         self,
         output: Any,
         calls: Sequence[AttentionCall],
-        tokens: dict[str, Tokens],
         outputs: Mapping[str, Any],
-        args: Any,
-        kwargs: Any,
+        batch: Batch,
     ) -> Pass:
-        logits = read_logits(output, self._settings.logits)
+        logits, tokens = read_logits(output, self._settings.logits), batch.tokens
         stored = 0
         if self._memory is not None:
             drew = self._snapshot is not None and self._snapshot.drew
@@ -241,21 +238,21 @@ class Forward:
         attention: Mapping[Pair, Sequence[Comparison]] = {}
         if samples:
             if self._fusion is not None:
-                attention = self._compare(calls, tokens, logits, args, kwargs)
+                attention = self._compare(calls, tokens, logits, batch)
             self._check_logits(logits)
         return Pass(logits, samples, attention, outputs, own=logits[stored:].detach())
 
     def _compare(
-        self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, args: Any, kwargs: Any
+        self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], logits: Tensor, batch: Batch
     ) -> Mapping[Pair, Sequence[Comparison]]:
         """Return the score statistics of the calls, which are those of every fusion attention, batch-first."""
         assert self._fusion is not None
         assert self._tokens is not None
         called = {call.name for call in calls}
         if any(attention.name not in called for attention in self._watched):
-            refuse_silence(self._fusion, called, self._trace(args, kwargs))
+            refuse_silence(self._fusion, called, self._trace(batch.args, batch.kwargs))
         check_samples(calls, logits.shape[0])
-        tokens = self._tokens.check(calls, tokens, args, kwargs)
+        tokens = self._tokens.check(calls, tokens, batch.args, batch.kwargs)
         if self._settings.steps and self._settings.method.moves_scores:
             _check_gradients(calls, {attention.name for attention in self._fusion.adapting})
         with _in_full_precision(logits.device):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import Changes
+from lightning_abpem.modules.refusals import ModelError
 
 __all__ = ["ADVICE", "RememberedBatch", "TokenMemory", "find_memory"]
 
@@ -149,6 +150,15 @@ class TokenMemory:
         """Forget the prediction for a batch that is not stored."""
         self._predicted = None
 
+    def drop(self) -> None:
+        """Let go of a pass that failed; what is stored stays."""
+        self.current, self._past = None, []
+
+    def shrink(self) -> int:
+        """Hold from now on half as many batches as were in front of the current one; return how many with it."""
+        self._stored = deque(self._stored, maxlen=len(self._past) // 2)
+        return len(self._past) // 2 + 1
+
     def state_dict(self) -> list[dict[str, Any]]:
         """The stored batches, oldest first; without places, that of others alone."""
         nothing = RememberedBatch(frozenset(), {})
@@ -197,7 +207,7 @@ class TokenMemory:
             bound = (5e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3) * largest
             if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
                 why = "the forward draws random numbers" if drew else "something bypasses it"
-                raise ValueError(
+                raise ModelError(
                     f"Expected the tokens that entered '{self.name}' to give the same logits again, but they differ: "
                     f"{why}. {ADVICE}"
                 )

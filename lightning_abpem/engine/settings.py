@@ -17,6 +17,7 @@ from lightning_abpem.attention.fusion import FusionPatterns, fusion_patterns
 from lightning_abpem.attention.projections import Projections
 from lightning_abpem.attention.spans import Modalities, TokenMask, Tokens, own_spans, token_spans
 from lightning_abpem.attention.statistics import Pair
+from lightning_abpem.engine.faults import ON_ERROR, OnError
 from lightning_abpem.engine.limits import Limits
 from lightning_abpem.engine.method import Method, Predicts
 
@@ -59,6 +60,7 @@ class Settings:
     max_drift: float | None = None
     monitor: Monitor = "off"
     guard: GuardAction = "off"
+    on_error: OnError = "predict"
     limits: Limits = field(init=False)
     patterns: list[str] | dict[Pair, list[str]] | None = field(init=False)
     spans: dict[str, Tokens | TokenMask] | None = field(init=False)
@@ -86,6 +88,8 @@ class Settings:
             raise ValueError(f'Expected `predicts` to be "after" or "before" the update, but got {self.predicts!r}.')
         if self.sync not in ("global", "local"):
             raise ValueError(f'Expected `sync` to be "global" or "local", but got {self.sync!r}.')
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f'Expected `on_error` to be "predict" or "raise", but got {self.on_error!r}.')
         if self.predicts is None:
             object.__setattr__(self, "predicts", self.method.predicts)
         for name in ("steps", "memory_batches"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_abpem.attention.spans import Tokens
+from lightning_abpem.engine.batch import Batch
 from lightning_abpem.engine.checkpoint import (
     FORMAT,
     check_copies,
@@ -22,6 +23,7 @@ from lightning_abpem.engine.checkpoint import (
     to_cpu,
     to_device,
 )
+from lightning_abpem.engine.faults import Faults
 from lightning_abpem.engine.forward import Forward, Pass
 from lightning_abpem.engine.guard import Guard
 from lightning_abpem.engine.logits import read_logits
@@ -76,6 +78,7 @@ class Stepper:
         record: the last step's figures, and `updated`: 1 if the step was taken.
         watch: compares the adapted model with the source.
         guard: judges what it sees.
+        faults: tells which batches cannot be adapted.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Stepper:
         self._has_acted = False  # the guard, before this batch
         self._is_watched_for_effect = False
         self.watch, self.guard = Watch(), Guard(settings.guard)
+        self.faults = Faults(settings.on_error, memory, weights.skips)
         self._batches = 0  # that took part in steps
         self._samples = 0  # of all processes since the last reset
         self._own: Tensor | None = None  # logits of this process's batch
@@ -123,7 +127,7 @@ class Stepper:
         self._resets_next = self._resets_next or self._reset_is_due()
         if self._resets_next and args is not None:
             self.reset()
-        tokens = {} if args is None else self._forward.tokens_of(args, kwargs)
+        batch = self._begun(args, kwargs)
         if self._source is None:
             self._draft = {}
             self._source = self._method.measure_source(self._observe_source)
@@ -134,9 +138,10 @@ class Stepper:
             self._is_first = i == 0
             if i == 0:
                 self._has_acted = self._take_back()
-            computed = self._compute(args, kwargs, tokens)
+            computed = self._compute(batch)
             if computed is None:
                 return
+            self.faults.prove()
             if self._settings.predicts == "before" and args is not None:
                 self._pending = computed
             else:
@@ -239,27 +244,39 @@ class Stepper:
 
     # ------------------------------------------------------------------------------------------------------ one step
 
-    def _compute(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed | None:
+    def _begun(self, args: Any, kwargs: Any) -> Batch:
+        """Return a batch with its tokens.
+
+        Raises:
+            Exception: if it is too large, or has no such tokens.
+        """
+        batch = Batch(args, kwargs)
+        if args is not None:
+            self.faults.refuse_size(args, kwargs)
+            batch.tokens = self._forward.tokens_of(args, kwargs)
+        return batch
+
+    def _compute(self, batch: Batch) -> _Computed | None:
         """The method's gradients for one batch; None if it is empty."""
         self._draft = dict(self._state)
         ranks = self._forward.ranks
         if ranks is not None:
             ranks.updates = self.weights.updates
         try:
-            step = self._observe(args, kwargs, tokens)
+            step = self._observe(batch)
             if step is None:
                 return None
-            computed = self._of_step(step, args, kwargs, tokens) if step.samples else None
+            computed = self._of_step(step, batch) if step.samples else None
         finally:
             self._forward.end_step()
         if computed is not None and self._is_first:
-            computed = self._watched(computed, args, kwargs)
+            computed = self._watched(computed, batch)
         if ranks is not None:
             ranks.end_step()
         return computed
 
-    def _of_step(self, step: Step, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> _Computed:
-        logits = None if args is None else step.logits[-step.samples :].detach()
+    def _of_step(self, step: Step, batch: Batch) -> _Computed:
+        logits = None if not batch.is_own else step.logits[-step.samples :].detach()
         if self._settings.steps == 0 or self.guard.is_frozen:
             observed = self._method.loss(step)
             check_record(self._method, observed)
@@ -267,9 +284,12 @@ class Stepper:
 
         def rerun(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
-            own_args, own_kwargs = (args, kwargs) if edit is None or args is None else edit(args, kwargs)
+            own = batch
+            if edit is not None and batch.is_own:
+                args, kwargs = edit(batch.args, batch.kwargs)
+                own = replace(batch, args=args, kwargs=kwargs)
             entered = None if self._memory is None else self._memory.current
-            step = self._observe(own_args, own_kwargs, tokens)
+            step = self._observe(own)
             assert step is not None
             if self._memory is not None:
                 self._memory.current = entered  # not what the method made of it
@@ -294,7 +314,7 @@ class Stepper:
         check_record(self._method, made)
         return _Computed(*made, step.samples, logits, self._draft)
 
-    def _watched(self, computed: _Computed, args: Any, kwargs: Any) -> _Computed:
+    def _watched(self, computed: _Computed, batch: Batch) -> _Computed:
         """Compare the model as it is before the step with the source, if that is due; return the step with the figures.
 
         The guard judges by them. What it says is read at the next batch.
@@ -303,9 +323,9 @@ class Stepper:
         if not every or (self._batches - 1) % every:
             return computed
         ranks, own, source = self._forward.ranks, self._own, self._own
-        if args is not None and not self.weights.are_source:
+        if batch.is_own and not self.weights.are_source:
             with self.weights.at_source():
-                source = self._forward.predict(args, kwargs)
+                source = self._forward.predict(batch.args, batch.kwargs)
         figures = self.watch.see(own, source, None if ranks is None else ranks.total)
         means = self.watch.means
         if self._settings.guard != "off" and means is not None:
@@ -322,9 +342,9 @@ class Stepper:
             self.watch.forget()
         return event is not None
 
-    def _observe(self, args: Any, kwargs: Any, tokens: dict[str, Tokens]) -> Step | None:
+    def _observe(self, batch: Batch) -> Step | None:
         """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""
-        seen = self._forward.observe_all(args, kwargs, tokens)
+        seen = self._forward.observe_all(batch)
         if seen is None:
             return None
         if self._is_first:
@@ -336,7 +356,7 @@ class Stepper:
     def _observe_source(self, args: Any) -> Step:
         """Run a forward of this process alone, for what is measured on the source."""
         args = tree_map_only(torch.Tensor, lambda x: x.to(self._device), args)
-        return self._step_of(self._forward.observe(args, {}, {}))
+        return self._step_of(self._forward.observe(Batch(args, {})))
 
     def _step_of(self, seen: Pass, ranks: Ranks | None = None) -> Step:
         return Step(

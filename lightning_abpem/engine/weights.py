@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lightning_abpem.engine.checkpoint import check_weights, digest, to_cpu
+from lightning_abpem.engine.faults import NOT_FINITE, NOT_FIT, Skips
 from lightning_abpem.engine.flags import DeviceFlags
 from lightning_abpem.engine.limits import Limits, way
 from lightning_abpem.engine.settings import OptimizerFactory
@@ -23,8 +24,10 @@ __all__ = ["AdaptedWeights", "all_finite"]
 
 log = logging.getLogger(__name__)
 
-_NOT_FINITE = "The loss, a gradient or the step is not finite."
-_NOT_FIT = "No sample of the batch is fit for a step, by the method's own filters."
+_SAID = {
+    NOT_FINITE: "The loss, a gradient or the step is not finite.",
+    NOT_FIT: "No sample of the batch is fit for a step, by the method's own filters.",
+}
 
 
 class AdaptedWeights:
@@ -42,7 +45,7 @@ class AdaptedWeights:
 
     Attributes:
         updates: steps taken.
-        skipped: steps not taken, because something was not finite or no sample was fit for one.
+        skips: steps not taken.
         updates_since_reset: steps taken since the last reset.
 
     Raises:
@@ -65,8 +68,8 @@ class AdaptedWeights:
         self._digest = digest(self._whole_source)
         self._fate: Callable[[], Sequence[bool]] | None = None  # whether gradients and then weights were finite
         self._hidden: list[tuple[nn.Parameter, Tensor | None]] = []
-        self.updates = self.skipped = self.updates_since_reset = 0
-        self._reasons: set[str] = set()  # that were said
+        self.updates = self.updates_since_reset = 0
+        self.skips = Skips()
         self._rate = 1.0
         self._start()
 
@@ -123,7 +126,7 @@ class AdaptedWeights:
             self.updates += 1
             self.updates_since_reset += 1
             return True
-        self._count_skipped(_NOT_FINITE)
+        self._count_skipped(NOT_FINITE)
         if finite:  # the optimizer's moments took the weights out of range
             self._start()
         return False
@@ -131,13 +134,10 @@ class AdaptedWeights:
     def skip(self, loss: Tensor) -> None:
         """Count a step for which the method has no gradients; `loss` is what it recorded."""
         if self._params:  # the source model takes no steps that could be missed
-            self._count_skipped(_NOT_FIT if math.isfinite(loss.item()) else _NOT_FINITE)
+            self._count_skipped(NOT_FIT if math.isfinite(loss.item()) else NOT_FINITE)
 
     def _count_skipped(self, reason: str) -> None:
-        self.skipped += 1
-        if reason not in self._reasons:
-            self._reasons.add(reason)
-            log.warning("%s Such steps are skipped, and counted in `skipped`.", reason)
+        self.skips.count(reason, f"{_SAID[reason]} Such steps are skipped, and counted in `skipped`.")
 
     @property
     def drift(self) -> Tensor:
@@ -188,7 +188,8 @@ class AdaptedWeights:
             "source": self._digest,
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
             "optimizer_class": type(self._optimizer).__name__,
-            "counts": [self.updates, self.skipped, self.updates_since_reset],
+            "counts": [self.updates, self.updates_since_reset],
+            "skipped_for": self.skips.counts,
             "rate": self._rate,
         }
 
@@ -209,7 +210,8 @@ class AdaptedWeights:
             for name, master in zip(self._names, masters, strict=True):
                 master.copy_(state["params"][name])
         self._set(masters)
-        self.updates, self.skipped, self.updates_since_reset = state["counts"]
+        self.updates, self.updates_since_reset = state["counts"]
+        self.skips.counts = dict(state["skipped_for"])
 
     @torch.no_grad()  # also if an interrupt kept the optimizer's enable_grad() from its end
     def _take_back(self) -> None:
@@ -217,7 +219,6 @@ class AdaptedWeights:
         for old, master in zip(self._before, self._masters, strict=True):
             master.copy_(old)
         self._fate = None
-        self.skipped += 1
         self._start()
         self._set(self._masters)
 

@@ -133,11 +133,12 @@ class ABPEM(TestTimeAdaptation):
             or what calls them, around several.
         options: those that all methods share: `steps`, `optimizer`, `target`, `logits`, `reset`, `restore`, `stages`,
             `replay`, `predicts`, `sync`, `projections`, `learning_rate`, `clip_gradients`, `anchor`, `max_drift`,
-            `monitor`, `guard`, `verbose`, `figures`; `TestTimeAdaptation` documents them.
+            `monitor`, `guard`, `on_error`, `verbose`, `figures`; `TestTimeAdaptation` documents them.
 
     Attributes:
         updates: steps taken in the last run.
-        skipped: steps not taken in the last run, because the loss, a gradient or the step was not finite.
+        skipped: steps not taken in the last run: something was not finite, or the batch could not be adapted.
+        skipped_for: the same by reason, as counts.
         events: what the guard did in the last run.
         averages: per dataloader, the last run's figures averaged over samples.
 

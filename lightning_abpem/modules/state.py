@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_abpem.modules.parameters import SavedParameters
 from lightning_abpem.modules.randomness import RandomState
+from lightning_abpem.modules.refusals import ModelError
 from lightning_abpem.modules.walk import Walk
 
 __all__ = ["Snapshot", "reachable"]
@@ -129,7 +130,7 @@ class Snapshot(Walk):
         if edited:
             names = {id(p): repr(name) for name, p in self._target.named_parameters()}
             name = names.get(id(edited[0])) or self._name(id(edited[0]))
-            raise ValueError(
+            raise ModelError(
                 f"Expected a forward that leaves its parameters alone, but it edited {name} in place. The adapting "
                 "passes would edit it once more for every batch. Keep such a value in a buffer, and load the parameter "
                 "again: this pass moved it."

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_abpem.modules.refusals import ModelError
+
 __all__ = ["SavedTensor", "bit_sum", "normal_tensor", "reading_waits", "same_bits"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -96,7 +98,7 @@ class SavedTensor:
         version, self._version = self._version, x._version
         if alias is None:
             if x._version != version:
-                raise ValueError(
+                raise ModelError(
                     f"Expected a forward that leaves {name(self.key)} alone, but it edits it in place. It is a "
                     f"{'nested ' * x.is_nested}{type(x).__name__} with layout {x.layout}, which cannot be put back. "
                     "Edit a clone of it."
@@ -129,7 +131,7 @@ class SavedTensor:
     def _refuse_history(self, name: Callable[[int], str]) -> None:
         if not self._is_told:
             self._is_told = True
-            raise ValueError(
+            raise ModelError(
                 f"Expected a forward that writes no values with a history into {name(self.key)}, but it did. It is a "
                 "view, of which autograd keeps that. Write x.detach(), or into the tensor that it is a view of."
             )

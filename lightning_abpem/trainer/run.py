@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import Callback
@@ -35,13 +35,13 @@ class Outcome(NamedTuple):
     The state is empty if the adaptation never began.
     """
 
-    updates: int
-    skipped: int
-    events: list[Event]
-    record: dict[str, Tensor]
-    seconds: float
-    calls: int
-    state: dict[str, Any]
+    updates: int = 0
+    skipped_for: Mapping[str, int] = {}
+    events: Sequence[Event] = ()
+    record: Mapping[str, Tensor] = {}
+    seconds: float = 0.0
+    calls: int = 0
+    state: Mapping[str, Any] = {}
 
 
 class Run:
@@ -160,6 +160,8 @@ class Run:
             if self._settings.sync == "global":
                 self._drain(is_last=True)
             self._streams.awaited = None
+        if self.adaptation is not None:
+            self.adaptation.end_stream()
 
     def averages(self) -> dict[int, dict[str, Tensor]]:
         """Return the averages of the figures by dataloader and name."""
@@ -179,7 +181,7 @@ class Run:
             self.averages(),
             batches=own.calls,
             updates=own.updates,
-            skipped=own.skipped,
+            skipped_for=own.skipped_for,
             seconds=own.seconds,
             total=time.perf_counter() - self._began,
             events=own.events,
@@ -210,7 +212,8 @@ class Run:
         try:
             if self.outcome is None:  # the second time the weights may be back
                 own = self.adaptation
-                self.outcome = Outcome(own.updates, own.skipped, own.events, own.record, own.seconds, own.calls, {})
+                counts = (own.updates, own.skipped_for, own.events, own.record, own.seconds, own.calls)
+                self.outcome = Outcome(*counts)
                 self.outcome = self.outcome._replace(state=self.adaptation.state_dict())
         finally:
             self.adaptation.close()

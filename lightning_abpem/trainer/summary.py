@@ -31,7 +31,7 @@ class Summary:
         averages: by dataloader, then by name.
         batches: calls of the target.
         updates: steps taken.
-        skipped: steps not taken.
+        skipped_for: steps not taken, by reason.
         seconds: spent in adapting passes and steps, as the host's clock has it.
         total: seconds from the first batch to the end.
         events: what the guard did.
@@ -41,7 +41,7 @@ class Summary:
     averages: Mapping[int, Mapping[str, Tensor]]
     batches: int
     updates: int
-    skipped: int
+    skipped_for: Mapping[str, int]
     seconds: float
     total: float
     events: Sequence[Event] = field(default=())
@@ -65,8 +65,9 @@ class Summary:
             yield "predictions that differ from the source's", [_pair(None, own, "{:.1%}") for own in flips]
 
     def _notes(self) -> Iterator[str]:
-        skipped = f", {self.skipped} skipped" if self.skipped else ""
-        yield f"{self.updates} updates in {self.batches} batches{skipped}"
+        yield f"{self.updates} updates in {self.batches} batches"
+        if self.skipped_for:
+            yield "skipped: " + ", ".join(f"{count} for {reason}" for reason, count in self.skipped_for.items())
         done = Counter(event.action for event in self.events)
         if done:
             yield "guard: " + ", ".join(f"{action} {count} times" for action, count in done.items())

@@ -608,7 +608,7 @@ def test_spans_are_held_against_every_batch():
     model = make_toy()
     good, (audio, video) = batches(2)
     with pytest.raises(ValueError, match="but got 10 .* and 12 tokens"):
-        predictions(model, [good, (audio, torch.cat((video, video[:, :2]), dim=1))])
+        predictions(model, [good, (audio, torch.cat((video, video[:, :2]), dim=1))], on_error="raise")
 
 
 def test_attention_that_is_not_batch_first_is_refused():

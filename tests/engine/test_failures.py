@@ -1,4 +1,4 @@
-"""What fails in the user's code during a call: the call raises, no step is half made, and the next batch goes on."""
+"""With on_error="raise", what fails in the user's code raises, no step is half made, and the next batch goes on."""
 
 from functools import partial
 
@@ -68,9 +68,9 @@ def test_an_optimizer_that_raises(options):
     def fail(fails):
         Loses.fails = fails
 
-    callback = abpem(optimizer=partial(Loses, lr=0.1), **options)
+    callback = abpem(optimizer=partial(Loses, lr=0.1), on_error="raise", **options)
     adaptation, outputs = run(callback, model, fail)
-    assert adaptation.skipped == 1
+    assert adaptation.skipped == 0
     assert all(map(torch.equal, outputs, without_the_second(options)))
 
 
@@ -101,7 +101,7 @@ def test_a_forward_that_raises(options, at):
         FAILS_AT = (1 if in_pass else 2) if fails else 0
 
     taken = not in_pass and options.get("predicts") != "before"
-    adaptation, outputs = run(abpem(optimizer=SGD, **options), model, fail, taken)
+    adaptation, outputs = run(abpem(optimizer=SGD, on_error="raise", **options), model, fail, taken)
     assert adaptation.skipped == 0
     # A prediction that fails has moved the state, as it would have without the engine.
     assert model.calls == int(model.total) == len(model.history) == int(model.kept["video"][0]) == 3 - in_pass
@@ -111,7 +111,7 @@ def test_a_forward_that_raises(options, at):
 
 @pytest.mark.parametrize("options", WAYS)
 def test_a_loss_that_raises(options, monkeypatch):
-    model, callback = Stateful().eval(), abpem(optimizer=SGD, **options)
+    model, callback = Stateful().eval(), abpem(optimizer=SGD, on_error="raise", **options)
     kind = type(callback.settings.method)
     loss = kind.loss
     fails = []

@@ -119,7 +119,7 @@ def test_steps_are_counted_once_they_are_settled():
         weights.step([torch.ones(3), None], torch.tensor(loss))
         assert weights.settle() is taken
         assert weights.settle() is None
-    assert (weights.updates, weights.skipped, weights.updates_since_reset) == (2, 1, 2)
+    assert (weights.updates, weights.skips.total, weights.updates_since_reset) == (2, 1, 2)
     weights.reset()
     assert (weights.updates, weights.updates_since_reset) == (2, 0)
 

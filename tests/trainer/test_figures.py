@@ -47,7 +47,7 @@ def test_the_record_of_an_attach():
     with callback.attach(make_toy().eval()) as adaptation, torch.no_grad():
         assert callback.record == {}
         adaptation.model(*batches(1)[0])
-        assert callback.record is adaptation.record
+        assert callback.record == adaptation.record
     assert "loss" in callback.record
 
 
