@@ -126,7 +126,7 @@ class TestTimeAdaptation(Callback):
             the batch could not be adapted.
         skipped_for: the same by reason, as counts.
         events: what the guard did in the last run.
-        averages: per dataloader, the last run's figures averaged over samples.
+        averages: per dataloader, the last run's figures averaged over samples; of a run that failed, this process's.
 
     Raises:
         ValueError: an argument is out of its range, or does not fit the model (before any weight moves).
@@ -391,7 +391,6 @@ class TestTimeAdaptation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
             self._run.end_streams()
-            self.averages = self._run.averages()
             self._run.log_averages()
             self._end(is_over=True)  # ahead of callbacks that swap weights back, as those of weight averages do
 
@@ -450,6 +449,7 @@ class TestTimeAdaptation(Callback):
         finally:
             outcome = run.outcome or Outcome()
             self._outcome, self._logged = outcome._replace(state={}), run.figures.logged
+            self.averages = dict(outcome.averages) or self.averages
             self.summary = run.summary()
             self._unshown = self.summary if is_over and run.is_verbose else None
             self._state = {**outcome.state, "over": is_over} if outcome.state else self._state

@@ -123,22 +123,34 @@ class Figures:
 
         Args:
             suffix: from a dataloader's index to the end of its names.
+
+        Raises:
+            Exception: the first one of a logger, after the others have theirs.
         """
-        self.flush()
         figures = {
             f"{self._prefix}/{name}{suffix(dataloader)}": value.item()
             for dataloader, means in self.averages().items()
             for name, value in means.items()
             if (dataloader, name) not in self._shown
         }
-        for logger in self._trainer.loggers if figures else ():
-            logger.log_metrics(figures, step=self.logged)
+        row = self._take_pending()
+        self._log([(row, self.logged - 1), (figures, self.logged)])
 
     def flush(self) -> None:
-        """Hand the means over the pending steps to the loggers, at the last one: one copy from the device for all."""
-        pending, self._pending = self._pending, []  # first: a logger that raises gets none of them again
+        """Hand the means over the pending steps to the loggers, at the last one: one copy from the device for all.
+
+        Raises:
+            Exception: the first one of a logger, after the others have theirs.
+        """
+        row = self._take_pending()
+        self._log([(row, self.logged - 1)])
+
+    def _take_pending(self) -> dict[str, float]:
+        """Return the means over the steps that no logger has yet; one that raises gets none of them again."""
+        pending, self._pending = self._pending, []
         if not pending:
-            return
+            return {}
+        self.logged += len(pending)
         rows = [list(step.record.values()) for step in pending]
         values = iter(torch.stack([value.float() for row in rows for value in row]).tolist())
         sums: dict[str, tuple[float, int]] = {}
@@ -147,11 +159,21 @@ class Figures:
                 if math.isfinite(value := next(values)):
                     total, samples = sums.get(name, (0.0, 0))
                     sums[name] = total + value * step.samples, samples + step.samples
-        means = {name: total / samples for name, (total, samples) in sums.items() if samples}
-        self.logged += len(pending)
-        figures = {f"{self._prefix}/{name}_step{pending[0].suffix}": mean for name, mean in means.items()}
+        suffix = pending[0].suffix
+        return {f"{self._prefix}/{name}_step{suffix}": total / n for name, (total, n) in sums.items() if n}
+
+    def _log(self, rows: Sequence[tuple[dict[str, float], int]]) -> None:
+        """Hand rows, each with the number of its step, to every logger."""
+        failure: Exception | None = None
         for logger in self._trainer.loggers:
-            logger.log_metrics(figures, step=self.logged - 1)
+            try:
+                for figures, step in rows:
+                    if figures:
+                        logger.log_metrics(figures, step=step)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _is_chosen(self, name: str) -> bool:
         names = HEADLINE if self._chosen == "headline" else self._chosen

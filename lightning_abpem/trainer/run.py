@@ -30,7 +30,7 @@ Stage = Literal["test", "predict", "validate"]
 
 
 class Outcome(NamedTuple):
-    """Result of a run: its counts, the guard's events, the last step's figures, seconds and calls, and the state.
+    """Result of a run: counts, the guard's events, averages, the last step's figures, seconds, calls, and the state.
 
     The state is empty if the adaptation never began.
     """
@@ -41,6 +41,7 @@ class Outcome(NamedTuple):
     record: Mapping[str, Tensor] = {}
     seconds: float = 0.0
     calls: int = 0
+    averages: Mapping[int, dict[str, Tensor]] = {}
     state: Mapping[str, Any] = {}
 
 
@@ -214,7 +215,8 @@ class Run:
                 own = self.adaptation
                 counts = (own.updates, own.skipped_for, own.events, own.record, own.seconds, own.calls)
                 self.outcome = Outcome(*counts)
-                self.outcome = self.outcome._replace(state=self.adaptation.state_dict())
+                self.outcome = self.outcome._replace(averages=self.averages())
+                self.outcome = self.outcome._replace(state=own.state_dict())
         finally:
             self.adaptation.close()
             self.adaptation = None

@@ -185,6 +185,76 @@ def test_a_logger_that_raises_leaves_nothing_behind(tmp_path):
     assert {key: after[key] for key in before} == before
 
 
+class Collects(Broken):
+    """A logger that works, and keeps what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+
+class Stops(Toy):
+    """Its fourth step fails after the prediction."""
+
+    def test_step(self, batch, batch_idx):
+        self(*batch[:2])
+        if batch_idx == 3:
+            raise LookupError("the user's own error")
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize("kind", [Toy, Stops])
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_a_logger_that_raises_loses_no_results(kind, stage, every, tmp_path, caplog):
+    """Counts, averages and state are those of the steps that were taken; the first error is the one that is raised."""
+    if stage == "predict" and kind is Stops:
+        pytest.skip("it fails in test")
+
+    def run(*loggers):
+        model, callback = kind().eval(), abpem()
+        model.load_state_dict(make_toy().state_dict())
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=[*loggers],
+            log_every_n_steps=every,
+            callbacks=[callback],
+            default_root_dir=tmp_path,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            getattr(trainer, stage)(model, loader(6))
+        except Exception as error:
+            return callback, error
+        return callback, None
+
+    good = Collects()
+    whole, own_error = run(good)
+    assert (own_error is None) is (kind is Toy)
+    works = Collects()
+    callback, error = run(Broken(), works)
+    is_late = every > 4
+    if is_late and kind is Stops:
+        assert isinstance(error, LookupError)
+        assert "Another exception came up" in caplog.text
+    else:
+        assert isinstance(error, RuntimeError)
+        assert str(error) == "the disk is lost"
+    steps = {1: 1, 3: 3, 50: 6 if kind is Toy else 4}[every]
+    assert callback.updates == steps
+    assert callback.state_dict()["weights"]["counts"] == [steps, steps]
+    losses = [metrics[f"abpem/{stage}/loss_step"] for _, metrics in good.rows if f"abpem/{stage}/loss_step" in metrics]
+    mean = sum(losses[:steps]) / steps
+    torch.testing.assert_close(callback.averages[0]["loss"].item(), mean, rtol=1e-5, atol=1e-6)
+    if kind is Stops:
+        assert whole.averages[0]["loss"].item() == pytest.approx(sum(losses[:4]) / 4)
+    seen = [metrics for _, metrics in works.rows if f"abpem/{stage}/loss_step" in metrics]
+    assert [metrics[f"abpem/{stage}/loss_step"] for metrics in seen] == losses[:steps]
+
+
 class Logs(Toy):
     """Logs in its own forward, as some do."""
 
@@ -198,10 +268,6 @@ class Logs(Toy):
 @pytest.mark.parametrize("memory_batches", [1, 2])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_what_a_forward_logs_is_logged_once_for_a_batch(memory_batches, steps, tmp_path):
-    class Collects(Broken):
-        def log_metrics(self, metrics, step=None):
-            pass
-
     model = Logs().eval()
     model.load_state_dict(make_toy().state_dict())
     trainer = Trainer(
