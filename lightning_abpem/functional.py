@@ -11,7 +11,8 @@ sample all of whose logits are -inf has no prediction: its loss is NaN.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from numbers import Integral
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,19 @@ from torch import Tensor
 __all__ = [
     "ScoreStatistics",
     "TokenMoments",
+    "check_k",
+    "class_share",
+    "classes_kept",
     "confidence_loss",
     "dense_score_statistics",
     "entropy",
     "entropy_of",
     "finite_log",
+    "flip_rate",
+    "flips",
     "gaussian_kl",
+    "information",
+    "information_of",
     "map_statistics",
     "marginal_balance",
     "moment_score_statistics",
@@ -96,6 +104,62 @@ def principal_entropy(logits: Tensor, k: int) -> Tensor:
     """
     p = widen(logits).softmax(-1).topk(k, dim=-1).values
     return -(p * (p + _EPS).log()).sum(-1)
+
+
+def check_k(k: int | Literal["auto"]) -> None:
+    """Hold `k` of the principal entropy against what it may be.
+
+    Raises:
+        ValueError: if it is neither "auto" nor an integer >= 1.
+    """
+    if k != "auto" and (isinstance(k, bool) or not isinstance(k, Integral) or k < 1):
+        raise ValueError(f'Expected `k` to be an integer in [1, number of classes] or "auto", but got {k!r}.')
+
+
+def classes_kept(k: int | Literal["auto"], classes: int) -> int:
+    """Return k for that many classes: "auto" is their square root, 2 at least.
+
+    Raises:
+        ValueError: if it exceeds them.
+    """
+    if k == "auto":
+        return min(max(round(math.sqrt(classes)), 2), classes)
+    if k > classes:
+        raise ValueError(
+            f"Expected `k` to be an integer in [1, number of classes], but got {k} and logits of {classes} classes."
+        )
+    return k
+
+
+def flips(logits: Tensor, source: Tensor) -> Tensor:
+    """Return where two models' (B, C) logits predict different classes: (B,) bool."""
+    return logits.argmax(-1) != source.argmax(-1)
+
+
+def flip_rate(logits: Tensor, source: Tensor) -> Tensor:
+    """Share of samples for which two models' (B, C) logits predict different classes: a scalar in [0, 1]."""
+    return flips(logits, source).float().mean()
+
+
+def class_share(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction of (B, C) logits, in nats: log C if the classes are used evenly, 0 if one is.
+
+    It is a figure to look at; `marginal_balance` is the same with a gradient that stays finite.
+    """
+    return entropy_of(widen(logits).softmax(-1).mean(0))
+
+
+def information(logits: Tensor) -> Tensor:
+    """Mutual information of sample and class under the predictions of (B, C) logits, in nats: a scalar >= 0.
+
+    Entropy of the mean prediction less the predictions' mean entropy. It is 0 where all samples are predicted alike.
+    """
+    return information_of(widen(logits).softmax(-1).mean(0), entropy(logits).mean())
+
+
+def information_of(share: Tensor, mean_entropy: Tensor) -> Tensor:
+    """Return the same from the mean prediction, (C,), and the mean entropy, a scalar."""
+    return entropy_of(share) - mean_entropy
 
 
 def marginal_balance(logits: Tensor) -> Tensor:

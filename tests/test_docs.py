@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
+from lightning_abpem import metrics
 from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.bench.variants import METHODS
 
@@ -43,6 +47,24 @@ def test_a_method_of_ones_own():
     exec(own, namespace)
     assert namespace["adaptation"].updates == 1
     assert list(namespace["adaptation"].params) == ["head.bias"]
+
+
+def test_metrics_in_a_module_of_ones_own(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    module, by_hand = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    namespace = {}
+    exec(module, namespace)
+    tokens = torch.randn(6, 10, 16)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    [results] = trainer.test(namespace["Model"](), DataLoader(tokens, batch_size=4), verbose=False)
+    assert set(results) == {"entropy", "information", "gap"}
+    exec(by_hand, namespace)
+    assert capsys.readouterr().out.startswith("{'audio_to_video': tensor(")
+
+
+def test_the_page_of_metrics_names_them_all():
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)\(", page, flags=re.MULTILINE)) == set(metrics.__all__)
 
 
 def test_a_benchmark_of_ones_own(tmp_path):

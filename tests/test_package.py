@@ -17,6 +17,7 @@ LAYERS = [  # from the bottom up: each imports itself and what stands before it
     ("engine", "torch"),
     ("display", "rich"),
     ("report", "matplotlib"),
+    ("metrics", "torch torchmetrics"),
     ("trainer", "torch lightning torchmetrics"),
     ("callback", "torch lightning"),
     ("methods", "torch typing_extensions"),
@@ -29,7 +30,11 @@ LAYERS = [  # from the bottom up: each imports itself and what stands before it
     ("bench", "torch lightning numpy scipy rich matplotlib"),
     ("cli", "torch lightning jsonargparse rich yaml"),
 ]
-APART = {"models": {"models"}, "data": {"data", "processes", "__init__"}}  # of the package itself its version alone
+APART = {
+    "models": {"models"},
+    "data": {"data", "processes", "__init__"},  # of the package itself its version alone
+    "metrics": {"functional", "modules", "attention", "metrics"},
+}
 STDLIB = __import__("sys").stdlib_module_names
 
 
@@ -100,8 +105,12 @@ def test_public_names_are_frozen():
     from lightning_abpem import models
 
     assert models.__all__ == ["CAVMAE"]
-    from lightning_abpem import methods
+    from lightning_abpem import methods, metrics
 
+    assert metrics.__all__ == [
+        *("AttentionDivergence", "AttentionGap", "ClassShare", "Entropy", "ExpectedCalibrationError", "FlipRate"),
+        *("Information", "PrincipalEntropy"),
+    ]
     assert methods.__all__ == ["ABPEM", "EATA", "MMTTA", "READ", "SAR", "Objective", "Source", "SuMi", "Tent"]
 
 

@@ -42,6 +42,10 @@ class FusedCall:
         """(B, N_q, N_k)."""
         return self.q.shape[0], self.q.shape[1], self.k.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
 
 @dataclass(frozen=True)
 class EagerCall:
@@ -59,6 +63,10 @@ class EagerCall:
     def shape(self) -> tuple[int, ...]:
         """(B, N_q, N_k)."""
         return tuple(self.scores.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.scores.device
 
 
 AttentionCall = FusedCall | EagerCall

@@ -20,16 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves
 
-from lightning_abpem.attention.calls import (
-    AttentionCall,
-    EagerCall,
-    FusedCall,
-    masked_call,
-    refuse_nested,
-    side_by_side,
-)
+from lightning_abpem.attention.calls import AttentionCall, EagerCall, FusedCall, refuse_nested
 from lightning_abpem.attention.heads import Fold, choose_fold, fitting_folds
-from lightning_abpem.attention.masks import causal_mask, read_mask
+from lightning_abpem.attention.masks import fused_call, read_mask
 from lightning_abpem.attention.multihead import call_multi_head
 from lightning_abpem.attention.projections import FusionAttention, is_projection
 from lightning_abpem.modules.patches import Changes
@@ -184,14 +177,7 @@ def _fused_call(
         raise ValueError(f"Expected queries (batch, heads, tokens, width) in '{name}', but got {tuple(query.shape)}.")
     else:
         _refuse_heads_first(name, query.shape, (value, key, query), projected)
-    heads = query.shape[1]
-    if key.shape[1] != heads:
-        key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    masks = [] if attn_mask is None else [read_mask(attn_mask, key.shape[2])]
-    if is_causal:
-        masks.append((causal_mask(query.shape[2], key.shape[2], query.device), None))
-    return masked_call(name, call_index, side_by_side(query), side_by_side(key), scale / heads, masks)
+    return fused_call(name, call_index, query, key, attn_mask, is_causal, scale)
 
 
 def _eager_call(

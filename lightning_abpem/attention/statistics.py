@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +14,57 @@ from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.functional import (
     ScoreStatistics,
     dense_score_statistics,
+    gaussian_kl,
     map_statistics,
     moment_score_statistics,
     token_moments,
 )
 
-__all__ = ["Comparison", "Pair", "score_statistics", "visible_keys"]
+__all__ = ["Compared", "Comparison", "Pair", "compare_samples", "score_statistics", "visible_keys"]
 
 Pair = tuple[str, str]
 """An ordered pair of modalities: (the one that asks, the one that answers), that is (query, key)."""
 
 Comparison = tuple[ScoreStatistics, ScoreStatistics]
 """A cross block's statistics and those of the self block that it is drawn to."""
+
+
+class Compared(NamedTuple):
+    """Figures by comparison and sample, (comparisons, B) each; 0 where a sample does not count.
+
+    Args:
+        gap: mean of the self block less that of the cross block; without a gradient.
+        divergence: KL of the cross block's Gaussian from the self block's.
+        counts: True where a sample counts.
+    """
+
+    gap: Tensor
+    divergence: Tensor
+    counts: Tensor
+
+
+def compare_samples(comparisons: Sequence[Comparison]) -> Compared:
+    """Compute divergence and gap of all comparisons at once, each of (B,) statistics.
+
+    A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
+    silent sensor may be, and no Gaussian is near that.
+    """
+    cross, own = zip(*comparisons, strict=True)
+    mean_p, std_p = torch.stack([block.mean for block in cross]), torch.stack([block.std for block in cross])
+    mean_q, std_q = torch.stack([block.mean for block in own]), torch.stack([block.std for block in own])
+    with torch.no_grad():
+        out = _is_flat(mean_p, std_p) | _is_flat(mean_q, std_q)
+        for blocks in (cross, own):
+            if any(block.seen is not None for block in blocks):
+                out |= torch.stack([out[i] if s.seen is None else ~s.seen for i, s in enumerate(blocks)])
+        gap = (mean_q - mean_p).masked_fill(out, 0)
+    divergence = gaussian_kl(mean_p, std_p.masked_fill(out, 1), mean_q, std_q.masked_fill(out, 1))
+    return Compared(gap, divergence.masked_fill(out, 0), ~out)
+
+
+def _is_flat(mean: Tensor, std: Tensor) -> Tensor:
+    """Return True where a sample's scores differ by no more than rounding; False for NaN, which has to be noticed."""
+    return std <= 64 * torch.finfo(std.dtype).eps * mean.abs()
 
 
 def score_statistics(
@@ -41,8 +81,7 @@ def score_statistics(
         form: of a fused call: "dense" makes the N x N map; "moments" needs O(D^2) memory, and cannot be had where the
             mask or the bias differs from query to query; "auto" takes the cheaper one, "moments" where N > 2D.
     """
-    device = call.scores.device if isinstance(call, EagerCall) else call.q.device
-    rows, columns = _counted(rows, call.shape[1], device), _counted(columns, call.shape[2], device)
+    rows, columns = _counted(rows, call.shape[1], call.device), _counted(columns, call.shape[2], call.device)
     if isinstance(call, EagerCall):
         return lambda m, n: map_statistics(
             call.scores[:, rows[m].span, columns[n].span], _kept(call, rows[m], columns[n])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_abpem.functional import entropy, entropy_of, widen
+from lightning_abpem.functional import entropy, entropy_of, flips, information_of, widen
 
 __all__ = ["Means", "Watch"]
 
@@ -67,7 +67,7 @@ class Watch:
         batch = torch.zeros(0) if logits is None or source is None else _sums(widen(logits), widen(source))
         if total is not None:
             batch = total(batch)
-        flips, sums = batch[0], batch[1:]
+        flipped, sums = batch[0], batch[1:]
         samples = sums[0]
         classes = (len(sums) - 3) // 2
         kept = (-samples / (_SAMPLES_PER_CLASS * classes)).exp()
@@ -75,12 +75,11 @@ class Watch:
         self.sums = torch.where(sums.isfinite().all(), kept * before + sums, before)
         means = self.means
         assert means is not None
-        class_share = entropy_of(means.share)
         return {
-            "flip_rate": flips / samples,
+            "flip_rate": flipped / samples,
             "source_entropy": sums[2] / samples,
-            "class_share": class_share,
-            "information": class_share - means.entropy,
+            "class_share": entropy_of(means.share),
+            "information": information_of(means.share, means.entropy),
         }
 
     @property
@@ -101,7 +100,7 @@ class Watch:
 
 
 def _sums(logits: Tensor, source: Tensor) -> Tensor:
-    flips = (logits.argmax(-1) != source.argmax(-1)).sum()
-    scalars = flips, flips.new_tensor(len(logits)), entropy(logits).sum(), entropy(source).sum()
+    flipped = flips(logits, source).sum()
+    scalars = flipped, flipped.new_tensor(len(logits)), entropy(logits).sum(), entropy(source).sum()
     shares = logits.softmax(-1).sum(0), source.softmax(-1).sum(0)
     return torch.cat([torch.stack([x.to(logits) for x in scalars]), *shares])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_abpem.attention.statistics import Comparison, Pair
+from lightning_abpem.attention.statistics import Comparison, Pair, compare_samples
 from lightning_abpem.functional import (
+    check_k,
+    classes_kept,
     entropy,
-    gaussian_kl,
     marginal_balance,
     principal_entropy,
     read_balance,
@@ -62,8 +63,7 @@ class Objective:
     entropy_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.k != "auto" and (isinstance(self.k, bool) or not isinstance(self.k, Integral) or self.k < 1):
-            raise ValueError(f'Expected `k` to be an integer in [1, number of classes] or "auto", but got {self.k!r}.')
+        check_k(self.k)
         for name in ("attention_weight", "balance_weight", "entropy_weight"):
             weight = getattr(self, name)
             if name == "attention_weight" and weight == "auto":
@@ -102,7 +102,7 @@ class Objective:
         Raises:
             ValueError: if k exceeds the number of classes.
         """
-        principal = principal_entropy(logits, self.classes_kept(logits.shape[1])).mean()
+        principal = principal_entropy(logits, classes_kept(self.k, logits.shape[1])).mean()
         shuffled = None if stream is None else shuffledness(stream)
         balance = self._balance(logits, stream, shuffled)
         compared = _compare([comparison for layers in attention.values() for comparison in layers])
@@ -123,21 +123,6 @@ class Objective:
             record["shuffledness"] = shuffled
         return Parts(confidence, bootstrapping, record)
 
-    def classes_kept(self, classes: int) -> int:
-        """Return k for that many classes.
-
-        Raises:
-            ValueError: if it exceeds them.
-        """
-        if self.k == "auto":
-            return min(max(round(math.sqrt(classes)), 2), classes)
-        if self.k > classes:
-            raise ValueError(
-                f"Expected `k` to be an integer in [1, number of classes], but got {self.k} and logits of {classes} "
-                "classes."
-            )
-        return self.k
-
     def _balance(self, logits: Tensor, stream: StreamPredictions | None, shuffled: Tensor | None) -> Tensor:
         if self.balance != "stream":
             return _BATCH_BALANCES[self.balance](logits)
@@ -152,7 +137,7 @@ def weighted(weight: float, term: Tensor) -> Tensor:
     return term if weight == 1 else weight * term
 
 
-class _Compared(NamedTuple):
+class _Means(NamedTuple):
     """Means over the samples that count, by comparison, 0 if none does: (comparisons,) each.
 
     `counts` is 1 where any does, else 0.
@@ -163,29 +148,13 @@ class _Compared(NamedTuple):
     counts: Tensor
 
 
-def _compare(comparisons: Sequence[Comparison]) -> _Compared:
-    """Compute divergence and gap of all comparisons at once.
-
-    A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
-    silent sensor may be, and no Gaussian is near that.
-    """
-    cross, own = zip(*comparisons, strict=True)
-    mean_p, std_p = torch.stack([block.mean for block in cross]), torch.stack([block.std for block in cross])
-    mean_q, std_q = torch.stack([block.mean for block in own]), torch.stack([block.std for block in own])
-    with torch.no_grad():
-        out = _is_flat(mean_p, std_p) | _is_flat(mean_q, std_q)
-        for blocks in (cross, own):
-            if any(block.seen is not None for block in blocks):
-                out |= torch.stack([out[i] if s.seen is None else ~s.seen for i, s in enumerate(blocks)])
-        total = (~out).sum(1)
-        divisor = total.clamp(min=1)
-
-    def average(figure: Tensor) -> Tensor:
-        return figure.masked_fill(out, 0).sum(1) / divisor
-
-    divergence = average(gaussian_kl(mean_p, std_p.masked_fill(out, 1), mean_q, std_q.masked_fill(out, 1)))
-    with torch.no_grad():
-        return _Compared(average(mean_q - mean_p), divergence, total.clamp(max=1).to(divergence))
+def _compare(comparisons: Sequence[Comparison]) -> _Means:
+    """Average gap and divergence of all comparisons over their samples."""
+    samples = compare_samples(comparisons)
+    total = samples.counts.sum(1)
+    divisor = total.clamp(min=1)
+    divergence = samples.divergence.sum(1) / divisor
+    return _Means(samples.gap.sum(1) / divisor, divergence, total.clamp(max=1).to(divergence))
 
 
 def _over_layers(figure: Tensor, layers: Sequence[int]) -> Tensor:
@@ -195,8 +164,3 @@ def _over_layers(figure: Tensor, layers: Sequence[int]) -> Tensor:
     if len(set(layers)) == 1:
         return figure.unflatten(-1, (-1, layers[0])).mean(-1)
     return torch.stack([own.mean(-1) for own in figure.split(layers, -1)], -1)
-
-
-def _is_flat(mean: Tensor, std: Tensor) -> Tensor:
-    """Return True where a sample's scores differ by no more than rounding; False for NaN, which has to be noticed."""
-    return std <= 64 * torch.finfo(std.dtype).eps * mean.abs()

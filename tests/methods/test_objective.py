@@ -7,6 +7,7 @@ import torch
 from lightning_abpem.attention.calls import FusedCall
 from lightning_abpem.attention.fusion import JointFusion
 from lightning_abpem.attention.spans import Tokens
+from lightning_abpem.functional import classes_kept
 from lightning_abpem.methods.objective import Objective
 from tests import reference
 
@@ -49,7 +50,7 @@ def test_loss_and_record(count, options, names):
 
 @pytest.mark.parametrize(("classes", "kept"), [(2, 2), (3, 2), (5, 2), (10, 3), (50, 7), (309, 18), (1000, 32)])
 def test_k_follows_the_number_of_classes(classes, kept):
-    assert Objective().classes_kept(classes) == kept
+    assert classes_kept("auto", classes) == kept
 
 
 def test_self_blocks_are_constants():
