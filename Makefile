@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test fuzz-forwards fuzz-interrupts lint docs results bench bench-gpu speech clean
+.PHONY: demo check-demo test fuzz fuzz-forwards fuzz-interrupts soak lint docs results bench bench-gpu speech clean
 
 demo: .venv/demo.done
 	$(BIN)/python -m demo
@@ -23,6 +23,17 @@ test: .venv/test.done
 # Forwards put together at random, other ones every time, and the zoo in all ways. `make test` tries 300 of them.
 fuzz-forwards: .venv/test.done
 	FUZZ_FORWARDS=5000 ZOO=all $(BIN)/python -m pytest tests/zoo
+
+# Runs put together at random: models, batches, options, methods, 10,000 of them in a quarter of an hour. `make test` tries 500.
+fuzz: .venv/test.done
+	FUZZ=10000 $(BIN)/python -m pytest tests/engine/test_fuzz.py -s
+
+# 50,000 updates each, attached and in a Trainer, in one process and in two: nothing grows. `make test` takes 1,000 in all.
+soak: .venv/test.done
+	$(BIN)/python -m benchmarks.soak --way attach
+	$(BIN)/python -m benchmarks.soak --way Trainer
+	$(BIN)/python -m benchmarks.soak --way attach --processes 2
+	$(BIN)/python -m benchmarks.soak --way Trainer --processes 2
 
 # Interrupts at 5,000 byte codes of opening, two batches and closing, in a quarter of an hour. `make test` tries 200.
 fuzz-interrupts: .venv/test.done

@@ -64,7 +64,9 @@ class Limits:
 
 
 def length(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the length of several tensors taken as one vector: a scalar."""
+    """Return the length of several tensors taken as one vector: a scalar, 0 of none."""
+    if not tensors:
+        return torch.zeros(())
     return torch.stack([widen(x).norm() for x in tensors]).norm()
 
 

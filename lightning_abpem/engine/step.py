@@ -330,7 +330,7 @@ class Stepper:
         means = self.watch.means
         if self._settings.guard != "off" and means is not None:
             self.guard.judge(means)
-        figures["drift"] = self.weights.drift
+        figures["drift"] = self.weights.drift.to(computed.record["loss"].device)  # of no weights it is on the host
         if self._settings.guard != "off":
             figures["guard"] = figures["drift"].new_full((), float(self._has_acted))
         return computed._replace(record={**computed.record, **figures})

@@ -10,7 +10,7 @@ import torch
 from lightning_abpem import ABPEM
 from lightning_abpem.engine.watch import Watch
 from lightning_abpem.functional import entropy
-from lightning_abpem.methods import Tent
+from lightning_abpem.methods import Source, Tent
 from tests.ranks import in_two_processes
 from tests.toy import MODALITIES, batches, make_toy
 
@@ -174,3 +174,12 @@ def test_two_processes_see_what_one_does():
     for own in both:
         for a, b in zip(own, records, strict=True):
             assert values(a) == pytest.approx(values(b), abs=1e-9)
+
+
+def test_the_source_itself_is_compared_too():
+    """No weight moves, so there is no way, and no class flips."""
+    model = make_toy()
+    with torch.no_grad(), Source(monitor="source").attach(model) as adaptation:
+        model(*batches(1)[0])
+    assert adaptation.record["drift"] == adaptation.record["flip_rate"] == 0
+    assert adaptation.record["information"].isfinite()
