@@ -6,12 +6,14 @@ None leaves anything behind. 500 of them, the same every time; `make fuzz` tries
 import logging
 import os
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from lightning_abpem.engine.weights import AdaptedWeights
 from tests.engine.fuzzed import ATTENTIONS, METHODS, Case, sgd, try_case
 
 CASES = int(os.environ.get("FUZZ", "500"))
@@ -146,3 +148,34 @@ def _every_case(case):
     result = try_case(case)
     FOUND[result] += 1
     event(result[:100])
+
+
+USUAL = Case("ABPEM", "fused", 1, 5, "logits", torch.float32, [(6, 4)] * 2, [3, 2], ["normal"] * 2, "no_grad")
+
+
+def test_what_a_run_comes_to():
+    assert try_case(USUAL) == "adapted"
+    assert try_case(replace(USUAL, options={"steps": 0})) == "observed"
+    assert try_case(replace(USUAL, content=["nan"] * 2)) == "skipped"
+    assert try_case(replace(USUAL, options={"k": 6})).startswith("Expected `k` to be an integer in")
+
+
+def broken_restore(monkeypatch):
+    monkeypatch.setattr(AdaptedWeights, "restore", lambda self: None)
+
+
+def unclear_error(monkeypatch):
+    monkeypatch.setattr(AdaptedWeights, "step", lambda *args: int("x"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (broken_restore, "the model is not as it was"),
+        (unclear_error, "invalid literal"),
+    ],
+)
+def test_what_is_broken_is_found(monkeypatch, spoil, message):
+    spoil(monkeypatch)
+    with pytest.raises(AssertionError, match=message):
+        try_case(USUAL)
