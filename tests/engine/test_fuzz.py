@@ -30,7 +30,7 @@ OPTIONS = {
     "optimizer": mostly(
         [sgd(1e-3), sgd(0.1)], sgd(1.0), torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, None
     ),
-    "reset": mostly(["never"], "batch", 1, 2, 0, "dataloader", "always"),
+    "reset": mostly(["never"], "batch", 1, 2, 0, "dataloader", "always", "5 samples", "0 samples"),
     "replay": st.booleans(),
     "predicts": mostly([None], "after", "before", "now"),
     "learning_rate": mostly([None, 1e-3], 1e-12, 0, "fast", torch.nan),
