@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -40,6 +42,12 @@ from lightning_abpem.trainer.notices import Display, Verbose
 from lightning_abpem.trainer.run import Outcome, Run, Stage
 from lightning_abpem.trainer.strategies import check_trainer
 from lightning_abpem.trainer.summary import Summary
+from lightning_abpem.tuning.result import Tuning, expression
+from lightning_abpem.tuning.runs import Labels
+from lightning_abpem.tuning.search import RATES, tune
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Options", "TestTimeAdaptation"]
 
@@ -134,6 +142,12 @@ class TestTimeAdaptation(Callback):
     """
 
     __test__ = False  # no test case, whatever its name starts with
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        self = super().__new__(cls)
+        self._given = args, options  # of the subclass, as they were written: for the line of `tune`
+        return self
 
     def __init__(
         self,
@@ -261,6 +275,72 @@ class TestTimeAdaptation(Callback):
         self._state = {**self._state, "over": True}
         if adaptation.calls == 0:
             rank_zero_warn("The `with` block ended without a call of the target: nothing was adapted.")
+
+    def tune(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        rates: Sequence[float] = RATES,
+        anchors: Sequence[float] | None = None,
+        batches: int = 80,
+        stage: Stage | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        labels: Labels | None = None,
+    ) -> Tuning:
+        """Find the learning rate for a stream, without labels: each candidate adapts to its first batches.
+
+        The source meets them first, then each candidate, from the source on, in a copy of the model: the model, the
+        random number generators and this callback stay as they are. See docs/tune for the rule, and how good it is.
+
+        Args:
+            model: a LightningModule, whose own step runs in a Trainer, or any module, which is called.
+            data: a loader or another iterable of batches, of which the first are kept in memory; or a
+                LightningDataModule, which makes them anew for each candidate, from the same random numbers.
+            rates: candidates of `learning_rate`.
+            anchors: candidates of `anchor`, each with all rates; None for this callback's own.
+            batches: how many of the stream; of each dataloader, if the LightningDataModule has several.
+            stage: whose step of a LightningModule runs; None for the first of `stages`.
+            forward: calls the model with a batch. Default: the LightningModule's step; of another module
+                ``model(*batch)``, by name if a batch is a dict, on the model's device.
+            labels: from a batch to its (B,) classes; with it there is an accuracy in the table. It decides nothing.
+
+        Returns:
+            Rows, the best one, and its line. Printed it is a table.
+
+        Raises:
+            ValueError: an argument is out of its range, the model cannot be copied, the source itself fails, or no
+                candidate can adapt. What stops some candidates alone is in their rows.
+        """
+        self._refuse_second_use()
+        if self.settings.steps == 0:
+            raise ValueError("Expected `steps` >= 1 to tune a learning rate, but got 0, which moves no weight.")
+        return tune(
+            self._candidate,
+            self._line,
+            model,
+            data,
+            rates=rates,
+            anchors=[self.settings.anchor] if anchors is None else anchors,
+            batches=batches,
+            stage=self.stages[0] if stage is None else stage,
+            forward=forward,
+            labels=labels,
+        )
+
+    def _candidate(self, rate: float, anchor: float, stage: Stage) -> TestTimeAdaptation:
+        """This callback as it began, with another learning rate and anchor."""
+        own = copy.copy(self)
+        own.settings = replace(self.settings, learning_rate=rate, anchor=anchor, sync="local")
+        own.stages = (stage,)
+        own._counts, own._events, own.averages, own._logged = (0, 0), [], {}, 0
+        own._state, own._loaded, own._run, own._attached = {}, None, None, None
+        return own
+
+    def _line(self, changed: Mapping[str, float]) -> str:
+        """The expression for this callback with some options changed."""
+        args, options = self._given
+        return expression(type(self).__name__, args, {**options, **changed})
 
     def _detach(self, adaptation: Adaptation) -> None:
         """Keep what an `attach` has come to, and close its adaptation; it can be called again."""

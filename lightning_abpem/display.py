@@ -12,7 +12,15 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["comparison_table", "inspection_table", "literal", "plain_text", "summary_table", "visible"]
+__all__ = [
+    "comparison_table",
+    "inspection_table",
+    "literal",
+    "plain_text",
+    "summary_table",
+    "tuning_table",
+    "visible",
+]
 
 
 def comparison_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -93,6 +101,43 @@ def summary_table(
     for name, cells in rows:
         table.add_row(literal(name), *(literal(cell) for cell in cells))
     return Group(table, *(literal(note) for note in notes))
+
+
+def tuning_table(title: str, rows: Iterable[Mapping[str, Any]], line: str | None, notes: Iterable[str]) -> Group:
+    """Candidates of the learning rate, and the line with the best.
+
+    Args:
+        title: the caption above.
+        rows: each with `name`, `updates`, `information` and `entropy` in nats, `harm`, `accuracy` (a share, or None),
+            `logged` (numbers by name), `error` (a reason in place of figures, or None), and whether it is `harmful` and
+            the `best`.
+        line: the line to paste, if there is one.
+        notes: sentences below it.
+    """
+    rows = list(rows)
+    logged = list(dict.fromkeys(name for row in rows for name in row["logged"]))
+    has_accuracy = any(row["accuracy"] is not None for row in rows)
+    table = Table(title=literal(title, "table.title"), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True
+    table.add_column("rate", no_wrap=True)
+    for heading in ("steps", "information", "entropy", "harm", *(["accuracy"] if has_accuracy else []), *logged):
+        table.add_column(literal(heading), justify="right", min_width=min(len(heading), 11))
+    table.add_column("", overflow="fold")
+    for row in rows:
+        known = row["error"] is None
+        cells = [str(row["updates"]), *(f"{row[name]:.3f}" for name in ("information", "entropy", "harm"))]
+        if has_accuracy:
+            cells.append("" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %")
+        cells += [f"{row['logged'][name]:.4g}" if name in row["logged"] else "" for name in logged]
+        state = "best" if row["best"] else "harmful" if known and row["harmful"] else ""
+        table.add_row(
+            literal(row["name"]),
+            *(cells if known else [""] * len(cells)),
+            literal(state if known else row["error"].splitlines()[0]),
+            style="bold green" if row["best"] else "red" if state or not known else None,
+        )
+    below = [Text(line, style="bold", overflow="fold")] if line else []
+    return Group(table, *below, *(literal(note, lines=True) for note in notes))
 
 
 def literal(words: str, style: str = "", lines: bool = False) -> Text:

@@ -19,6 +19,12 @@ EXAMPLES = {
 }
 
 
+def blocks(page, language="python"):
+    """The code of a page."""
+    text = (Path(__file__).parent.parent / "docs" / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
 def test_every_family_has_one():
     families = {"ViLT", "FLAVA", "VisualBERT", "LXMERT", "BridgeTower", "torch's own transformers"}
     assert families < set(EXAMPLES)
@@ -65,6 +71,14 @@ def test_metrics_in_a_module_of_ones_own(capsys):
 def test_the_page_of_metrics_names_them_all():
     page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     assert set(re.findall(r"^\| `(\w+)\(", page, flags=re.MULTILINE)) == set(metrics.__all__)
+
+
+def test_the_page_on_tuning():
+    [block] = blocks("tune.md")
+    namespace = {}
+    exec(block, namespace)
+    assert namespace["tuning"].batches == 4
+    assert len(namespace["tuning"].rows) == 5
 
 
 def test_a_benchmark_of_ones_own(tmp_path):

@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "inspect": "show every attention call of one step, and the ABPEM(...) line that fits",
+    "tune": "try learning rates on the first batches of a stream, without labels",
     "corrupt": "write a corrupted copy of a data set of frames and sound",
     "bench": "compare methods on a benchmark, or two finished runs",
 }

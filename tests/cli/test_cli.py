@@ -124,6 +124,71 @@ def test_bad_arguments(folder, capsys, arguments, message):
     assert "abpem inspect:" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data mine.Data --data.count 3", ["First 3 batches, 12 samples", "source", "0.0001", "0.01", "hits"]),
+        ("--data mine.Data --rates 1e-3,0.5 --anchors 0,0.1", ["0.5, anchor 0.1", "harm"]),
+        ("--data mine.Data --batches 1 --labels 2", ["First 1 batches, 4 samples", "accuracy"]),
+        ("--batch batch.pt --stage predict --config own.yaml", ["First 1 batches, 4 samples"]),
+        ("--data mine.Data --callback Tent() --rates 1e-3", ["0.001"]),
+    ],
+)
+def test_tune(folder, capsys, arguments, words):
+    main(["tune", "mine.Model", *arguments.split()])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words)
+
+
+def test_tune_loads_trained_weights(folder, capsys):
+    """Of a checkpoint, or a state_dict: with a head that is all 0 every entropy is ln 5."""
+    from tests.toy import Toy
+
+    model = Toy()
+    torch.nn.init.zeros_(model.head[1].weight)
+    torch.nn.init.zeros_(model.head[1].bias)
+    for name, saved in {"weights.pt": model.state_dict(), "model.ckpt": {"state_dict": model.state_dict()}}.items():
+        torch.save(saved, folder / name)
+        main(["tune", "mine.Model", "--data", "mine.Data", "--checkpoint", name, "--rates", "1e-3"])
+        assert "1.609" in capsys.readouterr().out
+
+
+def test_tune_takes_the_target_that_inspect_finds(folder, capsys):
+    main(["tune", "mine.Inside", "--data", "mine.Data", "--rates", "1e-3"])
+    assert "First 2 batches, 8 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nothing.Model", "Expected nothing.Model to be importable, but: No module named 'nothing'"),
+        ("mine.Model --data nothing.Data", "Expected nothing.Data to be importable"),
+        ("mine.Model", "no data: give --data, or --batch"),
+        ("mine.Model --data mine.Data --rates fast", "Expected `--rates` to be numbers with commas, but got 'fast'"),
+        ("mine.Model --data mine.Data --rates -1", "Expected `learning_rate` to be None or a number > 0, but got -1.0"),
+        ("mine.Model --data mine.Data --batches 0", "Expected `batches` to be an integer >= 1"),
+        ("mine.Model --data mine.Data --data.count 0", "the test loader gave no batch"),
+        ("mine.Model --data mine.Data --labels 7", "Expected `--labels` to be in a batch, but '7' is in no"),
+        ("mine.Model --data mine.Data --callback READ(", "Expected `--callback` to call one of ABPEM, EATA"),
+        ("mine.Model --data mine.Data --callback print()", "ABPEM(\"fusion.*.attn\"), but got 'print()'"),
+        ("mine.Model --data mine.Data --callback Tent(speed=1)", "unexpected keyword argument 'speed'"),
+        ("mine.Model --data mine.Data --callback READ('no')", "No candidate could adapt: Expected `fusion` to match"),
+        ("mine.Model --data mine.Data --checkpoint no.ckpt", "Expected no.ckpt to be a file of weights, but there is"),
+        ("mine.Model --data mine.Data --checkpoint own.yaml", "Expected own.yaml to be a checkpoint of Lightning or"),
+        ("mine.Model --data mine.Data --checkpoint batch.pt", "Expected batch.pt to hold the weights of Model, but:"),
+        ("mine.Probabilities --data mine.Data", "no line was found that fits the model. No line to paste: Expected"),
+    ],
+)
+def test_bad_arguments_of_tune(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", *arguments.split()])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("abpem tune: ")
+    assert error.count("\n") == 1
+
+
 def test_the_command_is_installed(folder):
     """With its help, in a process of its own."""
     command = [sys.executable, "-m", "lightning_abpem.cli", "inspect", "--help"]
