@@ -1,4 +1,4 @@
-"""``abpem corrupt``: a corrupted copy of a data set of frames and sound, in the layout of the published benchmarks."""
+"""``abpem corrupt``: a corrupted copy of a published data set of frames and sound, or of a folder of either."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, Recordings
 from lightning_abpem.data.corrupt_files import corrupt_data_set
+from lightning_abpem.data.corrupt_folder import corrupt_folder
 from lightning_abpem.data.corruptions import KINDS, Corruption, Sensor
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
 from lightning_abpem.display import literal
@@ -25,6 +26,7 @@ audio: {", ".join(KINDS["audio"])}
 
 examples:
   abpem corrupt clean/severity_0.json corrupted --kind fog --severity 5
+  abpem corrupt photos corrupted --kind fog,motion_blur --severity 1,3,5      (all images of a folder)
   abpem corrupt clean/severity_0.json corrupted --modality audio --kind all --severity 1,3,5 --recordings noises
 An interrupted run goes on where it was when the command is given again.
 """
@@ -33,7 +35,8 @@ An interrupted run goes on where it was when the command is given again.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to corrupt, how, and where to."""
     parser.epilog = _EPILOG
-    parser.add_argument("input", type=Path, help='the data\'s JSON list: {"data": [{"video_id", "wav", ...}]}')
+    words = 'folder of images or sounds; or a data set\'s JSON list: {"data": [{"video_id", "wav", ...}]}'
+    parser.add_argument("input", type=Path, help=words)
     parser.add_argument("output", type=Path, help="folder of the corrupted copy")
     parser.add_argument("--modality", choices=list(KINDS), help="which one, for a kind of both, or all kinds of one")
     parser.add_argument("--kind", required=True, help="one or several with commas, or all (held-out ones excepted)")
@@ -63,7 +66,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         for fault in faults:
             bar = progress.add_task(f"{fault}, severity {fault.severity}", total=None)
             made = _corrupt(fault, options, partial(_advance, progress, bar))
-            progress.console.print(literal(str(made)))
+            progress.console.print(literal(made))
 
 
 def _kinds(words: str, modalities: Sequence[Sensor]) -> list[tuple[Sensor, str]]:
@@ -83,23 +86,18 @@ def _modality_of(kind: str, modalities: Sequence[Sensor]) -> Sensor:
     raise ValueError(f"Expected `kind` to be one of {known}; but got {kind!r}.")
 
 
-def _corrupt(fault: Corruption, options: argparse.Namespace, advance: Callable[[int, int], None]) -> Path:
-    return corrupt_data_set(
-        options.input,
-        options.output,
-        fault.modality,
-        fault.kind,
-        fault.severity,
-        root=options.root,
-        allow_outside=options.allow_outside,
-        seed=options.seed,
-        recordings=options.recordings,
-        frost=options.frost,
-        workers=options.workers,
-        quality=options.quality,
-        size=options.size,
-        progress=advance,
-    )
+def _corrupt(fault: Corruption, options: argparse.Namespace, advance: Callable[[int, int], None]) -> str:
+    """Make one corruption's files; return a line that says where they are."""
+    what = options.input, options.output, fault.modality, fault.kind, fault.severity
+    names = ("allow_outside", "seed", "recordings", "frost", "workers", "quality", "size")
+    how = {name: getattr(options, name) for name in names}
+    if not options.input.is_dir():
+        return str(corrupt_data_set(*what, root=options.root, progress=advance, **how))
+    if options.root is not None:
+        raise ValueError(f"Expected no `--root` with a folder, whose files are its own, but got {options.root}.")
+    made = corrupt_folder(*what, progress=advance, **how)
+    skipped = f", {made.skipped} others skipped" if made.skipped else ""
+    return f"{made.folder}: {made.files} {fault.modality} files{skipped}"
 
 
 def _advance(progress: Progress, bar: TaskID, done: int, total: int) -> None:
