@@ -333,7 +333,8 @@ class TestTimeAdaptation(Callback):
         own = copy.copy(self)
         own.settings = replace(self.settings, learning_rate=rate, anchor=anchor, sync="local")
         own.stages = (stage,)
-        own._counts, own._events, own.averages, own._logged = (0, 0), [], {}, 0
+        own.display, own.summary, own._unshown = Display(verbose=0, figures="all"), None, None
+        own._outcome, own.averages, own._logged = Outcome(), {}, 0
         own._state, own._loaded, own._run, own._attached = {}, None, None, None
         return own
 
