@@ -296,10 +296,12 @@ class Adaptation(Uncopied):
             if self._forward.ranks is not None and self._forward.ranks.done:
                 return target_call(*args, **kwargs)  # after the streams, in which the others have no part
             fault = self._fault_in(partial(self._adapt, args, kwargs), args, kwargs)
+            fault = fault or self._dropped(self._stepper.fault)
             if fault is None:
                 self._replay.start_pass()
             output = target_call(*args, **kwargs)
-            fault = fault or self._fault_in(partial(self._end_call, output), args, kwargs)
+            late = self._fault_in(partial(self._end_call, output if fault is None else None), args, kwargs)
+            fault = fault or late
             if fault is not None:
                 self._stepper.faults.count(fault)
             return output
@@ -352,8 +354,13 @@ class Adaptation(Uncopied):
                 fault = faults.of(error, args, kwargs)
             if fault is None:
                 raise
-        self._replay.end_batch()
-        faults.drop(fault)
+        return self._dropped(fault)
+
+    def _dropped(self, fault: Fault | None) -> Fault | None:
+        """Let go of a pass that failed, if one did; return its fault."""
+        if fault is not None:
+            self._replay.end_batch()
+            self._stepper.faults.drop(fault)
         return fault
 
     def _first_call(self) -> _CallUnderWay | None:

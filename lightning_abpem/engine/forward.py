@@ -126,25 +126,39 @@ class Forward:
             )
         self.ranks = Ranks(next((p.device for p in self._model.parameters()), torch.device("cpu")))
 
+    @property
+    def can_leave_out(self) -> bool:
+        """True if other processes can take a step without this one's batch, for they have seen nothing of it yet."""
+        return self.ranks is not None and not self._is_sharded and not self.ranks.is_in_step
+
     def tokens_of(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
         """Return the tokens of each modality in the batch of these arguments; empty for methods that do not ask."""
         return {} if self._tokens is None else self._tokens(args, kwargs)
 
-    def observe_all(self, batch: Batch) -> Pass | None:
+    def observe_all(self, batch: Batch, leave_out: Callable[[Batch, Exception], bool]) -> Pass | None:
         """Run one forward over memory and batch, and join what the other processes have seen in theirs.
 
         Args:
             batch: this process's.
+            leave_out: called with a batch whose forward failed; return True to join the others' step without it.
 
         Returns:
             None if no process has a batch.
         """
         if self.ranks is not None and self._is_sharded:
             self.ranks.refuse_uneven(batch.args is not None)
-        seen = None if batch.args is None else self.observe(batch)
+        seen = None
+        try:
+            seen = self.observe(batch) if batch.is_own else None
+        except Exception as error:
+            if self.ranks is None or not leave_out(batch, error):
+                raise
+            self.end_step()
         if self.ranks is None:
             return seen
-        own = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
+        own: tuple[Any, ...] = (None,) if seen is None else (seen.logits, seen.samples, seen.attention)
+        if batch.has_failed:
+            own = (torch.empty(0, 0), 0)  # a batch of nothing: the others are not to think that this stream is over
         together = self.ranks.global_batch(*own)
         if together is None or seen is None:
             return together and Pass(*together, {}, is_local=False)

@@ -160,6 +160,11 @@ class Ranks:
         rows = torch.cat([*remembered, *current])
         return GlobalBatch(rows[:, : self._form.classes], sum(row[1] for row in header), self._unpacked(rows))
 
+    @property
+    def is_in_step(self) -> bool:
+        """True between the first exchange of a step and its last."""
+        return self._in_step
+
     def end_step(self) -> None:
         """All exchanges of a step are made; the next is that of the next batch."""
         self._in_step = False

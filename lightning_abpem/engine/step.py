@@ -23,7 +23,7 @@ from lightning_abpem.engine.checkpoint import (
     to_cpu,
     to_device,
 )
-from lightning_abpem.engine.faults import Faults
+from lightning_abpem.engine.faults import Fault, Faults
 from lightning_abpem.engine.forward import Forward, Pass
 from lightning_abpem.engine.guard import Guard
 from lightning_abpem.engine.logits import read_logits
@@ -79,6 +79,7 @@ class Stepper:
         watch: compares the adapted model with the source.
         guard: judges what it sees.
         faults: tells which batches cannot be adapted.
+        fault: of the last batch, if it was left out of the other processes' step.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Stepper:
         self._is_watched_for_effect = False
         self.watch, self.guard = Watch(), Guard(settings.guard)
         self.faults = Faults(settings.on_error, memory, weights.skips)
+        self.fault: Fault | None = None
         self._batches = 0  # that took part in steps
         self._samples = 0  # of all processes since the last reset
         self._own: Tensor | None = None  # logits of this process's batch
@@ -123,7 +125,7 @@ class Stepper:
         A step that is due before the prediction is taken; one that is due after it is kept for `end_call`. Without a
         batch, None, the step is that of the other processes.
         """
-        self._pending = None  # what a call that was broken off left
+        self._pending = self.fault = None  # what a call that was broken off left
         self._resets_next = self._resets_next or self._reset_is_due()
         if self._resets_next and args is not None:
             self.reset()
@@ -148,8 +150,13 @@ class Stepper:
                 self._apply(computed._replace(is_last=i + 1 >= self._settings.steps))
 
     def end_call(self, output: Any) -> None:
-        """End the target's call, which gave this output: take the step that is due after it."""
-        if self._unsettled is not None and (self._memory is not None or not self._is_watched_for_effect):
+        """End the target's call: take the step that is due after it.
+
+        Args:
+            output: the call's; None if its batch was not adapted to.
+        """
+        is_read = self._memory is not None or not self._is_watched_for_effect
+        if output is not None and self._unsettled is not None and is_read:
             logits = read_logits(output, self._settings.logits).detach()
             self._check_effect(logits)
             if self._memory is not None:
@@ -251,10 +258,23 @@ class Stepper:
             Exception: if it is too large, or has no such tokens.
         """
         batch = Batch(args, kwargs)
-        if args is not None:
+        if args is None:
+            return batch
+        try:
             self.faults.refuse_size(args, kwargs)
             batch.tokens = self._forward.tokens_of(args, kwargs)
+        except Exception as error:
+            self._is_first = True
+            if not self._leave_out(batch, error):
+                raise
         return batch
+
+    def _leave_out(self, batch: Batch, error: Exception) -> bool:
+        """Leave a batch out of the other processes' step; return False if that is too late, or the error no fault."""
+        if self._is_first and self._forward.can_leave_out:
+            self.fault = self.faults.of(error, batch.args, batch.kwargs)
+            batch.has_failed = self.fault is not None
+        return batch.has_failed
 
     def _compute(self, batch: Batch) -> _Computed | None:
         """The method's gradients for one batch; None if it is empty."""
@@ -344,7 +364,7 @@ class Stepper:
 
     def _observe(self, batch: Batch) -> Step | None:
         """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""
-        seen = self._forward.observe_all(batch)
+        seen = self._forward.observe_all(batch, self._leave_out)
         if seen is None:
             return None
         if self._is_first:

@@ -340,3 +340,56 @@ def test_a_process_that_fails_in_the_middle_of_a_step():
     other, failed = in_two_processes(failing_inside)
     assert "out of memory" in str(failed)
     assert isinstance(other, RuntimeError)
+
+
+# ------------------------------------------------------------------------------------------------------- a bad batch
+
+BAD = [(3, 2), (2, 3), (4, 3), (2, 2), (3, 3), (2, 4)]
+
+
+def with_bad_batches(rank, method):
+    """In the third round the second process's batch cannot be adapted, in the fifth nobody's can."""
+
+    def adapted(is_bad):
+        whole = [tuple(x.double() for x in batches(1, sum(sizes), seed=10 + i)[0]) for i, sizes in enumerate(BAD)]
+        own = [split(batch, sizes)[rank] for batch, sizes in zip(whole, BAD, strict=True)]
+        for i in (2, 4) if rank == 1 else (4,):
+            audio, video = own[i]
+            own[i] = (audio, video[:, 1:]) if is_bad else (audio[:0], video[:0])  # a token less, or no samples
+        model, records, logits = make_toy().double(), [], []
+        abpem = METHODS[method](optimizer=ADAM)
+        with torch.no_grad(), abpem.attach(model) as adaptation:
+            adaptation.on_step = lambda record, samples: records.append(record)
+            logits = [model(*batch) for batch in own]
+            weights = {name: p.detach().clone() for name, p in adaptation.params.items()}
+        return logits, records, weights, abpem.updates, abpem.skipped_for
+
+    return adapted(True), adapted(False)
+
+
+@pytest.mark.parametrize("method", ["abpem", "abpem, two steps"])
+def test_a_batch_that_cannot_be_adapted_is_left_out_of_the_others_step(method):
+    results = in_two_processes(with_bad_batches, method)
+    assert not any(isinstance(result, Exception) for result in results), results
+    for rank, (got, expected) in enumerate(results):
+        assert got[3] == expected[3] == (10 if "two" in method else 5)
+        assert got[4] == {"does not fit": 1 + rank}
+        assert all(torch.equal(got[2][name], value) for name, value in expected[2].items())
+        assert all(torch.equal(got[2][name], value) for name, value in results[0][0][2].items())
+        assert len(got[1]) == len(expected[1])
+        good = [i for i in range(len(BAD)) if i != 4 and (rank, i) != (1, 2)]
+        assert all(torch.equal(got[0][i], expected[0][i]) for i in good)
+        assert [len(own) for own in got[0]] == [sizes[rank] for sizes in BAD]
+
+
+def failing_at_once(rank):
+    """The first batch of the second process cannot be adapted: that may be its configuration."""
+    audio, video = stream([2], seed=rank)[0]
+    return adapt("abpem", [(audio, video[:, rank:])])
+
+
+def test_a_first_batch_that_cannot_be_adapted_stops_all():
+    first, second = in_two_processes(failing_at_once)
+    assert isinstance(first, RuntimeError)
+    assert "Process 1 stopped with an error" in str(first)
+    assert isinstance(second, ValueError)
