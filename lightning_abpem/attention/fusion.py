@@ -63,6 +63,11 @@ class JointFusion:
                 compared[m, n].append((block(m, n), targets[n]))
         return compared
 
+    def last_calls(self, calls: Iterable[AttentionCall], modalities: Sequence[str]) -> dict[Pair, AttentionCall]:
+        """Return the last call, by (query, key) modality, self pairs included: here one for all pairs."""
+        last = _at(calls, self.places)[-1]
+        return {(m, n): last for m in modalities for n in modalities}
+
     def check(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
         """Hold the modalities against the calls; see `find_fusion`."""
         _check_call_indices(calls, self.places)
@@ -112,6 +117,10 @@ class SeparateFusion:
             blocks = [score_statistics(call, {m: shown[m]}, {n: shown[n]})(m, n) for call in cross]
             compared[m, n] = list(zip(blocks, targets, strict=True))
         return compared
+
+    def last_calls(self, calls: Sequence[AttentionCall], modalities: Sequence[str]) -> dict[Pair, AttentionCall]:
+        """Return each pair's last call, by (query, key) modality, for the self pairs that are named too."""
+        return {pair: _at(calls, places)[-1] for pair, places in self.places.items()}
 
     def check(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> None:
         """Hold the modalities against the calls; see `find_fusion`."""

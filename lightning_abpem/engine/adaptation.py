@@ -12,12 +12,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_abpem.attention.blocks import ScoreBlock
 from lightning_abpem.attention.fusion import find_fusion
 from lightning_abpem.engine.describe import describe_run
 from lightning_abpem.engine.faults import Fault
@@ -27,6 +29,7 @@ from lightning_abpem.engine.logits import check_head
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import find_memory
 from lightning_abpem.engine.method import Record, collected
+from lightning_abpem.engine.recording import Recorder
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import check_shards, gathers_weights, has_shards, modules_of_shards, reshard
@@ -59,6 +62,7 @@ class Adaptation(Uncopied):
         on_step: called after each step with its record (detached scalars by name) and the number of samples.
         report: told what adapts, and which spans were read off a batch.
         scale: of the loss, where gradients pass through float16; default: as torch.amp.GradScaler begins.
+        recorder: told of every step, for a report.
 
     Attributes:
         params: the adapted parameters by name.
@@ -85,7 +89,9 @@ class Adaptation(Uncopied):
         on_step: Callable[[dict[str, Tensor], int], None] | None = None,
         report: Callable[[str], None] = log.info,
         scale: LossScale | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.recorder = recorder
         self.model, self.settings, self.on_step, self._report = model, settings, on_step, report
         reshard(model)
         self.target = model if settings.target is None else named_module(model, settings.target, "target")
@@ -262,7 +268,29 @@ class Adaptation(Uncopied):
         with torch.inference_mode(False):
             self._stepper.load_state_dict(state)
         self._before = (self.updates, self.skipped)
+        if self.recorder is not None:
+            self.recorder.known_events = len(self.events)
         self._report(f"{self.method.name} goes on from a state after {self.updates} updates.")
+
+    def score_blocks(self, args: Any, kwargs: Any, samples: int) -> tuple[list[ScoreBlock], list[ScoreBlock]]:
+        """Return the fusion's scores of a batch's first samples, at the source's weights and at the present ones.
+
+        Each takes one pass, which leaves no trace. The arguments are those of a call of the target.
+        """
+        call = _CallUnderWay()  # so that the passes are the engine's own
+        try:
+            self._under_way.append(weakref.ref(call, self._under_way.remove))
+            self._refuse_two(call)
+            self._replay.end_batch()
+            with torch.inference_mode(False), torch.no_grad():
+                after = self._forward.score_blocks(args, kwargs, samples)
+                self._replay.end_batch()
+                with self._stepper.weights.at_source():
+                    return self._forward.score_blocks(args, kwargs, samples), after
+        finally:
+            self._replay.end_batch()
+            self._stay_in_front()
+            del call
 
     def describe(self) -> str:
         """Return a few lines that say what adapts, and how."""
@@ -293,6 +321,8 @@ class Adaptation(Uncopied):
             self._forward.drop()  # what a call that was interrupted has left
             self._replay.end_batch()
             self.calls += 1
+            if self.recorder is not None and self.watched and not self._keeps_flags:
+                self.recorder.keep(args, kwargs)
             if self._forward.ranks is not None and self._forward.ranks.done:
                 return target_call(*args, **kwargs)  # after the streams, in which the others have no part
             fault = self._fault_in(partial(self._adapt, args, kwargs), args, kwargs)
@@ -327,7 +357,7 @@ class Adaptation(Uncopied):
         try:
             if not self._keeps_flags:
                 self._flags.freeze()
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), self._timed():
                 self._stepper.adapt(args, kwargs)
         finally:
             self._forward.end_step()  # of a pass that was broken off
@@ -336,7 +366,7 @@ class Adaptation(Uncopied):
             self.seconds += time.perf_counter() - start
 
     def _end_call(self, output: Any) -> None:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self._timed():
             self._stepper.end_call(output)
 
     def _fault_in(self, part: Callable[[], None], args: Any, kwargs: Any) -> Fault | None:
@@ -394,9 +424,17 @@ class Adaptation(Uncopied):
             return
         try:
             self.on_step(record, samples)
+<<<<<<< HEAD
         except Exception:
             self._has_observer_failed = True  # no fault of the batch: its step was taken
             raise
+=======
+        if self.recorder is not None:
+            stepper = self._stepper
+            self.recorder.add(record, samples, stepper.logits, stepper.guard.events, stepper.resets)
+
+    def _timed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.clock.running()
 
 
 def _entry(target: nn.Module) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_abpem.attention.blocks import ScoreBlock, score_blocks
 from lightning_abpem.attention.calls import AttentionCall, FusedCall
 from lightning_abpem.attention.capture import watch_attention
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion, check_samples
@@ -193,6 +194,27 @@ class Forward:
             snapshot = self._begin(args, kwargs)
             with torch.no_grad():
                 return read_logits(self._run(snapshot), self._settings.logits).clone()
+        finally:
+            self.end_step()
+
+    def score_blocks(self, args: Any, kwargs: Any, samples: int) -> list[ScoreBlock]:
+        """Run one forward over a batch alone, without gradients; return the fusion's scores in its first samples."""
+        assert self._fusion is not None
+        assert self._tokens is not None
+        tokens = self._tokens(args, kwargs)
+        self.end_step()
+        self._replay.start_pass()
+        try:
+            snapshot = self._begin(args, kwargs)
+            calls = watch_attention(self._changes, self._watched)
+            with torch.no_grad():
+                self._run(snapshot)
+            self._changes.close()
+            tokens = self._tokens.check(calls, tokens, args, kwargs)
+            first = calls[0]
+            device = first.q.device if isinstance(first, FusedCall) else first.scores.device
+            with torch.no_grad(), _in_full_precision(device):
+                return score_blocks(self._fusion, calls, tokens, samples)
         finally:
             self.end_step()
 

@@ -80,6 +80,8 @@ class Stepper:
         guard: judges what it sees.
         faults: tells which batches cannot be adapted.
         fault: of the last batch, if it was left out of the other processes' step.
+        logits: (B, C) of the last batch, of all processes that share it, as the model was before the first step.
+        resets: how often the source model came back, but by the guard.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class Stepper:
         self.watch, self.guard = Watch(), Guard(settings.guard)
         self.faults = Faults(settings.on_error, memory, weights.skips)
         self.fault: Fault | None = None
+        self.logits: Tensor | None = None
+        self.resets = 0
         self._batches = 0  # that took part in steps
         self._samples = 0  # of all processes since the last reset
         self._own: Tensor | None = None  # logits of this process's batch
@@ -203,6 +207,7 @@ class Stepper:
     def reset(self) -> None:
         """Go back to the source model."""
         self.settle()
+        self.resets += 1
         self.weights.reset()
         self._state, self._draft, self._resets_next, self._samples = {}, {}, False, 0
         self.guard.reset()
@@ -286,6 +291,8 @@ class Stepper:
             step = self._observe(batch)
             if step is None:
                 return None
+            if self._is_first:
+                self.logits = step.logits[-step.samples :].detach() if step.samples else None
             computed = self._of_step(step, batch) if step.samples else None
         finally:
             self._forward.end_step()
