@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -39,6 +40,7 @@ from lightning_abpem.engine.state_file import check_saved, read_state, write_sta
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer.figures import Chosen
 from lightning_abpem.trainer.notices import Display, Verbose
+from lightning_abpem.trainer.reporting import RunReport, report_path
 from lightning_abpem.trainer.run import Outcome, Run, Stage
 from lightning_abpem.trainer.strategies import check_trainer
 from lightning_abpem.trainer.summary import Summary
@@ -77,6 +79,7 @@ class Options(TypedDict, total=False):
     verbose: Verbose
     figures: Chosen
     on_error: OnError
+    report: str | Path | None
 
 
 class TestTimeAdaptation(Callback):
@@ -125,6 +128,9 @@ class TestTimeAdaptation(Callback):
         on_error: what to do with a batch that cannot be adapted, for instance because it lacks a modality: "predict" by
             the weights as they are, count it in `skipped_for` and go on; or "raise". Before a batch has adapted every
             error is raised, but for too little memory: it may be the configuration's.
+        report: the .html file that shows each run when it ends, also one that fails; the next run writes it anew. Its
+            record, for `abpem report`, gets the same name with .json. Needs matplotlib (the `report` extra), and
+            memory for a copy of the first batch.
 
     Attributes:
         record: figures of the last step, by name.
@@ -177,6 +183,7 @@ class TestTimeAdaptation(Callback):
         verbose: Verbose = 1,
         figures: Chosen = "headline",
         on_error: OnError = "predict",
+        report: str | Path | None = None,
     ) -> None:
         self.settings = Settings(
             method=method,
@@ -210,6 +217,8 @@ class TestTimeAdaptation(Callback):
         self.summary: Summary | None = None
         self._unshown: Summary | None = None
         self._outcome = Outcome()
+        self._report_path = report_path(report)
+        self._report: RunReport | None = None  # of the run under way
         self.averages: dict[int, dict[str, Tensor]] = {}
         self._logged = 0
         self._state: Mapping[str, Any] = {}  # of the last run
@@ -259,8 +268,14 @@ class TestTimeAdaptation(Callback):
                 'reset="dataloader" needs a Trainer. Call reset() on what `attach` gives, between loaders.'
             )
         self._refuse_second_use()
-        adaptation = Adaptation(model, self.settings, report=self.display.say)
-        with Changes() as changes:  # which are undone at the latest when this frame is gone
+        report = self._new_report("attach")
+        recorder = None
+        if report is not None:
+            if problem := report.problem():
+                raise ValueError(problem)
+            recorder = report.record(next((p.device for p in model.parameters()), torch.device("cpu")))
+        adaptation = Adaptation(model, self.settings, report=self.display.say, recorder=recorder)
+        with self._reported(report), Changes() as changes:  # which are undone at the latest when this frame is gone
             changes.note(partial(self._detach, adaptation))
             adaptation.__enter__()
             try:
@@ -269,6 +284,8 @@ class TestTimeAdaptation(Callback):
                 self._attached, self.averages = adaptation, {}
                 yield adaptation
                 adaptation.end_stream()
+                if report is not None:
+                    report.see_blocks(adaptation)
             except BaseException:
                 adaptation.abandon()
                 raise
@@ -355,6 +372,25 @@ class TestTimeAdaptation(Callback):
                 self._attached = None
             adaptation.close()
 
+    def _new_report(self, stage: Stage | Literal["attach"]) -> RunReport | None:
+        """Return what is to be written of a run that begins; None for nothing."""
+        return None if self._report_path is None else RunReport(self._report_path, self.settings, stage)
+
+    @contextmanager
+    def _reported(self, report: RunReport | None) -> Iterator[None]:
+        """Write the report of an `attach` when the block ends, also by an error."""
+        try:
+            yield
+        except BaseException as error:
+            self._write(report, {}, error)
+            raise
+        self._write(report, {})
+
+    def _write(self, report: RunReport | None, metrics: Mapping[str, Any], error: BaseException | None = None) -> None:
+        """Write a report, if one is wanted."""
+        if report is not None:
+            report.write(self.updates, self.skipped, self.skipped_for, metrics, error)
+
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
         """Return what the stream of this run, or of the last one, needs to go on; see `Adaptation.state_dict`.
 
@@ -433,7 +469,8 @@ class TestTimeAdaptation(Callback):
                 check_trainer(trainer, own_stage, TestTimeAdaptation)
                 self._outcome, self.averages = Outcome(), {}
                 self.summary = self._unshown = None
-                self._run = Run(trainer, own_stage, self.settings, self.display, self._logged, self._resume)
+                report = self._new_report(own_stage)
+                self._run = Run(trainer, own_stage, self.settings, self.display, self._logged, self._resume, report)
                 self._run.start(first=self)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -472,6 +509,7 @@ class TestTimeAdaptation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
             self._run.end_streams()
+            self._run.see_blocks()
             self._run.log_averages()
             self._end(is_over=True)  # ahead of callbacks that swap weights back, as those of weight averages do
 
@@ -484,20 +522,28 @@ class TestTimeAdaptation(Callback):
         if self._unshown is not None:
             self.display.end(self._unshown)
         self._unshown = None
+        if self._report is not None and stage in self.stages:
+            # The user's own epoch ends, where metrics are logged too, come after this callback's.
+            self._write(self._report, {} if stage == "predict" else trainer.callback_metrics)
+            self._report = None
         if stage == "fit":
             self._loaded = None  # by a checkpoint that training went on from: of weights that are no more
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         run = self._run
-        if run is None or run.trainer is not trainer:  # but of a second one, which was refused
+        if run is not None and run.trainer is not trainer:  # of a second one, which was refused
             return
         try:
             try:
-                run.abandon()
+                if run is not None:
+                    run.abandon()
             finally:
                 self._end()
         except Exception as error:  # to raise it would hide the exception that ends the run
             log.warning("Another exception came up while %r ended the run: %r", exception, error)
+        finally:
+            report, self._report = self._report, None  # also of a run that failed after its last batch
+            self._write(report, {}, exception)
 
     on_validation_start = on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
@@ -534,5 +580,6 @@ class TestTimeAdaptation(Callback):
             self.summary = run.summary()
             self._unshown = self.summary if is_over and run.is_verbose else None
             self._state = {**outcome.state, "over": is_over} if outcome.state else self._state
+            self._report = run.report  # to be written in `teardown`
             if run.phase == "closed":
                 self._run = None

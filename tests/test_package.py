@@ -16,7 +16,7 @@ LAYERS = [  # from the bottom up: each imports itself and what stands before it
     ("attention", "torch"),
     ("engine", "torch"),
     ("display", "rich"),
-    ("report", "matplotlib"),
+    ("report", "matplotlib"),  # files and pictures: it knows neither torch nor Lightning
     ("metrics", "torch torchmetrics"),
     ("trainer", "torch lightning torchmetrics"),
     ("tuning", "torch lightning"),

@@ -38,6 +38,7 @@ EMPTY = {
     "all": (((3, 2), (2,)), ((), ())),
     "only": (((3, 2),), ((),)),
 }
+SCENARIOS = ("sampled", "predicted", "streams", "empty", "failing", "unreadable", "reported", "unreported")
 EMPTY_NAMES = {"global": tuple(EMPTY), "local": ("first", "only")}
 
 
@@ -235,6 +236,21 @@ class Program:
         """The second process fails at its third of five batches."""
         self.fail(Model(fails_on=1), DataLoader(TensorDataset(*samples(20)), batch_size=2))
 
+    def reported(self) -> None:
+        """Each process has the name of a report; the first writes it, of all batches."""
+        method = {"report": self.out / "report.html", "monitor": "source", "reset": "dataloader"}
+        self.stream("reported", Stream, UNEVEN, method=method)
+        local = {**method, "report": self.out / "local.html", "reset": "never", "sync": "local"}
+        self.stream("local", Stream, UNEVEN, method=local)
+
+    def unreported(self) -> None:
+        """The first process finds that the report's folder is missing; the others stop with it."""
+        runner = self.trainer("unreported", method={"report": self.out / "none" / "report.html"})
+        try:
+            runner.test(Model(), loader(), verbose=False)
+        except ValueError as error:
+            torch.save(str(error), self.out / f"unreported-{runner.global_rank}.pt")
+
     def unreadable(self) -> None:
         """The second process fails at its first sample, before its first batch."""
         self.fail(Model(), DataLoader(Unreadable(20), batch_size=2))
@@ -254,7 +270,7 @@ class Program:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scenario", choices=["sampled", "predicted", "streams", "empty", "failing", "unreadable"])
+    parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--strategy", choices=["ddp", "ddp_spawn"], default="ddp")
     parser.add_argument("--devices", type=int, default=2)

@@ -53,7 +53,8 @@ class Variant:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
-        own = {*_arguments(METHODS[self.method]), *Options.__annotations__} - {"restore", "stages"}
+        # Not `report`: the options may be a stranger's, who would choose what is overwritten.
+        own = {*_arguments(METHODS[self.method]), *Options.__annotations__} - {"restore", "stages", "report"}
         known = {*own, "learning_rate", "memory_samples"}
         if unknown := sorted(set(self.options) - known):
             raise ValueError(f"Expected options of {self.method}, {', '.join(sorted(known))}, but got {unknown}.")

@@ -20,6 +20,7 @@ _COMMANDS = {
     "tune": "try learning rates on the first batches of a stream, without labels",
     "corrupt": "write a corrupted copy of a data set of frames and sound",
     "bench": "compare methods on a benchmark, or two finished runs",
+    "report": "write the HTML page of a run, or of a benchmark's",
 }
 
 

@@ -420,18 +420,15 @@ class Adaptation(Uncopied):
         )
 
     def _report_step(self, record: Record, samples: int) -> None:
-        if self.on_step is None:
-            return
+        stepper = self._stepper
         try:
-            self.on_step(record, samples)
-<<<<<<< HEAD
+            if self.on_step is not None:
+                self.on_step(record, samples)
+            if self.recorder is not None:
+                self.recorder.add(record, samples, stepper.logits, stepper.guard.events, stepper.resets)
         except Exception:
             self._has_observer_failed = True  # no fault of the batch: its step was taken
             raise
-=======
-        if self.recorder is not None:
-            stepper = self._stepper
-            self.recorder.add(record, samples, stepper.logits, stepper.guard.events, stepper.resets)
 
     def _timed(self) -> AbstractContextManager[None]:
         return nullcontext() if self.recorder is None else self.recorder.clock.running()

@@ -133,7 +133,7 @@ class ABPEM(TestTimeAdaptation):
             or what calls them, around several.
         options: those that all methods share: `steps`, `optimizer`, `target`, `logits`, `reset`, `restore`, `stages`,
             `replay`, `predicts`, `sync`, `projections`, `learning_rate`, `clip_gradients`, `anchor`, `max_drift`,
-            `monitor`, `guard`, `on_error`, `verbose`, `figures`; `TestTimeAdaptation` documents them.
+            `monitor`, `guard`, `on_error`, `verbose`, `figures`, `report`; `TestTimeAdaptation` documents them.
 
     Attributes:
         updates: steps taken in the last run.

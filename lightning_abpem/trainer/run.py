@@ -19,6 +19,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer.figures import Figures
 from lightning_abpem.trainer.notices import Display, log_options
+from lightning_abpem.trainer.reporting import RunReport
 from lightning_abpem.trainer.streams import Streams
 from lightning_abpem.trainer.summary import Summary
 
@@ -55,6 +56,7 @@ class Run:
         display: what is shown and said.
         logged: steps handed to the loggers so far, over all runs of the callback.
         resume: called with the adaptation when it begins, to load a state.
+        report: what is to be written of the run; None for nothing.
 
     Attributes:
         adaptation: from the first batch on, until the end.
@@ -71,9 +73,11 @@ class Run:
         display: Display,
         logged: int,
         resume: Callable[[Adaptation], None],
+        report: RunReport | None = None,
     ) -> None:
         self.trainer, self.stage, self._settings, self._resume = trainer, stage, settings, resume
         self._display, self._without_call, self._began = display, 0, time.perf_counter()
+        self.report = report
         self.adaptation: Adaptation | None = None
         self.figures = Figures(trainer, settings.method.name.lower(), stage, logged, display.figures)
         self.outcome: Outcome | None = None
@@ -89,6 +93,9 @@ class Run:
     def start(self, first: Callback) -> None:
         """Change the Trainer for the run.
 
+        Raises:
+            ValueError: in all processes, if the report cannot be written.
+
         In normal mode nothing that the loop makes (batches, metrics, lazy buffers) is an inference tensor, which
         autograd refuses.
 
@@ -102,6 +109,10 @@ class Run:
         self._changes.note(self.figures.flush)
         callbacks = sorted(self.trainer.callbacks, key=lambda other: other is not first)
         self._changes.set(self.trainer, "callbacks", callbacks)
+        if self.report is not None:
+            problem = self.trainer.strategy.broadcast(self.report.problem())  # so that all processes stop
+            if problem is not None:
+                raise ValueError(problem)
         loop = getattr(self.trainer, f"{self.stage}_loop")
         if hasattr(loop, "inference_mode"):  # no documented name; without it the engine copies what it has to
             self._changes.set(loop, "inference_mode", False)
@@ -168,6 +179,11 @@ class Run:
         """Return the averages of the figures by dataloader and name."""
         return self.figures.averages()
 
+    def see_blocks(self) -> None:
+        """Look at the fusion's attention for the report."""
+        if self.report is not None:
+            self.report.see_blocks(self.adaptation)
+
     def log_averages(self) -> None:
         """Hand the averages that Lightning does not log to the loggers: in predict, where it has no results, all."""
         self.figures.log_averages(self._streams.suffix)
@@ -225,7 +241,10 @@ class Run:
         if self.adaptation is None:
             scale = LossScale.like(getattr(self.trainer.precision_plugin, "scaler", None))
             model = self.trainer.lightning_module
-            self.adaptation = Adaptation(model, self._settings, self._on_step, self._display.say, scale)
+            recorder = None if self.report is None else self.report.record(model.device)
+            self.adaptation = Adaptation(
+                *(model, self._settings, self._on_step, self._display.say, scale), recorder=recorder
+            )
             self._changes.note(self._close_adaptation)
             try:
                 self.adaptation.__enter__()
@@ -265,4 +284,6 @@ class Run:
 
     def _on_step(self, record: dict[str, Tensor], samples: int) -> None:
         dataloader = self._streams.dataloader
+        if self.report is not None and self.report.recorder is not None:
+            self.report.recorder.dataloader = dataloader
         self.figures.add(record, samples, dataloader, self._streams.suffix(dataloader))

@@ -572,6 +572,7 @@ def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):
         (["B", "--variants", '{"x": {"method": "tant"}}'], "Expected `method` to be one of source, tent"),
         (["B", "--variants", '{"x": {"method": "tent", "options": {"kk": 1}}}'], r"but got \['kk'\]"),
         (["B", "--variants", '{"x": {"method": "tent", "options": {"restore": false}}}'], r"but got \['restore'\]"),
+        (["B", "--variants", '{"x": {"method": "tent", "options": {"report": "x.html"}}}'], r"but got \['report'\]"),
         (["B", "--variants", '{"x": {"methd": "tent"}}'], "Expected variant 'x' to have a `method` and its `options`"),
         (
             ["B", "--methods", "x", "--variants", '{"x": {"method": "abpem", "options": {"k": -1}}}'],

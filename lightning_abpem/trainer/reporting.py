@@ -1,0 +1,171 @@
+"""The report of a run: what is gathered while it lasts, and two files at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_abpem.engine.adaptation import Adaptation
+from lightning_abpem.engine.ranks import process
+from lightning_abpem.engine.recording import Recorder
+from lightning_abpem.engine.settings import Settings
+from lightning_abpem.report.charts import check_matplotlib
+from lightning_abpem.report.page import run_page
+from lightning_abpem.report.record import FORMAT, VERSION, check_writable, write_text
+
+__all__ = ["RunReport", "report_path"]
+
+log = logging.getLogger(__name__)
+
+_MOST = 2000  # characters of an option or an error
+
+
+def report_path(report: Any) -> Path | None:
+    """Return the option `report` as a path; None without one.
+
+    Raises:
+        ValueError: it is no name of an .html file.
+        ImportError: there is no matplotlib, with the way to get it.
+    """
+    if report is None:
+        return None
+    if not isinstance(report, str | Path) or Path(report).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"Expected `report` to be None or the name of an .html file, but got {report!r}.")
+    check_matplotlib()
+    return Path(report).absolute()
+
+
+class RunReport:
+    """The report of one run. With several processes the first one gathers and writes; the others do nothing.
+
+    Args:
+        path: of the page; the record gets the same name with .json.
+        settings: the engine's.
+        stage: "test", "predict", "validate" or "attach".
+
+    Attributes:
+        recorder: from `record` on; None in processes that do not write.
+    """
+
+    def __init__(self, path: Path, settings: Settings, stage: str) -> None:
+        self.path, self._settings, self._stage = path, settings, stage
+        self.recorder: Recorder | None = None
+        self._is_written = False
+
+    def problem(self) -> str | None:
+        """Return why the files cannot be written, None if they can; of processes that do not write, None."""
+        if process()[0]:
+            return None
+        try:
+            check_writable(self.path)
+            check_writable(self.path.with_suffix(".json"))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def record(self, device: torch.device) -> Recorder | None:
+        """Return what gathers, for an adaptation that begins; None in processes that do not write."""
+        if process()[0] == 0:
+            self.recorder = Recorder(device)
+        return self.recorder
+
+    def see_blocks(self, adaptation: Adaptation | None) -> None:
+        """Look at the fusion's attention with the weights that the run has come to."""
+        if self.recorder is not None and adaptation is not None:
+            self.recorder.see_blocks(adaptation)
+
+    def write(
+        self,
+        updates: int,
+        skipped: int,
+        reasons: Mapping[str, int],
+        metrics: Mapping[str, Any],
+        error: BaseException | None = None,
+    ) -> None:
+        """Write the record and the page, once. What goes wrong is logged: no run is lost for it.
+
+        Args:
+            updates: steps taken.
+            skipped: steps not taken.
+            reasons: how many of those for which reason.
+            metrics: what the user logged, scalars by name.
+            error: what ended the run early.
+        """
+        if self.recorder is None or self._is_written:
+            return
+        self._is_written = True
+        try:
+            gathered = self.recorder.result()
+            gathered["counts"] |= {"updates": updates, "skipped": skipped}
+            own = f"{self._settings.method.name.lower()}/"
+            record = {
+                "format": FORMAT,
+                "version": VERSION,
+                "run": self._run(error),
+                "versions": _versions(),
+                "options": _options(self._settings),
+                "skipped": dict(reasons),
+                "metrics": {_words(name): _plain(x) for name, x in metrics.items() if not name.startswith(own)},
+                **gathered,
+            }
+            write_text(self.path.with_suffix(".json"), json.dumps(record, allow_nan=False) + "\n")
+            write_text(self.path, run_page(record))
+            log.info("The report is in '%s'.", self.path)
+        except Exception as problem:
+            log.warning("The report '%s' is not written: %r", self.path, problem)
+
+    def _run(self, error: BaseException | None) -> dict[str, Any]:
+        status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        return {
+            "method": self._settings.method.name,
+            "stage": self._stage,
+            "status": status,
+            "error": None if error is None else _words(f"{type(error).__name__}: {error}"),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "processes": process()[1],
+            "sync": self._settings.sync,
+        }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("lightning_abpem", "torch", "lightning", "torchmetrics", "matplotlib"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # of sources that were never installed
+            found[name] = "not installed"
+    return found
+
+
+def _options(settings: Settings) -> dict[str, str]:
+    """Return the options in words, those of the method ahead of those of the engine."""
+    method = settings.method
+    own: dict[str, Any] = {}
+    if dataclasses.is_dataclass(method):
+        for item in dataclasses.fields(method):
+            value = getattr(method, item.name)
+            inner = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            own |= {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if inner else {item.name: value}
+    shared = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings) if item.init}
+    del shared["method"]
+    return {name: _words(repr(value)) for name, value in (own | shared).items()}
+
+
+def _words(words: str) -> str:
+    """Return words of limited length that a file in UTF-8 can hold."""
+    return words[:_MOST].encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
