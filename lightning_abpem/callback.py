@@ -348,6 +348,7 @@ class TestTimeAdaptation(Callback):
     def _candidate(self, rate: float, anchor: float, stage: Stage) -> TestTimeAdaptation:
         """This callback as it began, with another learning rate and anchor."""
         own = copy.copy(self)
+        own._report_path = None  # a candidate's run is none of the user's
         own.settings = replace(self.settings, learning_rate=rate, anchor=anchor, sync="local")
         own.stages = (stage,)
         own.display, own.summary, own._unshown = Display(verbose=0, figures="all"), None, None

@@ -278,3 +278,18 @@ def test_two_processes_stop_together_where_a_report_cannot_be_written(tmp_path):
     run("unreported", tmp_path)
     for words in (torch.load(tmp_path / f"unreported-{rank}.pt") for rank in range(2)):
         assert "Expected the folder of the report to exist" in words
+
+
+def test_candidates_of_tune_write_none(page):
+    adapting(page).tune(
+        make_toy(), batches(2), rates=(1e-3, 1e-2), batches=2, forward=lambda model, batch: model(*batch)
+    )
+    assert not list(page.parent.iterdir())
+
+
+def test_batches_that_could_not_be_adapted_are_listed_by_reason(page):
+    stream = [(*own, torch.zeros(4, dtype=torch.long)) for own in batches(4)]
+    stream[2] = (torch.full_like(stream[2][0], torch.nan), *stream[2][1:])
+    callback = adapting(page)
+    trainer(callback).test(make_toy(), torch.utils.data.DataLoader(stream, batch_size=None), verbose=False)
+    assert record_of(page)["skipped"] == callback.skipped_for != {}
