@@ -390,7 +390,7 @@ class TestTimeAdaptation(Callback):
     def _write(self, report: RunReport | None, metrics: Mapping[str, Any], error: BaseException | None = None) -> None:
         """Write a report, if one is wanted."""
         if report is not None:
-            report.write(self.updates, self.skipped, self.skipped_for, metrics, error)
+            report.write(self.updates, self.skipped_for, metrics, error)
 
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
         """Return what the stream of this run, or of the last one, needs to go on; see `Adaptation.state_dict`.

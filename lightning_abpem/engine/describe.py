@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.modules.names import plain_name
 
-__all__ = ["changed_options", "describe_run", "list_tensors", "options_of"]
+__all__ = ["changed_options", "describe_run", "list_tensors", "options_of", "package_version"]
 
 Shown = str | int | float | bool | None
 _KNOWN = {field.name: field.default for field in dataclasses.fields(Settings) if field.init}
@@ -43,6 +44,14 @@ def changed_options(settings: Settings) -> str:
     return ", ".join(
         f"{name}={value!r}" if isinstance(value, str) else f"{name}={_shown(value)}" for name, value in pairs
     )
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed package; "not installed" for sources that never were."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def describe_run(

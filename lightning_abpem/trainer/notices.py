@@ -9,9 +9,8 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
-import lightning_abpem
 from lightning_abpem.engine.adaptation import Adaptation
-from lightning_abpem.engine.describe import list_tensors, options_of
+from lightning_abpem.engine.describe import list_tensors, options_of, package_version
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.trainer.figures import Chosen
 from lightning_abpem.trainer.summary import Summary
@@ -69,6 +68,6 @@ def _print(summary: Summary) -> None:
 def log_options(settings: Settings, loggers: Iterable[Any]) -> None:
     """Hand all options, and the package's version, to the loggers as hyper-parameters."""
     name = settings.method.name.lower()
-    options = {"version": lightning_abpem.__version__, **options_of(settings)}
+    options = {"version": package_version("lightning_abpem"), **options_of(settings)}
     for logger in loggers:
         logger.log_hyperparams({f"{name}/{key}": value for key, value in options.items()})

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_abpem.engine.adaptation import Adaptation
+from lightning_abpem.engine.describe import options_of, package_version
 from lightning_abpem.engine.ranks import process
 from lightning_abpem.engine.recording import Recorder
 from lightning_abpem.engine.settings import Settings
@@ -87,8 +86,7 @@ class RunReport:
     def write(
         self,
         updates: int,
-        skipped: int,
-        reasons: Mapping[str, int],
+        skipped_for: Mapping[str, int],
         metrics: Mapping[str, Any],
         error: BaseException | None = None,
     ) -> None:
@@ -96,8 +94,7 @@ class RunReport:
 
         Args:
             updates: steps taken.
-            skipped: steps not taken.
-            reasons: how many of those for which reason.
+            skipped_for: steps not taken, by reason.
             metrics: what the user logged, scalars by name.
             error: what ended the run early.
         """
@@ -106,15 +103,15 @@ class RunReport:
         self._is_written = True
         try:
             gathered = self.recorder.result()
-            gathered["counts"] |= {"updates": updates, "skipped": skipped}
+            gathered["counts"] |= {"updates": updates, "skipped": sum(skipped_for.values())}
             own = f"{self._settings.method.name.lower()}/"
             record = {
                 "format": FORMAT,
                 "version": VERSION,
                 "run": self._run(error),
                 "versions": _versions(),
-                "options": _options(self._settings),
-                "skipped": dict(reasons),
+                "options": {name: _words(str(value)) for name, value in options_of(self._settings).items()},
+                "skipped": dict(skipped_for),
                 "metrics": {_words(name): _plain(x) for name, x in metrics.items() if not name.startswith(own)},
                 **gathered,
             }
@@ -138,27 +135,8 @@ class RunReport:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("lightning_abpem", "torch", "lightning", "torchmetrics", "matplotlib"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # of sources that were never installed
-            found[name] = "not installed"
-    return found
-
-
-def _options(settings: Settings) -> dict[str, str]:
-    """Return the options in words, those of the method ahead of those of the engine."""
-    method = settings.method
-    own: dict[str, Any] = {}
-    if dataclasses.is_dataclass(method):
-        for item in dataclasses.fields(method):
-            value = getattr(method, item.name)
-            inner = dataclasses.is_dataclass(value) and not isinstance(value, type)
-            own |= {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if inner else {item.name: value}
-    shared = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings) if item.init}
-    del shared["method"]
-    return {name: _words(repr(value)) for name, value in (own | shared).items()}
+    names = ("lightning_abpem", "torch", "lightning", "torchmetrics", "matplotlib")
+    return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 
 
 def _words(words: str) -> str:
