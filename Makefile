@@ -24,7 +24,7 @@ test: .venv/test.done
 fuzz-forwards: .venv/test.done
 	FUZZ_FORWARDS=5000 ZOO=all $(BIN)/python -m pytest tests/zoo
 
-# Runs put together at random: models, batches, options, methods, 10,000 of them in a quarter of an hour. `make test` tries 500.
+# Runs put together at random: models, batches, options, methods, 10,000 of them in ten minutes. `make test` tries 500.
 fuzz: .venv/test.done
 	FUZZ=10000 $(BIN)/python -m pytest tests/engine/test_fuzz.py -s
 
