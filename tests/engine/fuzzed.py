@@ -246,8 +246,10 @@ def check_counts(case: Case, adaptation: Any) -> str:
     assert adaptation.calls == len(case.sizes)
     steps = case.options.get("steps", 1) * sum(size > 0 for size in case.sizes)
     if case.method == "Source" or steps == 0:
-        assert (adaptation.updates, adaptation.skipped) == (0, 0)
+        assert adaptation.updates == 0
+        assert set(adaptation.skipped_for) <= {"does not fit"}  # not even to be observed
         return "observed"
+    assert set(adaptation.skipped_for) <= {"does not fit", "not finite", "not fit"}, adaptation.skipped_for
     taken = adaptation.updates + adaptation.skipped
     assert taken <= steps if case.options.get("guard") == "freeze" else taken == steps, (taken, steps)
     return "adapted" if adaptation.updates else "skipped"

@@ -32,6 +32,7 @@ OPTIONS = {
     ),
     "reset": mostly(["never"], "batch", 1, 2, 0, "dataloader", "always", "5 samples", "0 samples"),
     "replay": st.booleans(),
+    "on_error": mostly(["predict"], "raise", "ignore"),
     "predicts": mostly([None], "after", "before", "now"),
     "learning_rate": mostly([None, 1e-3], 1e-12, 0, "fast", torch.nan),
     "clip_gradients": mostly([None, 1.0], 1e-9, 0.0, -1.0),
@@ -165,14 +166,16 @@ def broken_restore(monkeypatch):
 
 
 def unclear_error(monkeypatch):
-    monkeypatch.setattr(AdaptedWeights, "step", lambda *args: int("x"))
+    """Of the second batch: it is predicted, and counted by the error's class."""
+    steps = iter([AdaptedWeights.step, lambda *args: int("x")])
+    monkeypatch.setattr(AdaptedWeights, "step", lambda *args: next(steps)(*args))
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (broken_restore, "the model is not as it was"),
-        (unclear_error, "invalid literal"),
+        (unclear_error, "ValueError"),
     ],
 )
 def test_what_is_broken_is_found(monkeypatch, spoil, message):
