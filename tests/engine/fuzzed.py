@@ -161,7 +161,7 @@ class Case:
             modalities = dict(zip(("audio", "video"), self.tokens[0], strict=True))
             if self.attention == "separate":
                 modalities = list(modalities)
-        return METHODS[self.method](fusion, modalities, **self.options)
+        return METHODS[self.method](fusion, modalities, **{"on_error": "raise", **self.options})
 
 
 def logits_of(output: Any) -> Tensor:

@@ -166,8 +166,12 @@ def broken_restore(monkeypatch):
 
 
 def unclear_error(monkeypatch):
+    monkeypatch.setattr(AdaptedWeights, "step", lambda *args: int("x"))
+
+
+def unclear_skip(monkeypatch):
     """Of the second batch: it is predicted, and counted by the error's class."""
-    steps = iter([AdaptedWeights.step, lambda *args: int("x")])
+    steps = iter([AdaptedWeights.step, lambda *args: torch.zeros(2) @ torch.zeros(3)])
     monkeypatch.setattr(AdaptedWeights, "step", lambda *args: next(steps)(*args))
 
 
@@ -175,10 +179,11 @@ def unclear_error(monkeypatch):
     ("spoil", "message"),
     [
         (broken_restore, "the model is not as it was"),
-        (unclear_error, "ValueError"),
+        (unclear_error, "invalid literal"),
+        (unclear_skip, "RuntimeError"),
     ],
 )
 def test_what_is_broken_is_found(monkeypatch, spoil, message):
     spoil(monkeypatch)
     with pytest.raises(AssertionError, match=message):
-        try_case(USUAL)
+        try_case(replace(USUAL, options={"on_error": "predict" if spoil is unclear_skip else "raise"}))
