@@ -12,10 +12,10 @@ endef
 .PHONY: demo check-demo test fuzz fuzz-forwards fuzz-interrupts soak lint docs results bench bench-gpu speech clean
 
 demo: .venv/demo.done
-	$(BIN)/python -m demo
+	$(BIN)/abpem demo
 
 check-demo: demo
-	$(BIN)/python -m demo.check
+	$(BIN)/python -m lightning_abpem.demo.check
 
 test: .venv/test.done
 	$(BIN)/python -m pytest

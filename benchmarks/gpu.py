@@ -31,7 +31,7 @@ from benchmarks.gpu_checks import CHECKS
 from benchmarks.gpu_graph import try_graph
 from benchmarks.gpu_report import as_markdown
 from benchmarks.gpu_rows import PRECISIONS, Machine, NeedsGPUError, Row, measure, start_fresh
-from demo.trainer import quiet
+from lightning_abpem.demo.trainer import quiet
 
 __all__ = ["Budget", "Journal", "Task", "environment", "main", "plan", "work_off"]
 

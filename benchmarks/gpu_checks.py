@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.gpu_rows import Machine
 from benchmarks.gpu_stress import memory_does_not_grow, out_of_memory, process_group, resume_on_cpu, several_streams
 from benchmarks.gpu_toy import CheckError, abpem, distance, is_same, predictions, require, state_of, stream_of
-from demo.trainer import silent_trainer
+from lightning_abpem.demo.trainer import silent_trainer
 from lightning_abpem.models import CAVMAE
 from tests.golden_runs import Golden
 from tests.toy import WIDTH, Toy, loader, make_toy

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from benchmarks.gpu_rows import Machine, NeedsGPUError
 from benchmarks.gpu_toy import abpem, distance, is_same, predictions, require, state_of, stream_of
 from benchmarks.programs import FusionAlone
-from demo.trainer import silent_trainer
 from lightning_abpem import ABPEM
+from lightning_abpem.demo.trainer import silent_trainer
 from tests.toy import loader, make_toy
 
 __all__ = ["memory_does_not_grow", "out_of_memory", "process_group", "resume_on_cpu", "several_streams"]

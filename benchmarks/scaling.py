@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.lockstep import Measured, Turns, in_lockstep
 from benchmarks.programs import engine
 from benchmarks.step_cost import Setting
-from demo.trainer import quiet
+from lightning_abpem.demo.trainer import quiet
 from lightning_abpem.processes import start_worker
 
 CASES = {

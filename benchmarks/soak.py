@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from demo.trainer import quiet
 from lightning_abpem import ABPEM
+from lightning_abpem.demo.trainer import quiet
 from lightning_abpem.processes import Workers
 from tests.ranks import free_port
 from tests.toy import Toy

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.lockstep import Measured, Turns, in_lockstep
 from benchmarks.programs import Inputs, by_hand, engine, published_way
-from demo.trainer import quiet, silent_trainer
+from lightning_abpem.demo.trainer import quiet, silent_trainer
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.digits import DigitsModel
 

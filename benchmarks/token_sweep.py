@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.lockstep import Measured, Turns, in_lockstep
 from benchmarks.programs import FusionAlone, Inputs, engine, published_way
-from demo.trainer import quiet
+from lightning_abpem.demo.trainer import quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,12 +1,15 @@
 """The demo: a run's row, the table's and the figure's arithmetic, its promises."""
 
+import csv
+
 import pytest
 
-from demo.__main__ import GAPS, KINDS, _curves, _name, _runs, _summary
-from demo.check import broken_promises
-from demo.protocol import RECIPE, Run, evaluate, recipe
-from demo.trainer import silent_trainer
+from lightning_abpem.cli import main
 from lightning_abpem.data.corruptions import Corruption
+from lightning_abpem.demo.check import broken_promises
+from lightning_abpem.demo.protocol import RECIPE, Run, evaluate, recipe
+from lightning_abpem.demo.run import GAPS, KINDS, _curves, _name, _runs, _summary
+from lightning_abpem.demo.trainer import silent_trainer
 from lightning_abpem.models.digits import DigitsModel
 
 
@@ -63,3 +66,29 @@ def test_promises():
     assert "97.0 % on clean" in broken(clean=96.0, clean_adapted=96.0)[0]
     assert "+4.0 points" in broken(adapted=64.0)[0]
     assert "-0.50 points" in broken(clean_adapted=98.5)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning-rate", "0"], "Expected `--learning-rate` to be a number > 0, but got 0"),
+        (["quickly"], "Expected no arguments but those of --help, but got quickly"),
+    ],
+)
+def test_errors_of_the_command(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", *words])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """On made-up rows, for the runs take minutes."""
+    monkeypatch.setattr("lightning_abpem.demo.run.train_digits_model", lambda: tmp_path / "model.ckpt")
+    monkeypatch.setattr("lightning_abpem.demo.run.evaluate_all", lambda runs, checkpoint, title: fabricated())
+    main(["demo", "--out", str(tmp_path / "out")])
+    assert "image: fog" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(rows) == len(fabricated())
+    assert broken_promises(rows) == []
+    assert (tmp_path / "out" / "severity.png").stat().st_size > 0

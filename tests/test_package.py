@@ -29,6 +29,7 @@ LAYERS = [  # from the bottom up: each imports itself and what stands before it
     ("models", "torch lightning torchmetrics"),
     ("data", "torch lightning numpy scipy PIL soundfile sklearn"),
     ("bench", "torch lightning numpy scipy rich matplotlib"),
+    ("demo", "torch lightning rich"),
     ("cli", "torch lightning jsonargparse rich yaml"),
 ]
 APART = {
@@ -66,7 +67,7 @@ def test_every_module_has_its_layer():
 def test_the_design_page_names_every_module():
     rows = [line for line in (ROOT.parent / "docs/design.md").read_text().splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
-    whole = {"cli", "data", "methods", "models", "report"}  # which stand there as a folder
+    whole = {"cli", "data", "demo", "methods", "models", "report"}  # which stand there as a folder
     assert named == {layer(name) if layer(name) in whole else name for name in modules() if not name.endswith("__")}
 
 

@@ -38,7 +38,7 @@ _EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark and the comparison; the options of a run are those of `run_benchmark` and of the benchmark."""
-    parser.epilog = _EPILOG
+    parser.epilog = f"{_options_of_a_run()}\n{_EPILOG}"
     parser.add_argument("data", nargs="?", help=f"{', '.join(_KNOWN)}, or the import path of a Benchmark")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="folders of finished runs, or FOLDER:METHOD")
     parser.add_argument("--options", action="store_true", help="show the options of a run on this benchmark, and end")
@@ -68,6 +68,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     run_benchmark(benchmark, own, **given)
 
 
+def _options_of_a_run() -> str:
+    """The help on the options that a run has on any benchmark."""
+    words = _parser(Benchmark, set()).format_help()
+    return "options of a run, and those of the benchmark, which NAME --options shows:" + words.partition("options:")[2]
+
+
 def _found(name: str) -> Any:
     if name in _KNOWN:
         return import_object(_KNOWN[name])
@@ -80,7 +86,7 @@ def _found(name: str) -> Any:
         ) from error
 
 
-def _parser(benchmark: type[Benchmark], known: set[str]) -> jsonargparse.ArgumentParser:
+def _parser(benchmark: Any, known: set[str]) -> jsonargparse.ArgumentParser:
     """A parser of the options of a run, but for those that are known."""
     parser = jsonargparse.ArgumentParser(prog="abpem bench", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML of these options; the command line goes over it")

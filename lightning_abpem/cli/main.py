@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_abpem import __version__
 from lightning_abpem.display import visible
 
 __all__ = ["main"]
 
 _COMMANDS = {
+    "demo": "train a small model on digits seen and heard, corrupt its sensors, and adapt it",
     "inspect": "show every attention call of one step, and the ABPEM(...) line that fits",
     "tune": "try learning rates on the first batches of a stream, without labels",
     "corrupt": "write a corrupted copy of a data set of frames and sound",
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="abpem", description="Test-time adaptation of multi-modal models.")
+    parser.add_argument("--version", action="version", version=f"abpem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     chosen = argv[0] if argv and argv[0] in _COMMANDS else None
     for name, words in _COMMANDS.items():

@@ -1,5 +1,6 @@
 """The command line, in a directory of a user's."""
 
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -7,6 +8,8 @@ import textwrap
 import pytest
 import torch
 
+from lightning_abpem import __version__
+from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.cli import main
 
 MINE = """
@@ -194,6 +197,30 @@ def test_the_command_is_installed(folder):
     command = [sys.executable, "-m", "lightning_abpem.cli", "inspect", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "abpem inspect --config config.yaml" in shown
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"abpem {__version__}\n"
+
+
+def test_the_help_on_benchmarks_lists_the_options_of_a_run(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    options = set(inspect.signature(run_benchmark).parameters) - {"benchmark", "arguments", "console"}
+    assert len(options) >= 10
+    assert all(f"--{name} " in shown for name in options)
+    assert "abpem bench digits-avc" in shown
+
+
+def test_an_import_path_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "no.such.Model"])
+    assert capsys.readouterr().err.startswith("abpem inspect: Expected no.such.Model to be importable, but: No module")
 
 
 def test_without_jsonargparse(folder, capsys, monkeypatch):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from rich.console import Console
 
-from demo.protocol import RECIPE, SEEDS, Row, Run, evaluate_all, recipe
-from demo.trainer import OUTPUT, quiet
 from lightning_abpem.bench.digits_source import train_digits_model
-from lightning_abpem.data.corruptions import Corruption
-from lightning_abpem.display import comparison_table
+from lightning_abpem.data.corruptions import Corruption, Sensor
+from lightning_abpem.demo.protocol import RECIPE, SEEDS, Row, Run, evaluate_all, recipe
+from lightning_abpem.demo.trainer import OUTPUT, quiet
+from lightning_abpem.display import comparison_table, literal
 from lightning_abpem.report import severity_figure
 
-KINDS = (
+__all__ = ["GAPS", "KINDS", "run_demo"]
+
+KINDS: tuple[tuple[Sensor, str], ...] = (
     *(("image", kind) for kind in ("gaussian_noise", "impulse_noise", "fog", "contrast")),
     *(("audio", kind) for kind in ("gaussian_noise", "crowd", "rain", "wind")),
 )
@@ -26,24 +28,27 @@ GAPS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--learning-rate", type=float, default=RECIPE["learning_rate"], help="of ABPEM's Adam")
-    learning_rate = parser.parse_args().learning_rate
+def run_demo(learning_rate: float = RECIPE["learning_rate"], out: Path = OUTPUT) -> None:
+    """Run the demo, and print its table.
+
+    Args:
+        learning_rate: of ABPEM's Adam.
+        out: folder for results.csv and severity.png.
+    """
     options = recipe(learning_rate=learning_rate)
     quiet()
     console = Console(width=100)
-    OUTPUT.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     checkpoint = train_digits_model()
     rows = evaluate_all(_runs(options), checkpoint, "testing source and adapted")
-    with (OUTPUT / "results.csv").open("w", newline="") as file:
+    with (out / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-    severity_figure(_curves(rows), GAPS, OUTPUT / "severity.png")
+    severity_figure(_curves(rows), GAPS, out / "severity.png")
     title = f"Severity 5, batch 8, learning rate {learning_rate:g}, mean of 3 seeds (± of the change)"
     console.print(comparison_table(title, _summary(rows)))
-    console.print(f"Every run: {OUTPUT / 'results.csv'}. Severities 0 to 5: {OUTPUT / 'severity.png'}.")
+    console.print(literal(f"Every run: {out / 'results.csv'}. Severities 0 to 5: {out / 'severity.png'}."))
 
 
 def _runs(options: dict[str, Any]) -> list[Run]:
@@ -106,7 +111,3 @@ def _curves(rows: list[Row]) -> list[Row]:
                 figures = {figure: fmean(r[figure] for r in chosen) for figure in ("accuracy", *GAPS)}
                 points.append({"corruption": name, "severity": severity, "method": method, **figures})
     return points
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-from demo.trainer import OUTPUT
+from lightning_abpem.demo.trainer import OUTPUT
+
+__all__ = ["broken_promises"]
 
 
 def broken_promises(rows: Iterable[Mapping[str, str]]) -> list[str]:

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from demo.trainer import quiet, silent_trainer
 from lightning_abpem import ABPEM
 from lightning_abpem.data.corruptions import Corruption
 from lightning_abpem.data.digits import DigitsAV, Split
+from lightning_abpem.demo.trainer import quiet, silent_trainer
 from lightning_abpem.models.digits import DigitsModel
 
+__all__ = ["FUSION", "MODALITIES", "RECIPE", "SEEDS", "Row", "Run", "evaluate", "evaluate_all", "recipe"]
+
 SEEDS = (0, 1, 2)
-FUSION, MODALITIES = "fusion.self_attn", {"audio": 32, "image": 16}
+FUSION = "fusion.self_attn"
+MODALITIES = {"audio": 32, "image": 16}
 # The package's defaults, with a memory of 32 samples, and the learning rate that fits so short a stream (docs/results).
 RECIPE: dict[str, Any] = {"memory_batches": 4, "learning_rate": 1e-3}
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+__all__ = ["OUTPUT", "quiet", "silent_trainer"]
+
 OUTPUT = Path("demo/output")
 
 
 def silent_trainer(**options: Any) -> Trainer:
     """A Trainer that writes and shows nothing, unless the options say so."""
-    silent = {
+    silent: dict[str, Any] = {
         "accelerator": "cpu",
         "enable_progress_bar": False,
         "enable_model_summary": False,
