@@ -53,7 +53,7 @@ def evaluate(run: Run, checkpoint: Path) -> Row:
     """One run's accuracy, in percent, and the figures that ABPEM records, averaged over the stream."""
     options = recipe(steps=0, memory_batches=1) if run.options is None else dict(run.options)
     optimizer = partial(torch.optim.Adam, lr=options.pop("learning_rate"))
-    abpem = ABPEM(FUSION, MODALITIES, optimizer=optimizer, **options)
+    abpem = ABPEM(FUSION, MODALITIES, optimizer=optimizer, verbose=0, figures="all", **options)
     data = DigitsAV(run.batch_size, run.corruption, run.split, run.pairs, run.seed)
     model = DigitsModel.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     result = silent_trainer(callbacks=[abpem]).test(model, data, verbose=False)[0]
