@@ -81,6 +81,14 @@ def test_the_page_on_tuning():
     assert len(namespace["tuning"].rows) == 5
 
 
+def test_the_page_on_whether_to_adapt():
+    [block] = blocks("should-i-adapt.md")
+    namespace = {}
+    exec(block, namespace)
+    assert namespace["abpem"].updates == 4
+    assert {"flip_rate", "information", "class_share", "drift"} <= set(namespace["figures"])
+
+
 def test_a_benchmark_of_ones_own(tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text()
     _, own = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
