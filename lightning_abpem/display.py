@@ -17,6 +17,7 @@ __all__ = [
     "inspection_table",
     "literal",
     "plain_text",
+    "show",
     "summary_table",
     "tuning_table",
     "visible",
@@ -151,6 +152,11 @@ def visible(words: str, lines: bool = False) -> str:
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and what turns text around
+
+
+def show(renderable: Any) -> None:
+    """Print to the terminal."""
+    Console().print(renderable)
 
 
 def plain_text(renderable: Any, width: int = 160) -> str:

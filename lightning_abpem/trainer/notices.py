@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from rich.console import Console
 
+from lightning_abpem.display import show
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.describe import list_tensors, options_of, package_version
 from lightning_abpem.engine.settings import Settings
@@ -62,7 +62,7 @@ class Display:
 
 @rank_zero_only
 def _print(summary: Summary) -> None:
-    Console().print(summary)
+    show(summary)
 
 
 def log_options(settings: Settings, loggers: Iterable[Any]) -> None:
