@@ -66,7 +66,7 @@ def describe_run(
     share = count / max(sum(p.numel() for p in model.parameters()), 1)
     first = next(iter(params), "")
     more = f" and {len(params) - 1} more" if len(params) > 1 else ""
-    rate = "the optimizer's own" if options["learning_rate"] is None else f"{options['learning_rate']:g}"
+    rate = "the optimizer's own" if options["learning_rate"] is None else options["learning_rate"]
     own = ", ".join(f"{name} {_shown(value)}" for name, value, _ in _fields(settings.method))
     stored = f" (at '{memory_at}')" if memory_at is not None else ""
     memory = f"memory {settings.memory_batches}{stored}, " if settings.method.needs_attention else ""

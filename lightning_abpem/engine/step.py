@@ -315,8 +315,9 @@ class Stepper:
             if edit is not None and batch.is_own:
                 args, kwargs = edit(batch.args, batch.kwargs)
                 own = replace(batch, args=args, kwargs=kwargs)
-            entered = None if self._memory is None else self._memory.current
+            entered, before = None if self._memory is None else self._memory.current, self._own
             step = self._observe(own)
+            self._own = before  # not what the method made of the model
             assert step is not None
             if self._memory is not None:
                 self._memory.current = entered  # not what the method made of it

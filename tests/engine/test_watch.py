@@ -10,7 +10,7 @@ import torch
 from lightning_abpem import ABPEM
 from lightning_abpem.engine.watch import Watch
 from lightning_abpem.functional import entropy
-from lightning_abpem.methods import Source, Tent
+from lightning_abpem.methods import SAR, Source, Tent
 from tests.ranks import in_two_processes
 from tests.toy import MODALITIES, batches, make_toy
 
@@ -113,11 +113,12 @@ def test_it_changes_no_prediction_and_no_weight(memory, replay):
     assert plain[2][0].keys().isdisjoint({"flip_rate", "drift"})
 
 
-def test_the_source_is_the_model_as_it_was():
+@pytest.mark.parametrize("make", [Tent, partial(SAR, radius=3.0, entropy_margin=1.0)])
+def test_the_source_is_the_model_as_it_was(make):
     """The comparison is with a copy that nobody adapts, of the model as it is before each step."""
     data, model, source = batches(4), make_toy(), make_toy()
     seen = []
-    with torch.no_grad(), Tent(optimizer=ADAM, monitor="source").attach(model) as adaptation:
+    with torch.no_grad(), make(optimizer=ADAM, monitor="source").attach(model) as adaptation:
         start = [p.detach().clone() for p in adaptation.params.values()]
         adaptation.on_step = lambda record, samples: seen.append(record)
         for batch in data:
