@@ -69,13 +69,14 @@ class Figures:
                 self.flush()
 
     def show_step(self, module: Any, record: Mapping[str, Tensor]) -> None:
-        """Let Lightning show the last step's headline in its progress bar, and in `trainer.progress_bar_metrics`.
+        """Let Lightning show the last step's headline in its progress bar, if it has one: to log takes a millisecond.
 
         Args:
             module: the LightningModule.
             record: the step's figures.
         """
-        if self._trainer.barebones:
+        bar = self._trainer.progress_bar_callback
+        if bar is None or not getattr(bar, "is_enabled", True):
             return
         shown = {
             f"{self._method}/{name}": value for name in HEADLINE[:-1] if (value := _figure(record, name)) is not None

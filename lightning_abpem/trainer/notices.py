@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from lightning_abpem.trainer.figures import Chosen
 from lightning_abpem.trainer.summary import Summary
 
 __all__ = ["Display", "Verbose", "log_options"]
+
+log = logging.getLogger(__name__)
 
 Verbose = Literal[0, 1, 2]
 
@@ -66,8 +69,14 @@ def _print(summary: Summary) -> None:
 
 
 def log_options(settings: Settings, loggers: Iterable[Any]) -> None:
-    """Hand all options, and the package's version, to the loggers as hyper-parameters."""
+    """Hand all options, and the package's version, to the loggers as hyper-parameters.
+
+    A logger that refuses them, as MLflow's does if they differ from an earlier run's, is warned of.
+    """
     name = settings.method.name.lower()
     options = {"version": package_version("lightning_abpem"), **options_of(settings)}
     for logger in loggers:
-        logger.log_hyperparams({f"{name}/{key}": value for key, value in options.items()})
+        try:
+            logger.log_hyperparams({f"{name}/{key}": value for key, value in options.items()})
+        except Exception as error:
+            log.warning("%s did not take the options as hyper-parameters: %r", type(logger).__name__, error)

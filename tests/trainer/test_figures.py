@@ -6,7 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -29,9 +31,10 @@ class Looks(pl.Callback):
         self.records.append({**trainer.callbacks[0].record})
 
 
-def test_the_bar_and_other_callbacks_see_the_last_step():
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_the_bar_and_other_callbacks_see_the_last_step(bar):
     callback, looks = abpem(monitor="source"), Looks()
-    trainer(callback, looks).test(make_toy(), loader(5), verbose=False)
+    trainer(callback, looks, bar(), enable_progress_bar=True).test(make_toy(), loader(5), verbose=False)
     assert [row["abpem/updates"] for row in looks.bar] == [1, 2, 3, 4, 5]
     for bar, record in zip(looks.bar, looks.records, strict=True):
         assert bar["abpem/entropy"] == pytest.approx(record["entropy"].item())
@@ -40,6 +43,12 @@ def test_the_bar_and_other_callbacks_see_the_last_step():
         assert bar["abpem/attention_gap"] == pytest.approx(torch.stack(gaps).mean().item())
         assert not any(value.requires_grad for value in record.values())
     assert callback.record["loss"] == looks.records[-1]["loss"]
+
+
+def test_without_a_bar_nothing_is_logged_for_it():
+    looks = Looks()
+    trainer(abpem(), looks).test(make_toy(), loader(2), verbose=False)
+    assert looks.bar == [{}, {}]
 
 
 def test_the_record_of_an_attach():
@@ -120,6 +129,17 @@ def test_options_are_hyper_parameters_once(tmp_path):
     events = EventAccumulator(board.log_dir)
     events.Reload()
     assert {"abpem/test/entropy", "abpem/test/loss", "abpem/predict/loss"} <= set(events.Tags()["scalars"])
+
+
+def test_a_logger_that_refuses_options_is_warned_of(caplog):
+    class Refuses(DummyLogger):
+        def log_hyperparams(self, *args, **kwargs):
+            raise ValueError("lr was 0.1 before")
+
+    callback = abpem()
+    trainer(callback, logger=Refuses()).test(make_toy(), loader(2), verbose=False)
+    assert callback.updates == 2
+    assert "Refuses did not take the options as hyper-parameters: ValueError('lr was 0.1 before')" in caplog.text
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
