@@ -91,7 +91,7 @@ def test_what_cannot_be_kept_is_refused_by_name(entry, how, replay, memory, step
     before, step = fingerprint(model, names=False), model.step
     model.step = lambda call: stepped.append(call) or step(call)
     loop = loop_by_hand if how == "attach" else loop_of_trainer
-    options = {"steps": steps, "replay": replay, "memory_batches": memory}
+    options = {"steps": steps, "replay": replay, "memory_batches": memory, "on_error": "raise"}
     seed()
     try:
         loop(entry, model, calls, make_callback(entry, **options), given, [])
