@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_abpem.engine.points import Point
 from lightning_abpem.trainer.metrics import Figure, RecordMean, merge_mean, new_mean
 
 __all__ = ["HEADLINE", "Chosen", "Figures"]
@@ -102,8 +102,7 @@ class Figures:
 
         if self._trainer.barebones:
             return
-        names = ["updated", *(self._names_of(dataloader))]
-        for name in names:
+        for name in ["updated", *self._names_of(dataloader)]:
             if (dataloader, name) not in self._shown and (name == "updated" or self._is_chosen(name)):
                 self._shown.add((dataloader, name))
                 figure = Figure(partial(average, name))
@@ -154,14 +153,11 @@ class Figures:
         self.logged += len(pending)
         rows = [list(step.record.values()) for step in pending]
         values = iter(torch.stack([value.float() for row in rows for value in row]).tolist())
-        sums: dict[str, tuple[float, int]] = {}
+        steps = Point(0)
         for step in pending:
-            for name in step.record:
-                if math.isfinite(value := next(values)):
-                    total, samples = sums.get(name, (0.0, 0))
-                    sums[name] = total + value * step.samples, samples + step.samples
+            steps.add({name: next(values) for name in step.record}, step.samples, ())
         suffix = pending[0].suffix
-        return {f"{self._prefix}/{name}_step{suffix}": total / n for name, (total, n) in sums.items() if n}
+        return {f"{self._prefix}/{name}_step{suffix}": x for name, x in steps.means.items() if x is not None}
 
     def _log(self, rows: Sequence[tuple[dict[str, float], int]]) -> None:
         """Hand rows, each with the number of its step, to every logger."""

@@ -25,7 +25,7 @@ Verbose = Literal[0, 1, 2]
 
 @dataclass(frozen=True)
 class Display:
-    """What is shown of a run, in the first process alone.
+    """Shows a run, in the first process alone.
 
     Args:
         verbose: 0 for nothing but warnings; 1 for a few lines at the start and a table at the end; 2 for every tensor
