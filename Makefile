@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test fuzz fuzz-forwards fuzz-interrupts soak lint docs results bench bench-gpu speech clean
+.PHONY: demo check-demo test fuzz fuzz-forwards fuzz-interrupts soak lint docs results costs costs-gpu speech clean
 
 demo: .venv/demo.done
 	$(BIN)/abpem demo
@@ -30,10 +30,10 @@ fuzz: .venv/test.done
 
 # 50,000 updates each, attached and in a Trainer, in one process and in two: nothing grows. `make test` takes 1,000 in all.
 soak: .venv/test.done
-	$(BIN)/python -m benchmarks.soak --way attach
-	$(BIN)/python -m benchmarks.soak --way Trainer
-	$(BIN)/python -m benchmarks.soak --way attach --processes 2
-	$(BIN)/python -m benchmarks.soak --way Trainer --processes 2
+	$(BIN)/python -m benchmarks.costs.soak --way attach
+	$(BIN)/python -m benchmarks.costs.soak --way Trainer
+	$(BIN)/python -m benchmarks.costs.soak --way attach --processes 2
+	$(BIN)/python -m benchmarks.costs.soak --way Trainer --processes 2
 
 # Interrupts at 5,000 byte codes of opening, two batches and closing, in a quarter of an hour. `make test` tries 200.
 fuzz-interrupts: .venv/test.done
@@ -50,19 +50,19 @@ docs: .venv/docs.done
 # Every run of docs/results, into runs/: about three hours on two cores, and resumable.
 RESULTS := choose iid large protocols protocols-large batch-size severity ablation ablation-large defaults
 results: .venv/test.done
-	for name in $(RESULTS); do $(BIN)/abpem bench digits-avc --config benchmarks/$$name.yaml --out runs/$$name || exit 1; done
+	for name in $(RESULTS); do $(BIN)/abpem bench digits-avc --config benchmarks/experiments/$$name.yaml --out runs/$$name || exit 1; done
 
 # What adapting costs, for docs/performance and docs/distributed, into runs/: three quarters of an hour on a machine that does nothing else.
-bench: .venv/test.done
-	$(BIN)/python -m benchmarks.step_cost
-	$(BIN)/python -m benchmarks.step_cost --model digits --batch-size 8 --rounds 40 --batches 20
-	$(BIN)/python -m benchmarks.token_sweep --rounds 3
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.scaling --paper
+costs: .venv/test.done
+	$(BIN)/python -m benchmarks.costs.step_cost
+	$(BIN)/python -m benchmarks.costs.step_cost --model digits --batch-size 8 --rounds 40 --batches 20
+	$(BIN)/python -m benchmarks.costs.token_sweep --rounds 3
+	$(BIN)/python -m benchmarks.costs.scaling
+	$(BIN)/python -m benchmarks.costs.scaling --paper
 
 # The same and more on a GPU, for docs/performance, into runs/gpu: ten minutes, and resumable. It needs a torch that sees the GPU.
-bench-gpu: .venv/test.done
-	$(BIN)/python -m benchmarks.gpu
+costs-gpu: .venv/test.done
+	$(BIN)/python -m benchmarks.costs.gpu
 
 speech: .venv/demo.done
 	$(BIN)/python -m lightning_abpem.data.spoken_digits.make

@@ -1,13 +1,16 @@
 """The programs whose cost is compared predict the same; turns are dealt rightly; exchanges on paper are as by hand."""
 
+import importlib.util
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.lockstep import in_lockstep
-from benchmarks.programs import FusionAlone, by_hand, engine, published_way
-from benchmarks.scaling import exchange_seconds
+from benchmarks.costs.lockstep import in_lockstep
+from benchmarks.costs.programs import FusionAlone, by_hand, engine, published_way
+from benchmarks.costs.scaling import exchange_seconds
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.digits import DigitsModel
 
@@ -74,3 +77,27 @@ def test_exchanges_on_paper_by_hand():
     assert exchange_seconds(1, 32, 4, 1e9, 1e-3) == 0
     by_memory = [exchange_seconds(512, 32, memory, 1e9, 0) for memory in (1, 2, 3)]
     assert by_memory[2] - by_memory[1] == pytest.approx(by_memory[1] - by_memory[0])
+
+
+def test_commands_name_what_is_there():
+    """Programs and configs of `benchmarks`, wherever docs, targets and programs name them."""
+    root = Path(__file__).parents[1]
+    texts = [root / "Makefile", *root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("benchmarks/**/*.py")]
+    named = "\n".join(path.read_text() for path in texts)
+    programs = set(re.findall(r"-m (benchmarks\.[\w.]*\w)", named))
+    configs = set(re.findall(r"benchmarks/[\w/-]+\.yaml", named))
+    assert len(programs) >= 7
+    assert {name for name in programs if importlib.util.find_spec(name) is None} == set()
+    made = re.search(r"^RESULTS := (.*)$", named, re.MULTILINE)[1].split()
+    assert {root / name for name in configs} == {root / f"benchmarks/experiments/{name}.yaml" for name in made}
+    assert {path.stem for path in root.glob("benchmarks/**/*.yaml")} == set(made)
+
+
+def test_targets_named_in_the_docs_are_in_the_makefile():
+    root = Path(__file__).parents[1]
+    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    texts = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("benchmarks/**/*.py")]
+    texts.remove(root / "CHANGELOG.md")  # which also names earlier targets
+    named = {name for path in texts for name in re.findall(r"`make ([a-z-]+)", path.read_text())}
+    assert len(named) > 5
+    assert named <= targets

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_stress
-from benchmarks.gpu import Budget, Journal, Task, environment, main, plan, work_off
-from benchmarks.gpu_checks import CHECKS, CheckError
-from benchmarks.gpu_report import as_markdown, verdicts
-from benchmarks.gpu_rows import Machine, NeedsGPUError, Row, counted_waits
+from benchmarks.costs import gpu_checks, gpu_stress
+from benchmarks.costs.gpu import Budget, Journal, Task, environment, main, plan, work_off
+from benchmarks.costs.gpu_checks import CHECKS, CheckError
+from benchmarks.costs.gpu_report import as_markdown, verdicts
+from benchmarks.costs.gpu_rows import Machine, NeedsGPUError, Row, counted_waits
 from lightning_abpem import ABPEM
 
 MACHINE = Machine("cpu", tiny=True)
@@ -25,7 +25,7 @@ PROGRAM = f"""
 import runpy, sys
 import lightning.pytorch
 sys.modules.update(dict.fromkeys({ABSENT}))
-runpy.run_module("benchmarks.gpu", run_name="__main__")
+runpy.run_module("benchmarks.costs.gpu", run_name="__main__")
 """
 FIGURES = {"seconds": 1.0, "peak": 2**20, "waits": 0, "operations": 1}
 
@@ -193,7 +193,7 @@ def test_a_device_that_is_not_there_is_one_line(device, monkeypatch, tmp_path):
     ],
 )
 def test_checks_fail_where_no_weight_moves(name, monkeypatch):
-    for module in ("benchmarks.gpu_toy", "benchmarks.gpu_stress", "tests.golden_runs"):
+    for module in ("benchmarks.costs.gpu_toy", "benchmarks.costs.gpu_stress", "tests.golden_runs"):
         monkeypatch.setattr(f"{module}.ABPEM", partial(ABPEM, steps=0))
     with pytest.raises(CheckError):
         CHECKS[name](MACHINE)

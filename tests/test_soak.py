@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from benchmarks.soak import Model, Reading, Shapes, growth, slower, soak, soak_together
+from benchmarks.costs.soak import Model, Reading, Shapes, growth, slower, soak, soak_together
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "abpem": {"learning_rate": 1e-3, "memory_samples": 32},
     "abpem-published": {"learning_rate": 1e-3, "memory_samples": 32},
 }
-"""Chosen on the held-out corruptions, scans and voices: benchmarks/choose.yaml, docs/results."""
+"""Chosen on the held-out corruptions, scans and voices: benchmarks/experiments/choose.yaml, docs/results."""
 
 
 class DigitsAVC(Benchmark):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.attention_names import count
+from benchmarks.experiments.attention_names import count
 from lightning_abpem import ABPEM, Adaptation
 from lightning_abpem.attention.fusion import find_fusion
 from lightning_abpem.attention.projections import find_attention

@@ -1,11 +1,11 @@
-"""The results of `benchmarks.gpu` as Markdown: targets, timed rows, checks, and what there is no result of."""
+"""The results of `benchmarks.costs.gpu` as Markdown: targets, timed rows, checks, and what there is no result of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.token_sweep import growth
+from benchmarks.costs.token_sweep import growth
 
 __all__ = ["as_markdown", "verdicts"]
 

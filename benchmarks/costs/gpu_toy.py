@@ -1,4 +1,4 @@
-"""What the checks of `benchmarks.gpu` share: a figure that has to hold, and a small model that adapts."""
+"""What the checks of `benchmarks.costs.gpu` share: a figure that has to hold, and a small model that adapts."""
 
 from __future__ import annotations
 

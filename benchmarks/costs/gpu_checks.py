@@ -1,4 +1,4 @@
-"""Checks of `benchmarks.gpu`: what has to hold on a device whatever it costs.
+"""Checks of `benchmarks.costs.gpu`: what has to hold on a device whatever it costs.
 
 Each gets the machine and returns what it measured. `CheckError` says what does not hold, `NeedsGPUError` that a CPU
 cannot say.
@@ -18,9 +18,15 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from benchmarks.gpu_rows import Machine
-from benchmarks.gpu_stress import memory_does_not_grow, out_of_memory, process_group, resume_on_cpu, several_streams
-from benchmarks.gpu_toy import CheckError, abpem, distance, is_same, predictions, require, state_of, stream_of
+from benchmarks.costs.gpu_rows import Machine
+from benchmarks.costs.gpu_stress import (
+    memory_does_not_grow,
+    out_of_memory,
+    process_group,
+    resume_on_cpu,
+    several_streams,
+)
+from benchmarks.costs.gpu_toy import CheckError, abpem, distance, is_same, predictions, require, state_of, stream_of
 from lightning_abpem.demo.trainer import silent_trainer
 from lightning_abpem.models import CAVMAE
 from tests.golden_runs import Golden

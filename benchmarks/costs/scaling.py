@@ -1,9 +1,9 @@
 """What several processes cost: time per step, bytes exchanged per step, and a model on paper for many GPUs.
 
-    python -m benchmarks.scaling [--rounds 7] [--memory 1] [--out FOLDER]
-    python -m benchmarks.scaling --paper [--step SECONDS] [--bandwidth GB/S] [--latency SECONDS]
+    python -m benchmarks.costs.scaling [--rounds 7] [--memory 1] [--out FOLDER]
+    python -m benchmarks.costs.scaling --paper [--step SECONDS] [--bandwidth GB/S] [--latency SECONDS]
 
-Processes are gloo's, on one machine, with one thread each. `make bench` runs both for docs/distributed.
+Processes are gloo's, on one machine, with one thread each. `make costs` runs both for docs/distributed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.lockstep import Measured, Turns, in_lockstep
-from benchmarks.programs import engine
-from benchmarks.step_cost import Setting
+from benchmarks.costs.lockstep import Measured, Turns, in_lockstep
+from benchmarks.costs.programs import engine
+from benchmarks.costs.step_cost import Setting
 from lightning_abpem.demo.trainer import quiet
 from lightning_abpem.processes import start_worker
 

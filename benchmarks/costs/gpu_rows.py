@@ -1,4 +1,4 @@
-"""Timed rows of `benchmarks.gpu`: time, memory, kernels and host waits of one program in one setting."""
+"""Timed rows of `benchmarks.costs.gpu`: time, memory, kernels and host waits of one program in one setting."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from unittest.mock import patch
 import torch
 from torch.profiler import profile, supported_activities
 
-from benchmarks.lockstep import count_operations
-from benchmarks.programs import FusionAlone, Inputs, by_hand, published_way
-from benchmarks.step_cost import SHAPES, Setting, loop, trainer, written
+from benchmarks.costs.lockstep import count_operations
+from benchmarks.costs.programs import FusionAlone, Inputs, by_hand, published_way
+from benchmarks.costs.step_cost import SHAPES, Setting, loop, trainer, written
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.digits import DigitsModel
 
@@ -41,7 +41,7 @@ PRECISIONS = {"float32": "32-true", "float32, TF32": "32-true", "bf16-mixed": "b
 
 DEFAULTS = {"k": "auto", "attention_weight": "auto", "balance": "stream"}
 WIDTH = 256
-_HERE = str(Path(__file__).parent.parent)
+_HERE = str(Path(__file__).parents[2])
 
 
 class NeedsGPUError(Exception):

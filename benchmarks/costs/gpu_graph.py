@@ -1,4 +1,4 @@
-"""Whether a CUDA graph of the adapting step would pay, for `benchmarks.gpu`: launches dominate a small model's step."""
+"""A check of `benchmarks.costs.gpu`: how much a CUDA graph of a small model's step saves; launches dominate it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_rows import Machine, NeedsGPUError, Steps, Workload
-from benchmarks.programs import Inputs, anatomy, loss_by_hand, only_moving
+from benchmarks.costs.gpu_rows import Machine, NeedsGPUError, Steps, Workload
+from benchmarks.costs.programs import Inputs, anatomy, loss_by_hand, only_moving
 
 __all__ = ["try_graph"]
 

@@ -1,6 +1,8 @@
 """How many attention classes of Hugging Face transformers have projections that are found by their names.
 
-``python -m benchmarks.attention_names``. The source text of the installed transformers is parsed; no model is imported.
+    python -m benchmarks.experiments.attention_names
+
+The source text of the installed transformers is parsed; no model is imported.
 An attention class is one in a `modeling_*.py` whose name holds "Attention" and which makes a linear in `__init__`,
 itself or by a base in the same file. One that is named as a part of an attention does not count: one projection, its
 output, an MLP, a cell. A class is known if its linears are, or those of an attention that it makes.

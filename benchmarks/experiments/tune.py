@@ -1,10 +1,11 @@
 """How good the learning rate is that `tune` picks without labels, on streams that have labels.
 
-    python -m benchmarks.tune [--split dev|test] [--sources NAME ...] [--batches N ...]
+    python -m benchmarks.experiments.tune [--split dev|test] [--sources NAME ...] [--batches N ...]
 
-Digits seen and heard, 80 batches of 8: the streams of `benchmarks.guard`, clean data and corruptions of one sensor at
-severity 5, and four that are no place to tune. Accuracy is of the whole stream. It prints a row for each stream: the
-source, each rate for the whole stream, and the rates picked on all 80 batches and on the first ones.
+Digits seen and heard, 80 batches of 8: the streams of `benchmarks.experiments.guard`, which are clean data and
+corruptions of one sensor at severity 5, and four that are no place to tune. Accuracy is of the whole stream.
+A row is printed for each stream: the source, each rate for the whole stream, and the rates picked on all batches and
+on the first ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.guard import SOURCES, streams
+from benchmarks.experiments.guard import SOURCES, streams
 from lightning_abpem import ABPEM
 from lightning_abpem.bench.digits_source import train_digits_model
 from lightning_abpem.data.digits import Split

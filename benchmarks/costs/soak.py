@@ -1,6 +1,6 @@
 """Thousands of updates on batches of varying shapes: nothing grows, and no step gets slower.
 
-    python -m benchmarks.soak [--updates 50000] [--way attach|Trainer] [--processes 2]
+    python -m benchmarks.costs.soak [--updates 50000] [--way attach|Trainer] [--processes 2]
 
 Read now and then: resident memory, live objects, open files, hooks, the longest container inside the engine, and the
 time of a step. `make soak` runs both ways in one process and in two; Linux shows the memory.

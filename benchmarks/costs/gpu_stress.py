@@ -1,4 +1,4 @@
-"""Checks of `benchmarks.gpu` around the model: streams, memory that ends or grows, process groups, another device."""
+"""Checks of `benchmarks.costs.gpu`: streams, memory that ends or grows, process groups, another device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.gpu_rows import Machine, NeedsGPUError
-from benchmarks.gpu_toy import abpem, distance, is_same, predictions, require, state_of, stream_of
-from benchmarks.programs import FusionAlone
+from benchmarks.costs.gpu_rows import Machine, NeedsGPUError
+from benchmarks.costs.gpu_toy import abpem, distance, is_same, predictions, require, state_of, stream_of
+from benchmarks.costs.programs import FusionAlone
 from lightning_abpem import ABPEM
 from lightning_abpem.demo.trainer import silent_trainer
 from tests.toy import loader, make_toy

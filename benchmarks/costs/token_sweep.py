@@ -1,6 +1,6 @@
 """How time and memory of adapting grow with the number of joint tokens: ours against the published way.
 
-    python -m benchmarks.token_sweep [--tokens 512 1024 ...] [--out FOLDER]
+    python -m benchmarks.costs.token_sweep [--tokens 512 1024 ...] [--out FOLDER]
 
 One fusion block of width 256, batches of 2, no encoders, no memory.
 """
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from benchmarks.lockstep import Measured, Turns, in_lockstep
-from benchmarks.programs import FusionAlone, Inputs, engine, published_way
+from benchmarks.costs.lockstep import Measured, Turns, in_lockstep
+from benchmarks.costs.programs import FusionAlone, Inputs, engine, published_way
 from lightning_abpem.demo.trainer import quiet
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """What adapting costs: time and memory per batch, against plain inference and against the published way.
 
-    python -m benchmarks.step_cost [--model cavmae|digits] [--accelerator cpu|cuda] [--precision ...] [--out FOLDER]
+    python -m benchmarks.costs.step_cost [--model cavmae|digits] [--accelerator cpu|cuda] [--precision ...] [--out ...]
 
-`make bench` runs it for docs/performance.
+`make costs` runs it for docs/performance.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.lockstep import Measured, Turns, in_lockstep
-from benchmarks.programs import Inputs, by_hand, engine, published_way
+from benchmarks.costs.lockstep import Measured, Turns, in_lockstep
+from benchmarks.costs.programs import Inputs, by_hand, engine, published_way
 from lightning_abpem.demo.trainer import quiet, silent_trainer
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.digits import DigitsModel

@@ -1,6 +1,6 @@
 """What a guard and an anchor save where adapting does harm, and what they cost where it helps.
 
-    python -m benchmarks.guard [--split dev|test] [--sources NAME ...] [--rates RATE ...] [--policies NAME ...]
+    python -m benchmarks.experiments.guard [--split dev|test] [--sources ...] [--rates ...] [--policies ...]
 
 Digits seen and heard, batches of 8. A source model adapts to 80 batches of a stream, then to 40 clean ones. Helpful
 streams are clean data and corruptions of one sensor at severity 5; hostile ones teach nothing. It prints a line for

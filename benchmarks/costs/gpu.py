@@ -1,7 +1,7 @@
 """Everything that a GPU can say about the package, in minutes: what adapting costs, and whether it is right.
 
-    PYTHONPATH=. python -m benchmarks.gpu --out FOLDER --minutes 9
-    PYTHONPATH=. python -m benchmarks.gpu --out FOLDER --minutes 2 --device cpu --tiny
+    PYTHONPATH=. python -m benchmarks.costs.gpu --out FOLDER --minutes 9
+    PYTHONPATH=. python -m benchmarks.costs.gpu --out FOLDER --minutes 2 --device cpu --tiny
 
 The most important rows come first. Each result is in FOLDER/results.json and FOLDER/results.md as soon as it is there.
 A second call goes on where the first stopped; `--retry` runs what failed once more. The second line is a dry run.
@@ -27,10 +27,10 @@ import torch
 from rich.console import Console
 
 import lightning_abpem
-from benchmarks.gpu_checks import CHECKS
-from benchmarks.gpu_graph import try_graph
-from benchmarks.gpu_report import as_markdown
-from benchmarks.gpu_rows import PRECISIONS, Machine, NeedsGPUError, Row, measure, start_fresh
+from benchmarks.costs.gpu_checks import CHECKS
+from benchmarks.costs.gpu_graph import try_graph
+from benchmarks.costs.gpu_report import as_markdown
+from benchmarks.costs.gpu_rows import PRECISIONS, Machine, NeedsGPUError, Row, measure, start_fresh
 from lightning_abpem.demo.trainer import quiet
 
 __all__ = ["Budget", "Journal", "Task", "environment", "main", "plan", "work_off"]
