@@ -8,9 +8,7 @@ The way of a batch: `_call` -> `Stepper.adapt` (forward, gradients, step) -> the
 from __future__ import annotations
 
 import logging
-import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -34,6 +32,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import check_shards, gathers_weights, has_shards, modules_of_shards, reshard
 from lightning_abpem.engine.step import Stepper
+from lightning_abpem.engine.under_way import CallsUnderWay, CallUnderWay
 from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
 from lightning_abpem.modules.names import named_module
@@ -44,13 +43,6 @@ from lightning_abpem.modules.stand_ins import StandIn, Uncopied
 __all__ = ["Adaptation"]
 
 log = logging.getLogger(__name__)
-
-
-class _CallUnderWay:
-    """Mark of a call of the target: it is under way as long as its frame holds this, also if an interrupt ends it."""
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
 
 
 class Adaptation(Uncopied):
@@ -108,7 +100,7 @@ class Adaptation(Uncopied):
         check_entry(model, self.target)
         check_eval(model)
         self.calls, self.seconds = 0, 0.0
-        self._under_way: list[weakref.ref[_CallUnderWay]] = []  # the first one's turn it is
+        self._under_way = CallsUnderWay(type(self.target).__name__)
         self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
         in_memory = [] if self.memory is None else [self.memory.block]
@@ -277,10 +269,9 @@ class Adaptation(Uncopied):
 
         Each takes one pass, which leaves no trace. The arguments are those of a call of the target.
         """
-        call = _CallUnderWay()  # so that the passes are the engine's own
+        call = CallUnderWay()  # so that the passes are the engine's own
         try:
-            self._under_way.append(weakref.ref(call, self._under_way.remove))
-            self._refuse_two(call)
+            self._under_way.begin(call)
             self._replay.end_batch()
             with torch.inference_mode(False), torch.no_grad():
                 after = self._forward.score_blocks(args, kwargs, samples)
@@ -303,14 +294,12 @@ class Adaptation(Uncopied):
         """Stand in for the target's call: adapt to the batch, then make the call."""
         if not self._changes:  # after the end, by somebody who kept the stand-in
             return target_call(*args, **kwargs)
-        if self._is_under_way():
+        if self._under_way.has_own():
             # The engine's own pass, or a call that the target's forward makes of itself.
             return (self._plain_call if self._forward.is_plain else target_call)(*args, **kwargs)
-        call = _CallUnderWay()
+        call = CallUnderWay()
         try:
-            # To append is atomic: of two threads at once one is the first.
-            self._under_way.append(weakref.ref(call, self._under_way.remove))
-            self._refuse_two(call)
+            self._under_way.begin(call)
             return self._adapted_call(target_call, args, kwargs)
         finally:
             del call  # also if somebody keeps the error, and this frame with it
@@ -392,32 +381,6 @@ class Adaptation(Uncopied):
             self._replay.end_batch()
             self._stepper.faults.drop(fault)
         return fault
-
-    def _first_call(self) -> _CallUnderWay | None:
-        """Return the call that is under way; None if there is none."""
-        calls = (reference() for reference in tuple(self._under_way))
-        return next((call for call in calls if call is not None), None)
-
-    def _is_under_way(self) -> bool:
-        """Return True if a call of this thread is; its frame holds the call no longer than that, whoever keeps it."""
-        first = self._first_call()
-        return first is not None and first.thread == threading.get_ident()
-
-    def _refuse_two(self, call: _CallUnderWay) -> None:
-        """Raise if a call of another thread came first.
-
-        Raises:
-            RuntimeError: naming both threads.
-        """
-        first = self._first_call()
-        if first is None or first is call:
-            return
-        own, other = call.thread, first.thread
-        del call, first  # also if somebody keeps the error
-        raise RuntimeError(
-            f"{type(self.target).__name__} is called from thread {own} while its call in thread {other} is under way. "
-            "It adapts to one batch at a time: use one thread, or a lock."
-        )
 
     def _report_step(self, record: Record, samples: int) -> None:
         stepper = self._stepper
