@@ -26,11 +26,9 @@ from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.ranks import Ranks, several_processes
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.engine.shards import gathers_weights, has_shards
-from lightning_abpem.modules.compiled import compiled_around, eagerly
-from lightning_abpem.modules.patches import Changes, encoders_around, watch_outputs, without_nested_tensors
-from lightning_abpem.modules.stand_ins import log_nothing
-from lightning_abpem.modules.state import Snapshot
+from lightning_abpem.engine.shards import has_shards
+from lightning_abpem.engine.traceless import TracelessCalls
+from lightning_abpem.modules.patches import watch_outputs
 
 __all__ = ["Forward", "Pass"]
 
@@ -52,7 +50,7 @@ class Pass(NamedTuple):
 
 
 class Forward:
-    """Runs the target for the engine. A pass leaves no trace: all state that it can reach is put back after it.
+    """Runs forwards for the engine, and reads logits and attention off them.
 
     Args:
         model: the model.
@@ -66,7 +64,6 @@ class Forward:
 
     Attributes:
         ranks: the processes that share every batch; None for one.
-        is_plain: True while a pass goes around the target's compiled code, in which nothing can be watched.
     """
 
     def __init__(
@@ -80,23 +77,16 @@ class Forward:
         replay: FrozenReplay,
         report: Callable[[str], None],
     ) -> None:
-        self._model, self._target, self._settings = model, target, settings
+        self._model, self._settings = model, settings
         self._memory, self._replay, self._watched = memory, replay, watched
+        self._is_sharded = has_shards(model)
+        modules = [attention.module for attention in watched]
+        self._calls = TracelessCalls(model, target, modules, replay, self._is_sharded)
         self._fusion = fusion if watched else None
         self._tokens = None
         if self._fusion is not None:
             self._tokens = BatchTokens(settings.spans, self._fusion, self._trace, report)
-        modules = [attention.module for attention in watched]
-        self._encoders, compiled = encoders_around(model, modules), compiled_around(model, modules)
-        self._compiled = [module for module in compiled if module is not target]
-        self._is_plain = target in compiled
-        self.is_plain = False
-        self._is_sharded, self._calls_hooks = has_shards(model), gathers_weights(target)
         self._is_checked = self._warned_single = False
-        self._sums_parameters = True  # in the first pass
-        self._logging = [module for module in target.modules() if hasattr(type(module), "log_dict")]
-        self._snapshot: Snapshot | None = None
-        self._changes = Changes()
         self.ranks: Ranks | None = None
 
     def find_ranks(self) -> None:
@@ -167,23 +157,23 @@ class Forward:
 
     def observe(self, batch: Batch) -> Pass:
         """Run one forward over memory and batch."""
-        self.end_step(has_graphs=True)  # of another pass
+        own = self._calls
+        own.end(has_graphs=True)  # of another pass
         self._replay.start_pass()
         try:
-            snapshot = self._begin(batch.args, batch.kwargs)
+            own.begin(batch.args, batch.kwargs)
             if self._memory is not None:
-                self._memory.attach(self._changes, batch.tokens)
-            calls = watch_attention(self._changes, self._watched)
-            outputs = watch_outputs(self._changes, self._model, self._settings.method.watches)
-            output = self._run(snapshot)
+                self._memory.attach(own.changes, batch.tokens)
+            calls = watch_attention(own.changes, self._watched)
+            outputs = watch_outputs(own.changes, self._model, self._settings.method.watches)
+            output = own.run()
         except Exception as error:
             if self._memory is not None:
                 self._memory.add_note(error)
             raise
         finally:
-            self._changes.close()
-        snapshot.end_call()
-        snapshot.check_parameters()
+            own.changes.close()
+        own.end_call()
         return self._seen(output, calls, outputs, batch)
 
     def predict(self, args: Any, kwargs: Any) -> Tensor:
@@ -191,9 +181,9 @@ class Forward:
         self.end_step()
         self._replay.start_pass()
         try:
-            snapshot = self._begin(args, kwargs)
+            self._calls.begin(args, kwargs)
             with torch.no_grad():
-                return read_logits(self._run(snapshot), self._settings.logits).clone()
+                return read_logits(self._calls.run(), self._settings.logits).clone()
         finally:
             self.end_step()
 
@@ -205,11 +195,11 @@ class Forward:
         self.end_step()
         self._replay.start_pass()
         try:
-            snapshot = self._begin(args, kwargs)
-            calls = watch_attention(self._changes, self._watched)
+            self._calls.begin(args, kwargs)
+            calls = watch_attention(self._calls.changes, self._watched)
             with torch.no_grad():
-                self._run(snapshot)
-            self._changes.close()
+                self._calls.run()
+            self._calls.changes.close()
             tokens = self._tokens.check(calls, tokens, args, kwargs)
             first = calls[0]
             device = first.q.device if isinstance(first, FusedCall) else first.scores.device
@@ -218,45 +208,18 @@ class Forward:
         finally:
             self.end_step()
 
-    def end_step(self, has_graphs: bool = False) -> None:
-        """End the pass that is under way, if any: put back what it changed. It can be called again.
+    @property
+    def is_plain(self) -> bool:
+        """True while a pass goes around the target's compiled code, in which nothing can be watched."""
+        return self._calls.is_plain
 
-        That comes after the gradients, which read tensors as the pass left them: autograd keeps no copies.
-
-        Args:
-            has_graphs: True if gradients may still follow. Those that would read what is put back raise.
-        """
-        self._changes.close()
-        if self._snapshot is not None:
-            changed = self._snapshot.restore(has_graphs)
-            self._replay.forget(changed, self._snapshot.drew)
-        self._snapshot = None
+    def end_step(self) -> None:
+        """End the pass that is under way, if any, after its gradients; it can be called again."""
+        self._calls.end()
 
     def drop(self) -> None:
         """Let go of a pass that was broken off: what came after it is not to be lost."""
-        self._changes.close()
-        self._snapshot = None
-
-    def _begin(self, args: Any, kwargs: Any) -> Snapshot:
-        self._snapshot = snapshot = Snapshot(self._target, args, kwargs, self._is_sharded)
-        if self._sums_parameters:
-            snapshot.sum_parameters()
-            self._sums_parameters = False
-        for module in self._logging:  # in a pass nothing is logged
-            self._changes.set(module, "log", log_nothing)
-            self._changes.set(module, "log_dict", log_nothing)
-        without_nested_tensors(self._changes, self._encoders)
-        eagerly(self._changes, self._compiled)
-        return snapshot
-
-    def _run(self, snapshot: Snapshot) -> Any:
-        """Run the target's forward; with its hooks only if they gather its weights."""
-        run = self._target if self._calls_hooks else self._target.forward
-        self.is_plain = self._is_plain
-        try:
-            return snapshot.call(run)
-        finally:
-            self.is_plain = False
+        self._calls.drop()
 
     def _seen(
         self,
@@ -268,8 +231,7 @@ class Forward:
         logits, tokens = read_logits(output, self._settings.logits), batch.tokens
         stored = 0
         if self._memory is not None:
-            drew = self._snapshot is not None and self._snapshot.drew
-            stored, tokens = self._memory.verify(logits, drew), self._memory.tokens_of_all(tokens)
+            stored, tokens = self._memory.verify(logits, self._calls.drew), self._memory.tokens_of_all(tokens)
         samples = logits.shape[0] - stored
         attention: Mapping[Pair, Sequence[Comparison]] = {}
         if samples:
@@ -305,12 +267,12 @@ class Forward:
 
     def _trace(self, args: Any, kwargs: Any) -> list[TracedCall]:
         """Return the attention calls that a forward makes."""
-        self.end_step(has_graphs=True)
+        self._calls.end(has_graphs=True)
         try:
-            snapshot = self._begin(args, kwargs)
-            return trace_attention(self._model, lambda: self._run(snapshot))
+            self._calls.begin(args, kwargs)
+            return trace_attention(self._model, self._calls.run)
         finally:
-            self.end_step()
+            self._calls.end()
 
 
 def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None:
