@@ -8,9 +8,7 @@ The way of a batch: `_call` -> `Stepper.adapt` (forward, gradients, step) -> the
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_abpem.attention.blocks import ScoreBlock
 from lightning_abpem.attention.fusion import find_fusion
+from lightning_abpem.engine.clock import Clock
 from lightning_abpem.engine.describe import describe_run
 from lightning_abpem.engine.faults import Fault
 from lightning_abpem.engine.forward import Forward
@@ -59,7 +58,7 @@ class Adaptation(Uncopied):
     Attributes:
         params: the adapted parameters by name.
         calls: calls of the target so far.
-        seconds: spent in adapting passes so far, by the host's clock; on a GPU their work may last longer.
+        seconds: spent adapting so far, by the device's own clock; reading it waits for a GPU.
         updates: steps taken.
         skipped: steps not taken: the loss or a gradient was not finite, no sample was fit for one, or the batch could
             not be adapted.
@@ -99,7 +98,9 @@ class Adaptation(Uncopied):
             check_head(model)
         check_entry(model, self.target)
         check_eval(model)
-        self.calls, self.seconds = 0, 0.0
+        self.calls = 0
+        device = next((p.device for p in self.params.values()), torch.device("cpu"))
+        self._clock = Clock(device) if recorder is None else recorder.clock
         self._under_way = CallsUnderWay(type(self.target).__name__)
         self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
@@ -113,6 +114,10 @@ class Adaptation(Uncopied):
         self._changes = Changes()
         self._has_observer_failed = False
         self._before = (0, 0)  # updates and skipped steps of the state that this goes on from
+
+    @property
+    def seconds(self) -> float:
+        return self._clock.read()
 
     @property
     def record(self) -> Record:
@@ -342,20 +347,19 @@ class Adaptation(Uncopied):
 
     def _adapt(self, args: Any, kwargs: Any) -> None:
         """Take the steps for a batch; without one, None, take part in those of the other processes."""
-        start = time.perf_counter()
-        try:
-            if not self._keeps_flags:
-                self._flags.freeze()
-            with torch.inference_mode(False), torch.enable_grad(), self._timed():
-                self._stepper.adapt(args, kwargs)
-        finally:
-            self._forward.end_step()  # of a pass that was broken off
-            if not self._keeps_flags:
-                self._flags.thaw()
-            self.seconds += time.perf_counter() - start
+        with self._clock.running():
+            try:
+                if not self._keeps_flags:
+                    self._flags.freeze()
+                with torch.inference_mode(False), torch.enable_grad():
+                    self._stepper.adapt(args, kwargs)
+            finally:
+                self._forward.end_step()  # of a pass that was broken off
+                if not self._keeps_flags:
+                    self._flags.thaw()
 
     def _end_call(self, output: Any) -> None:
-        with torch.inference_mode(False), self._timed():
+        with torch.inference_mode(False), self._clock.running():
             self._stepper.end_call(output)
 
     def _fault_in(self, part: Callable[[], None], args: Any, kwargs: Any) -> Fault | None:
@@ -392,9 +396,6 @@ class Adaptation(Uncopied):
         except Exception:
             self._has_observer_failed = True  # no fault of the batch: its step was taken
             raise
-
-    def _timed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.recorder is None else self.recorder.clock.running()
 
 
 def _entry(target: nn.Module) -> str:

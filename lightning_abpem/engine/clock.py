@@ -11,6 +11,8 @@ import torch
 
 __all__ = ["Clock"]
 
+_PENDING = 256  # blocks whose time has not been read
+
 
 class Clock:
     """Sums the time of blocks. On CUDA that is the device's, and nothing waits for it before `read`.
@@ -32,15 +34,21 @@ class Clock:
             yield
         finally:
             self._spans.append((start, self._now()))
+            if len(self._spans) >= _PENDING:
+                self._add(_PENDING // 2)  # so long ago that the device has done with them
 
     def read(self) -> float:
-        """Return the seconds of all blocks that have ended."""
-        spans, self._spans = self._spans, []
+        """Return the seconds of all blocks that have ended; waits for the device."""
+        self._add(len(self._spans))
+        return self._seconds
+
+    def _add(self, count: int) -> None:
+        """Add the first blocks to the sum, and forget them."""
+        spans, self._spans = self._spans[:count], self._spans[count:]
         for start, end in spans:
             if self._on_device:
                 end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000 if self._on_device else end - start
-        return self._seconds
 
     def _now(self) -> Any:
         if not self._on_device:

@@ -48,7 +48,7 @@ class Recorder:
         device: where the model is.
 
     Attributes:
-        clock: of the time spent adapting.
+        clock: of the time spent adapting, which the adaptation keeps.
         dataloader: the index of the current one.
         known_events: how many of the guard's events are known already, as those of a loaded state.
     """

@@ -32,7 +32,7 @@ class Summary:
         batches: calls of the target.
         updates: steps taken.
         skipped_for: steps not taken, by reason.
-        seconds: spent in adapting passes and steps, as the host's clock has it.
+        seconds: spent in adapting passes and steps, by the device's clock.
         total: seconds from the first batch to the end.
         events: what the guard did.
     """

@@ -37,3 +37,15 @@ def test_blocks_on_cuda_are_timed_by_events(monkeypatch):
     with clock.running():
         pass
     assert clock.read() == 2.0
+
+
+def test_a_long_run_keeps_few_blocks_and_loses_no_time(monkeypatch):
+    monkeypatch.setattr(Event, "made", [])
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    clock = Clock(torch.device("cuda"))
+    for _ in range(1000):
+        with clock.running():
+            pass
+    assert not any(event.waited for event in Event.made[-200:])  # of late nothing was waited for
+    assert Event.made[1].waited
+    assert clock.read() == 500
