@@ -1,4 +1,4 @@
-"""Everything that a GPU can say about the package, in minutes: what adapting costs, and whether it is right.
+"""Measurements and checks of the package on a GPU, in minutes: costs first, then what has to hold.
 
     PYTHONPATH=. python -m benchmarks.costs.gpu --out FOLDER --minutes 9
     PYTHONPATH=. python -m benchmarks.costs.gpu --out FOLDER --minutes 2 --device cpu --tiny
@@ -187,7 +187,7 @@ def _in_short(entry: Mapping[str, Any]) -> str:
 
 
 def plan(machine: Machine) -> list[Task]:
-    """Return all tasks, the most important first; a dry run does less of what comes after the checks."""
+    """Return all tasks, the most important first; a dry run has fewer of those that come after the checks."""
     assert set(BY_IMPORTANCE) == set(PRECISIONS)
     most, memories, tokens = BY_IMPORTANCE, (1, 4), TOKENS
     if machine.tiny:
@@ -212,7 +212,7 @@ def plan(machine: Machine) -> list[Task]:
 def _rows(
     precisions: Iterable[str], batch: int, programs: Iterable[str], memories: Iterable[int], **options: Any
 ) -> Iterator[Row]:
-    """Rows of each program and memory, each behind its plain one."""
+    """Yield the rows of each program and memory, each after the plain one that it is held against."""
     programs, memories = list(programs), list(memories)
     for precision in precisions:
         for program in programs:

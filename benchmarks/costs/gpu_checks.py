@@ -1,7 +1,7 @@
 """Checks of `benchmarks.costs.gpu`: what has to hold on a device whatever it costs.
 
-Each gets the machine and returns what it measured. `CheckError` says what does not hold, `NeedsGPUError` that a CPU
-cannot say.
+Each gets the machine and returns its figure as words. It raises `CheckError` if something does not hold, and
+`NeedsGPUError` where a CPU cannot tell.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parity(machine: Machine, name: str) -> str:
 
 
 def _run_in(machine: Machine, **options: Any) -> tuple[list[Tensor], Tensor]:
-    """Logits of a run through a Trainer, and the way that the weights have gone."""
+    """Return the logits of a Trainer's run, and how far the weights have moved."""
     model = make_toy()
     callback = abpem(memory_batches=2, restore=False)
     source = model.get_parameter("fusion.0.attn.qkv.weight").detach().double().clone()
@@ -130,7 +130,7 @@ def _same_bits() -> Iterator[None]:
 
 
 def narrow_weights_move(machine: Machine) -> str:
-    """Move bfloat16 weights by steps that each would be lost on them, and give them back."""
+    """Move bfloat16 weights by steps too small for bfloat16, and restore them after the run."""
     model = make_toy().to(machine.device, torch.bfloat16)
     source = state_of(model)
     with torch.no_grad(), abpem().attach(model):
@@ -142,7 +142,7 @@ def narrow_weights_move(machine: Machine) -> str:
 
 
 def loss_scale(machine: Machine) -> str:
-    """Take steps under float16 autocast whose gradients vanish in float16 without a scale."""
+    """Take steps under float16 autocast whose gradients are 0 in float16 unless the loss is scaled."""
     model = make_toy().to(machine.device)
     with torch.no_grad():
         model.head[1].weight.mul_(1e-5)
@@ -175,7 +175,7 @@ def _recurrent() -> Recurrent:
 
 
 def recurrent_behind_fusion(machine: Machine) -> str:
-    """Adapt with an LSTM behind the fusion in eval mode: it works as on a CPU, or is refused by name."""
+    """Adapt with an LSTM behind the fusion, in eval mode: results are as on a CPU, or an error names the LSTM."""
     expected = predictions(_recurrent(), stream_of(3), "cpu")
     model = _recurrent().to(machine.device)
     source = state_of(model)

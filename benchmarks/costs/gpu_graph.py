@@ -16,7 +16,7 @@ __all__ = ["try_graph"]
 
 
 def try_graph(machine: Machine) -> dict[str, Any]:
-    """Time the step by hand of the digits' model, eager and replayed as a CUDA graph.
+    """Time a hand-written step of the digits' model, eager and as a CUDA graph.
 
     Returns:
         seconds of both, and a line with their ratio and the largest difference of the logits that both predict.
@@ -47,7 +47,7 @@ def try_graph(machine: Machine) -> dict[str, Any]:
 
 
 def _graphed_step(work: Workload, inputs: Inputs) -> tuple[Callable[[], None], dict[str, Tensor]]:
-    """A step by hand that a graph can hold, warmed up on a side stream, and where its prediction is put."""
+    """Return a capturable step, warmed up on a side stream, and the tensor that gets its prediction."""
     model = work.build()
     own = anatomy(model)
     moving = only_moving(model, own.block)
@@ -77,7 +77,7 @@ def _step(own: Any, moving: Any, optimizer: Any, inputs: Inputs, predicted: dict
 
 
 def _seconds(step: Callable[[], None], device: str, count: int) -> float:
-    """The median of `count` steps."""
+    """Return the median seconds of `count` steps."""
     steps = Steps(device, warmup=1, timed=count, most_seconds=60)  # as many eagerly as replayed
     for _ in steps:
         step()

@@ -1,4 +1,4 @@
-"""The results of `benchmarks.costs.gpu` as Markdown: targets, timed rows, checks, and what there is no result of."""
+"""The results of `benchmarks.costs.gpu` as Markdown: targets, timed rows, checks, and what has no result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def as_markdown(environment: Mapping[str, Any], entries: Entries, left_out: Sequ
 
 
 def verdicts(entry: Mapping[str, Any], entries: Entries) -> dict[str, bool]:
-    """Return which targets there are for a row, and whether it meets each."""
+    """Return the targets that apply to a row, each with True if the row meets it."""
     row, plain, met = entry["settings"], entry.get("plain"), {}
     if entry["status"] != "done" or row["program"] not in _ENGINE or plain is None:
         return {}
@@ -89,7 +89,7 @@ def _targets(entries: Entries) -> Iterator[str]:
 
 
 def _exponent(entries: Entries) -> float | None:
-    """The power of the number of tokens by which ABPEM's added memory grows, where no score map is made."""
+    """Return the exponent x of ABPEM's added memory, tokens ** x, where no score map is made."""
     sizes = {}
     for entry in entries.values():
         row = entry["settings"]
@@ -101,7 +101,7 @@ def _exponent(entries: Entries) -> float | None:
 
 
 def _groups(entries: Entries) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows that are done, by what they have in common."""
+    """Return the finished rows, grouped by the settings that they share."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries.values():
         row = entry["settings"]

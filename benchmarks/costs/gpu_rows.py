@@ -45,7 +45,7 @@ _HERE = str(Path(__file__).parents[2])
 
 
 class NeedsGPUError(Exception):
-    """Raised by what has no meaning on a CPU."""
+    """Raised by a measurement that makes no sense on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def measure(row: Row, machine: Machine) -> dict[str, Any]:
 class Steps:
     """The steps of a program, one for each item: untimed, timed, profiled, and one whose host waits are counted.
 
-    A Trainer fetches a batch ahead of the step before it. What lies between two items is one step all the same.
+    A Trainer fetches each batch one step early. Between two fetches there is still exactly one step.
     """
 
     def __init__(self, device: str, warmup: int, timed: int, most_seconds: float = 2.0) -> None:
@@ -212,7 +212,7 @@ class Steps:
 def counted_waits(device: str) -> Iterator[Counter[str] | None]:
     """Count the times that the host waits for the GPU, by the line of code; None on a CPU.
 
-    Torch warns of synchronising operations, but not of a wait for an event: one that is not there yet counts too.
+    Torch warns of synchronising operations. Waits for an event that has not happened yet are counted here.
     """
     if device != "cuda":
         yield None
@@ -240,7 +240,7 @@ def counted_waits(device: str) -> Iterator[Counter[str] | None]:
 
 
 def _caller() -> str:
-    """The innermost line outside torch and this file that is under way, and the function it is in."""
+    """Return the innermost line on the stack outside torch and this file, with its function."""
     for frame in reversed(traceback.extract_stack()):
         if frame.filename != __file__ and not any(f"/{name}" in frame.filename for name in ("torch/", "warnings.py")):
             return f"{frame.filename.removeprefix(_HERE + '/')}:{frame.lineno} {frame.name}"
@@ -248,7 +248,7 @@ def _caller() -> str:
 
 
 def start_fresh(device: str) -> None:
-    """Free what is left of earlier rows on the GPU."""
+    """Free the GPU memory that earlier rows left allocated."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -47,7 +47,7 @@ def several_streams(machine: Machine) -> str:
 
 
 class Tight(FusionAlone):
-    """A model for which memory ends in the adapting pass, as far as a CPU can show."""
+    """A model whose adapting pass raises torch's out-of-memory error, for a dry run on a CPU."""
 
     fails = False
 
@@ -58,7 +58,7 @@ class Tight(FusionAlone):
 
 
 def out_of_memory(machine: Machine) -> str:
-    """Let memory end in the adapting pass: the batch is predicted or refused, and the model is whole afterwards."""
+    """Run out of memory in the adapting pass: the batch is predicted or refused, and the model stays intact."""
     torch.manual_seed(0)
     tokens, width = (64, 16) if machine.device == "cpu" else (8192, 256)
     model = Tight(tokens, width).eval().to(machine.device)
@@ -90,7 +90,7 @@ def _adapted_twice(model: nn.Module, inputs: list[Tensor]) -> int:
 
 
 def _most_memory(device: str, run: Callable[[], Any]) -> int:
-    """The most memory that a GPU holds while something runs, in bytes; 0 on a CPU."""
+    """Return a function's peak GPU memory in bytes; 0 on a CPU."""
     if device != "cuda":
         run()
         return 0
@@ -103,7 +103,7 @@ def _most_memory(device: str, run: Callable[[], Any]) -> int:
 
 @contextmanager
 def _memory_of(model: Tight, device: str, size: int) -> Iterator[None]:
-    """As much memory as that, while it lasts; on a CPU the adapting pass fails as if there were none."""
+    """Cap the GPU's memory inside the `with` block; on a CPU the adapting pass raises the error instead."""
     model.fails = device != "cuda"
     if device == "cuda":
         gc.collect()
@@ -157,7 +157,7 @@ def resume_on_cpu(machine: Machine) -> str:
 
 
 def memory_does_not_grow(machine: Machine) -> str:
-    """Hold memory on the device, and Python's objects, after many updates against those after a few."""
+    """Compare device memory and Python's objects after many updates with those after a few."""
     updates = 100 if machine.tiny else 5000
     model, sizes = make_toy().to(machine.device), []
     stream = stream_of(4, machine.device)
@@ -174,5 +174,5 @@ def memory_does_not_grow(machine: Machine) -> str:
 
 
 def _tensors() -> int:
-    """Bytes of all tensors that Python knows."""
+    """Return the bytes of all tensors that Python's garbage collector knows."""
     return sum(x.nbytes for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter))

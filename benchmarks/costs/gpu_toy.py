@@ -1,4 +1,4 @@
-"""What the checks of `benchmarks.costs.gpu` share: a figure that has to hold, and a small model that adapts."""
+"""Helpers of the checks of `benchmarks.costs.gpu`: requirements with a figure, and a small model that adapts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CheckError(AssertionError):
 
 
 def require(holds: bool, what: str) -> str:
-    """Return `what`, the figure, if it holds.
+    """Return `what`, the figure as words, if `holds`; raise otherwise.
 
     Raises:
         CheckError: if it does not.
@@ -70,5 +70,5 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def is_same(source: dict[str, Tensor], model: nn.Module) -> bool:
-    """Return True if the model's weights and buffers are those, bit by bit."""
+    """Return True if the model's weights and buffers equal `state` bit for bit."""
     return all(torch.equal(value, source[name]) for name, value in model.state_dict().items())

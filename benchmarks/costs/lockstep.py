@@ -1,6 +1,6 @@
 """Timing programs against each other: a process for each, taking turns batch by batch in one run.
 
-A process of its own gives each program its own peak memory; taking turns lets whatever else the machine does fall on
+Each program has its own process, so its peak memory is its own. They take turns, so other load on the machine slows
 all of them alike.
 """
 
@@ -28,9 +28,12 @@ _COUNT = -1  # instead of a number of batches: one, of which the operations are 
 
 @dataclass(frozen=True)
 class Measured:
-    """A program's seconds per batch, a value for each round, its process's peak memory in bytes, and its operations.
+    """The measurements of one program.
 
-    Those are of one batch: kernels launched on a GPU; on a CPU torch's operators, those that call others left out.
+    Attributes:
+        seconds: per batch, a value for each round.
+        peak: memory of its process, in bytes.
+        operations: of one batch, as `count_operations` counts them.
     """
 
     seconds: list[float]
@@ -43,10 +46,10 @@ class Measured:
 
 
 class Turns:
-    """The batches of one program: `take` waits for the program's turn, and times what came since the last one.
+    """One program's side of the turns: an iterator with an item for each batch that the program may run.
 
     Attributes:
-        peak: memory in bytes, before anything was counted.
+        peak: memory in bytes, read before the operations are counted.
     """
 
     def __init__(self, connection: Connection, device: str) -> None:
@@ -56,7 +59,7 @@ class Turns:
         self.peak = 0
 
     def take(self) -> bool:
-        """Whether there is another batch to run, now."""
+        """Wait for the program's turn, if its last one is over; return False after the last batch of all."""
         if self._left == 0:
             self._connection.send(self._measured())
             self._left = self._connection.recv()
@@ -73,7 +76,7 @@ class Turns:
             yield
 
     def _measured(self) -> float:
-        """Of the turn that is over: its seconds, or its operations."""
+        """Return the seconds of the finished turn, or its operations if they were counted."""
         if self._device == "cuda":
             torch.cuda.synchronize()
         if self._profiler is None:
@@ -92,10 +95,10 @@ def in_lockstep(
     device: str = "cpu",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Measured]:
-    """Run all programs, in turns.
+    """Run all programs in turns, each in its own process.
 
     Args:
-        programs: by label, a function and its arguments; it gets `Turns` before them, and runs a batch for each.
+        programs: by label, a function and its arguments. It gets `Turns` before them, and runs a batch for each item.
         rounds: turns that each program has.
         batches: batches per turn; seconds are per batch.
         warmup: batches before the first round, untimed; by label where they differ.
@@ -154,7 +157,7 @@ def _work(connection: Connection, device: str, run: Callable[..., None], argumen
 
 
 def count_operations(profiler: profile, device: str) -> int:
-    """Return the kernels launched on a GPU; on a CPU the operators of torch that call no others."""
+    """Return the number of kernels launched on a GPU, or on a CPU of torch operators that call no other."""
     if device == "cuda":
         launches = ("cudaLaunchKernel", "cuLaunchKernel")
         return sum(event.count for event in profiler.key_averages() if event.key.startswith(launches))
@@ -162,7 +165,7 @@ def count_operations(profiler: profile, device: str) -> int:
 
 
 def _peak(device: str) -> int:
-    """The most memory that the device or, on a CPU, this process has had, in bytes (Linux)."""
+    """Return the peak memory in bytes: the GPU's, or on a CPU this process's (Linux)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()

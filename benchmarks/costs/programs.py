@@ -127,7 +127,7 @@ class Anatomy:
 
     @torch.no_grad()
     def encode_eagerly(self, inputs: Inputs) -> Tensor:
-        """The same, with every block's attention materialised."""
+        """Return the joint tokens as `encode` does, with every block's attention materialised."""
         tokens = []
         for blocks, x in zip(self.encoders, self.embed(*inputs), strict=True):
             for block in blocks:
@@ -137,7 +137,7 @@ class Anatomy:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """How the two models of the package are built, and `FusionAlone`."""
+    """Take apart one of the package's two models, or `FusionAlone`."""
     if isinstance(model, FusionAlone):
         half = {"first": model.tokens // 2, "second": model.tokens // 2}
         nothing = nn.Sequential(), nn.Sequential()
@@ -171,16 +171,16 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def engine(model: nn.Module, memory: int, **options: Any) -> ABPEM:
-    """Ours, with the loss that the other programs have, unless `options` say otherwise."""
+    """Return the package's callback, with the other programs' loss unless `options` say otherwise."""
     own = anatomy(model)
     published: dict[str, Any] = {"k": K, "attention_weight": WEIGHT, "balance": "marginal"}
     return ABPEM(own.fusion, own.modalities, memory_batches=memory, **(published | options))
 
 
 def by_hand(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
-    """Our own arithmetic without the engine: no hooks, no checks, no record; fused attention, statistics from q and k.
+    """A loop for this model alone: the engine's arithmetic without its hooks, checks and records.
 
-    What an engine that works on any model costs is held against this.
+    Attention is fused, and statistics come from q and k. The difference to the engine is the price of generality.
     """
     own = anatomy(model)
     moving = only_moving(model, own.block)
@@ -220,10 +220,10 @@ def _bootstrapping(own: Anatomy, q: Tensor, k: Tensor) -> Tensor:
 
 
 def published_way(model: nn.Module, batches: Iterable[Inputs], memory: int) -> Iterator[Tensor]:
-    """The way of the published program, from its description: every block materialises its attention for each head.
+    """A loop as the paper describes it: every block materialises its attention for each head.
 
-    It averages over heads afterwards and takes the statistics of slices of the N x N maps; the encoders' tokens are
-    kept from the adapting pass to the prediction, and those of earlier batches in the memory.
+    Scores are averaged over heads, and statistics are those of slices of the N x N maps. The encoders' tokens are kept
+    from the adapting pass for the prediction, and in the memory for later batches.
     """
     own = anatomy(model)
     split = own.modalities[next(iter(own.modalities))]
@@ -254,7 +254,7 @@ def published_way(model: nn.Module, batches: Iterable[Inputs], memory: int) -> I
 
 
 def only_moving(model: nn.Module, block: _Block) -> list[nn.Parameter]:
-    """Let gradients reach the block's q, k and v alone."""
+    """Freeze all but the block's q, k and v projections, and return those."""
     model.requires_grad_(False)
     moving = [block.weight, block.bias]
     for parameter in moving:

@@ -1,4 +1,4 @@
-"""What several processes cost: time per step, bytes exchanged per step, and a model on paper for many GPUs.
+"""Costs of several processes: time and bytes exchanged per step, and an estimate on paper for many GPUs.
 
     python -m benchmarks.costs.scaling [--rounds 7] [--memory 1] [--out FOLDER]
     python -m benchmarks.costs.scaling --paper [--step SECONDS] [--bandwidth GB/S] [--latency SECONDS]
@@ -60,7 +60,7 @@ def adapt(turns: Turns | None, size: int, rank: int, local: int, memory: int, po
 
 
 def _together(turns: Turns | None, size: int) -> Iterator[None]:
-    """The turns of rank 0, in every process; the others wait for each."""
+    """Yield rank 0's turns in every process, so that all run the same batches."""
     if size == 1 and turns is not None:
         yield from turns
         return
@@ -80,7 +80,7 @@ def follow(*arguments: Any) -> None:
 
 @contextmanager
 def _counted_bytes() -> Iterator[list[int]]:
-    """The sizes of what this process puts into collectives."""
+    """Yield a list that gets the bytes of each tensor this process puts into a collective."""
     sizes: list[int] = []
     gather, reduce = dist.all_gather, dist.all_reduce
 
@@ -97,7 +97,7 @@ def _counted_bytes() -> Iterator[list[int]]:
 
 
 def measure(rounds: int, memory: int, folder: Path) -> tuple[dict[str, Measured], dict[str, int]]:
-    """All cases in turns; bytes exchanged in a step, by case."""
+    """Measure all cases in turns; return the times, and the bytes exchanged in a step, by case."""
     context = get_context("spawn")
     programs, followers = {}, []
     for label, (size, local) in CASES.items():
@@ -137,10 +137,10 @@ def as_table(measured: dict[str, Measured], exchanged: dict[str, int]) -> str:
 
 
 def exchange_seconds(gpus: int, local: int, memory: int, bandwidth: float, latency: float) -> float:
-    """The time of a step's exchanges, on paper: rings, of which each GPU sends and gets at `bandwidth` bytes/s.
+    """Estimate the seconds of a step's exchanges by rings of GPUs that send and receive at `bandwidth` bytes/s.
 
-    A header and the rows of all samples are gathered, the gradients are summed. A message of a ring takes `latency`
-    from GPU to GPU, as many times as there are hops, at most those of a tree for short ones.
+    A header and the rows of all samples are gathered, and the gradients are summed. Each hop of a message takes
+    `latency` seconds. A ring has a hop for each GPU; for short messages the fewer hops of a tree are taken.
     """
     share = (gpus - 1) / gpus
     rows = gpus * local * memory * ROW_BYTES
@@ -153,7 +153,7 @@ def exchange_seconds(gpus: int, local: int, memory: int, bandwidth: float, laten
 def paper(
     step: float, bandwidth: float, latency: float, local: int = 32, counts: Sequence[int] = (8, 32, 128, 512)
 ) -> str:
-    """A table of the exchanges' time and share, for GPUs whose step alone takes `step` seconds."""
+    """Return a table of the exchanges' time and share of a step, for GPUs whose own step takes `step` seconds."""
     lines = [
         "| GPUs | memory 1: exchange, ms | share of a step | memory 4: exchange, ms | share of a step |",
         "|---" * 5 + "|",

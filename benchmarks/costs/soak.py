@@ -2,8 +2,8 @@
 
     python -m benchmarks.costs.soak [--updates 50000] [--way attach|Trainer] [--processes 2]
 
-Read now and then: resident memory, live objects, open files, hooks, the longest container inside the engine, and the
-time of a step. `make soak` runs both ways in one process and in two; Linux shows the memory.
+It reads, every so many updates: resident memory (Linux), live objects, open files, hooks, the longest container inside
+the engine, and the time of a step. `make soak` runs both ways, in one process and in two.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Reader(Callback):
 
 
 def _longest(root: Any) -> int:
-    """Return the number of items in the longest container that is reached from `root` inside the package."""
+    """Return the length of the longest container that `root` leads to through the package's objects."""
     longest, seen, rest = 0, set(), [root]
     while rest:
         x = rest.pop()
@@ -146,7 +146,7 @@ def _longest(root: Any) -> int:
 
 
 def options(processes: int) -> dict[str, Any]:
-    """The callback's options: all that keeps something from one batch to the next."""
+    """Return options that switch on everything the callback keeps from one batch to the next."""
     spans: Any = "auto"
     if processes > 1:  # where "auto" needs a batch of every process
         spans = {
@@ -162,7 +162,7 @@ def _mask(audio: Tensor, video: Tensor, is_first: bool) -> Tensor:
 
 
 def soak(way: str, updates: int, every: int, processes: int = 1, rank: int = 0, memory: int = 3) -> list[Reading]:
-    """Adapt to that many batches in this process; return what was read every so many.
+    """Adapt to `updates` batches in this process; return a reading for every `every` of them.
 
     Args:
         way: "attach" or "Trainer".
@@ -190,7 +190,7 @@ def soak(way: str, updates: int, every: int, processes: int = 1, rank: int = 0, 
 
 
 def soak_together(way: str, updates: int, every: int, processes: int) -> list[list[Reading]]:
-    """The same in several real processes; return what was read in each."""
+    """Run `soak` in several real processes; return each one's readings."""
     port = free_port()
     with Workers(processes, _start, port, processes) as workers:
         futures = [workers.submit(_worker, way, updates, every, processes, rank, port) for rank in range(processes)]
@@ -216,8 +216,8 @@ def _worker(way: str, updates: int, every: int, processes: int, rank: int, port:
 def growth(readings: Sequence[Reading], warm: int) -> list[str]:
     """Say what has grown since the reading after `warm` updates, except for the time of a step.
 
-    Medians of the first and of the second half of the readings are compared: what the memory of tokens holds differs
-    from batch to batch.
+    Medians of the first and the second half of the readings are compared, since the memory of tokens varies from batch
+    to batch.
 
     Raises:
         ValueError: if there are fewer than four readings.
@@ -235,7 +235,7 @@ def growth(readings: Sequence[Reading], warm: int) -> list[str]:
 
 
 def slower(readings: Sequence[Reading]) -> list[str]:
-    """Say if a step of the last quarter of the readings takes a quarter longer than one of the second."""
+    """Say so if steps in the last quarter of the readings take over 1.25 times as long as in the second quarter."""
     times = [reading.milliseconds for reading in readings]
     part = max(len(times) // 4, 1)
     before, after = statistics.median(times[part : 2 * part]), statistics.median(times[-part:])

@@ -1,4 +1,4 @@
-"""What adapting costs: time and memory per batch, against plain inference and against the published way.
+"""Costs of adapting: time and memory per batch, against plain inference and against the published way.
 
     python -m benchmarks.costs.step_cost [--model cavmae|digits] [--accelerator cpu|cuda] [--precision ...] [--out ...]
 
@@ -36,7 +36,7 @@ DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setting:
-    """What all programs of a run have in common."""
+    """The model, data and precision that all programs of a run share."""
 
     model: str
     batch_size: int
@@ -71,7 +71,7 @@ class Setting:
 
 
 class _Stream(IterableDataset[Any]):
-    """The batches of a Trainer's run, one for each turn."""
+    """A data set for a Trainer's run: it yields a batch for each item of `turns`."""
 
     def __init__(self, setting: Setting, turns: Turns) -> None:
         self._setting, self._turns = setting, turns
@@ -90,7 +90,7 @@ def _dealt(setting: Setting, turns: Turns) -> Iterator[Inputs]:
 
 
 def trainer(turns: Turns, setting: Setting, memory: int | None, is_logged: bool = False) -> None:
-    """`trainer.test`, with ABPEM or, for `memory` None, without; every step to a CSV file if `is_logged`."""
+    """Run `trainer.test` with ABPEM, or without it if `memory` is None; log every step to a CSV file if `is_logged`."""
     _prepare(setting)
     model = setting.build()
     callbacks = [] if memory is None else [engine(model, memory)]
@@ -103,7 +103,7 @@ def trainer(turns: Turns, setting: Setting, memory: int | None, is_logged: bool 
 
 
 def loop(turns: Turns, setting: Setting, memory: int | None, options: dict[str, Any]) -> None:
-    """A plain loop, with ABPEM attached or, for `memory` None, without."""
+    """Run a plain loop with ABPEM attached, or without it if `memory` is None."""
     _prepare(setting)
     model = setting.build()
     attached = nullcontext() if memory is None else engine(model, memory, **options).attach(model)
@@ -113,7 +113,7 @@ def loop(turns: Turns, setting: Setting, memory: int | None, options: dict[str, 
 
 
 def written(turns: Turns, setting: Setting, program: Callable[..., Iterable[Any]], memory: int) -> None:
-    """A loop that somebody wrote for this model."""
+    """Run a loop that is written for this model: `by_hand` or `published_way`."""
     _prepare(setting)
     with setting.autocast():
         for _ in program(setting.build(), _dealt(setting, turns), memory):
@@ -164,7 +164,7 @@ def main() -> None:
 
 
 def every_program(setting: Setting, memories: Iterable[int]) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
-    """The programs by label; those that start with "plain" are what the others are held against."""
+    """Return the programs by label; the others are compared with those whose labels start with "plain"."""
     defaults = {"k": "auto", "attention_weight": "auto", "balance": "stream"}
     programs: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
         "plain Trainer": (trainer, (setting, None)),
@@ -183,7 +183,7 @@ def every_program(setting: Setting, memories: Iterable[int]) -> dict[str, tuple[
 
 
 def as_table(measured: Mapping[str, Measured], counted: str) -> str:
-    """Markdown: medians, ratios to the plain program of the same loop, added peak memory, operations of a batch."""
+    """Return Markdown: median times, ratios to the plain program of the same loop, added peak memory, operations."""
     lines = [f"| program | ms per batch | of plain | added peak memory, MB | {counted} |", "|---|---|---|---|---|"]
     for label, own in measured.items():
         plain = measured["plain Trainer" if "Trainer" in label else "plain loop"]
@@ -194,7 +194,7 @@ def as_table(measured: Mapping[str, Measured], counted: str) -> str:
 
 
 def save(folder: Path, setting: Setting, measured: Mapping[str, Measured], table: str) -> None:
-    """The table, and the numbers behind it with what they were measured on."""
+    """Write the table, and its numbers with the setting, device and versions."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(table + "\n")
     device = torch.cuda.get_device_name() if setting.accelerator == "cuda" else platform.processor() or "CPU"

@@ -1,4 +1,4 @@
-"""How time and memory of adapting grow with the number of joint tokens: ours against the published way.
+"""Growth of time and memory with the number of joint tokens: the package against the published way.
 
     python -m benchmarks.costs.token_sweep [--tokens 512 1024 ...] [--out FOLDER]
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def as_table(measured: dict[int, dict[str, Measured]]) -> str:
-    """Markdown: medians in ms and added peak memory in MB by number of tokens; how memory grows."""
+    """Return Markdown: median ms and added peak MB by number of tokens, and the exponent of memory's growth."""
     lines = ["| tokens | plain, ms | ABPEM, ms | published way, ms | ABPEM, added MB | published way, added MB |"]
     lines.append("|---" * 6 + "|")
     for tokens, at in measured.items():
@@ -93,12 +93,12 @@ def as_table(measured: dict[int, dict[str, Measured]]) -> str:
 
 
 def growth(sizes: dict[int, float]) -> float:
-    """The exponent of a power law fitted to sizes by number of tokens: least squares in logarithms."""
+    """Return the exponent of a power law, fitted to sizes by number of tokens by least squares of logarithms."""
     return linear_regression([log2(n) for n in sizes], [log2(max(size, 1)) for size in sizes.values()]).slope
 
 
 def added_memory(at: dict[str, Measured], program: str) -> float:
-    """Peak memory over plain inference, in MB."""
+    """Return the peak memory above plain inference's, in MB."""
     return (at[program].peak - at[PROGRAMS[0]].peak) / 2**20
 
 

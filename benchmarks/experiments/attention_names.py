@@ -1,11 +1,11 @@
-"""How many attention classes of Hugging Face transformers have projections that are found by their names.
+"""A count of the attention classes of Hugging Face transformers whose projections are found by their names.
 
     python -m benchmarks.experiments.attention_names
 
 The source text of the installed transformers is parsed; no model is imported.
-An attention class is one in a `modeling_*.py` whose name holds "Attention" and which makes a linear in `__init__`,
-itself or by a base in the same file. One that is named as a part of an attention does not count: one projection, its
-output, an MLP, a cell. A class is known if its linears are, or those of an attention that it makes.
+An attention class is in a `modeling_*.py`, has "Attention" in its name, and makes a linear in `__init__`, itself or by
+a base in the same file. Classes named as a part of an attention do not count: a projection, an output, an MLP, a cell.
+A class is known if its linears are known by name, or those of an attention that it makes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def count() -> tuple[dict[str, bool], list[str]]:
 
 
 class _Made(dict[str, dict[str, str]]):
-    """What the classes of a file make in `__init__`: by class, the source of each value by the attribute's name.
+    """By class of a file, the source text of each value that `__init__` assigns, by the attribute's name.
 
-    A class is parsed when it is asked for; most of a file never is.
+    A class is parsed when it is first looked up, since most of a file is never needed.
     """
 
     def __init__(self, source: str) -> None:
@@ -90,7 +90,7 @@ def _is_known(name: str, made: _Made, around: tuple[str, ...] = ()) -> bool:
 
 
 def _holds_linear(call: str, made: _Made) -> bool:
-    """Return True if a value is made by a class of this file that makes a linear."""
+    """Return True if `call` makes an object of a class in this file that makes a linear."""
     kind = call.partition("(")[0]
     return kind in made.texts and any(_is_linear(own) for own in made[kind].values())
 

@@ -1,4 +1,4 @@
-"""What a guard and an anchor save where adapting does harm, and what they cost where it helps.
+"""Accuracy that a guard and an anchor save where adapting does harm, and cost where it helps.
 
     python -m benchmarks.experiments.guard [--split dev|test] [--sources ...] [--rates ...] [--policies ...]
 
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
     @property
     def gains(self) -> tuple[float, float]:
-        """On the stream, and on the clean data after it."""
+        """Accuracy over the source's, in points: on the stream, and on the clean data after it."""
         return self.adapted[0] - self.plain[0], self.adapted[1] - self.plain[1]
 
 

@@ -1,4 +1,4 @@
-"""How good the learning rate is that `tune` picks without labels, on streams that have labels.
+"""A test of the learning rate that `tune` picks without labels, on streams that have labels.
 
     python -m benchmarks.experiments.tune [--split dev|test] [--sources NAME ...] [--batches N ...]
 

@@ -1,4 +1,4 @@
-"""What `abpem bench` runs on: labelled data whose sensors can fail, and source models trained on its clean form."""
+"""The base class of benchmarks: labelled data whose sensors can fail, and source models trained on clean data."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Benchmark"]
 
 
 class Benchmark(ABC):
-    """A benchmark of one's own is a subclass: ``abpem bench my_package.MyBenchmark``.
+    """The data and source models of `abpem bench`. Subclass it for your own: ``abpem bench my_package.MyBenchmark``.
 
-    Its constructor's arguments become options of the command; every process makes one.
+    The constructor's arguments become options of the command, and every process makes one benchmark.
 
     Attributes:
         name: shown in tables.
@@ -51,37 +51,37 @@ class Benchmark(ABC):
     immaterial: Sequence[str] = ()
 
     def prepare(self, sources: Sequence[str]) -> None:
-        """Make what all processes need for these source models, once, before they start: nothing."""
+        """Make what all processes need for these source models, once, before they start. The default makes nothing."""
         return
 
     @abstractmethod
     def source(self, name: str) -> LightningModule:
-        """The source model of that name: a fresh one, on the CPU, in eval mode."""
+        """Return a new source model of that name, on the CPU, in eval mode."""
 
     def load(self, corruptions: Sequence[Corruption]) -> None:
-        """Make ready for samples under these corruptions: nothing.
+        """Make ready for samples under these corruptions. The default does nothing.
 
-        Called with all of a run before it begins, so that what is missing is told then; and with those of each stream
-        before processes that load its samples begin.
+        It is called with all corruptions of a run before it begins, so that missing files are reported then. It is
+        called again for each stream, before the processes that load its samples start.
         """
         return
 
     @abstractmethod
     def sample(self, index: int, corruptions: Sequence[Corruption]) -> tuple[Tensor, ...]:
-        """The model's inputs for one sample, without a batch dimension, under these corruptions."""
+        """Return the model's inputs for one sample, without a batch dimension, under these corruptions."""
 
     def options(self, method: str, sensors: Sequence[Sensor]) -> Mapping[str, Any]:
-        """The hyper-parameters of a method on this benchmark when those sensors fail: the package's own."""
+        """Return a method's hyper-parameters on this benchmark when those sensors fail. Default: the package's."""
         return {}
 
     def provenance(self) -> Mapping[str, Any]:
-        """What else a reader of the results has to know, such as where `noise` and `frost` come from: nothing.
+        """Return facts that belong with the results, such as the origins of `noise` and `frost`. The default has none.
 
-        A run in one folder goes on only where it is the same. "procedural" is said below the tables, and how many
-        samples are `skipped`.
+        A run is resumed in a folder only if they are the same. The tables' notes mention a `noise` or `frost` that is
+        "procedural", and the number `skipped`.
         """
         return {}
 
     def published(self) -> Mapping[tuple[str, str], Mapping[str, float]]:
-        """Published averages, in percent, at severity 5: by (protocol, sensor that fails), by method. None."""
+        """Return published averages in percent at severity 5, by (protocol, failing sensor), by method: none here."""
         return {}

@@ -1,4 +1,4 @@
-"""One cell of a benchmark: a method on one stream of one source model, and what is measured there."""
+"""One cell of a benchmark: a method on one stream of one source model, and its measurements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BINS = 10
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """What one number of a table belongs to."""
+    """The coordinates of one number in a table."""
 
     protocol: str
     severity: int
@@ -40,13 +40,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name for files."""
+        """Name for the cell's file."""
         words = [str(value).replace(" ", "_").replace(":", "") for value in asdict(self).values()]
         return ",".join(words)
 
 
 def stream_of(benchmark: Benchmark, cell: Cell) -> list[Item]:
-    """The samples in their order: the same for all methods, sources and batch sizes."""
+    """Return the samples in their order, the same for all methods, sources and batch sizes."""
     protocol = find_protocol(cell.protocol)
     conditions = {condition.name: condition for condition in protocol.conditions(benchmark.kinds, cell.severity)}
     condition = conditions[cell.condition]
@@ -56,7 +56,7 @@ def stream_of(benchmark: Benchmark, cell: Cell) -> list[Item]:
 
 
 def run_cell(benchmark: Benchmark, cell: Cell, variant: Variant, model: LightningModule) -> dict[str, Any]:
-    """Adapt the model along the stream; everything measured there, ready for JSON. The model is as before afterwards.
+    """Adapt the model along the stream, then restore it; return the measurements, ready for JSON.
 
     Returns:
         `cell`; the method's `hyper_parameters`; `rows`, each row of the table with its `samples`, `accuracy` and
@@ -94,8 +94,8 @@ def run_cell(benchmark: Benchmark, cell: Cell, variant: Variant, model: Lightnin
 class _Stream(Dataset[tuple[Tensor, ...] | Exception]):
     """The model's inputs, sample by sample; a missing modality is zeros, what a normalised input is on average.
 
-    For a sample that cannot be read the error itself: raised in a process that loads samples, it would come with the
-    tracebacks of that process in its words.
+    For a sample that cannot be read, the item is the error itself. Raised inside a worker process, its message would
+    contain that process's traceback.
     """
 
     def __init__(self, benchmark: Benchmark, items: Sequence[Item]) -> None:
@@ -164,6 +164,6 @@ def _row(name: str, counts: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _mean(pairs: list[tuple[float, int]]) -> float | None:
-    """The mean over samples of those batches that have the figure."""
+    """Return a figure's mean over the samples of the batches that have it."""
     finite = [(value, size) for value, size in pairs if np.isfinite(value)]
     return sum(value * size for value, size in finite) / sum(size for _, size in finite) if finite else None

@@ -50,7 +50,7 @@ def run_benchmark(
     device: str = "cpu",
     console: Console | None = None,
 ) -> None:
-    """Run the cells that `out` does not have yet, and write the results of all that were asked for.
+    """Run the requested cells that `out` does not have yet, and write the results of all of them.
 
     Args:
         benchmark: the class of the benchmark.
@@ -115,11 +115,11 @@ def run_benchmark(
 
 
 def compare_runs(a: str, b: str) -> str:
-    """Two runs side by side in Markdown, with a paired test.
+    """Return Markdown that compares two runs side by side, with a paired test.
 
     Args:
         a: a run's folder, or FOLDER:METHOD for one of its methods.
-        b: the same. Without methods, those that both runs have are compared one by one.
+        b: likewise. Without methods, each method that both runs have is compared with itself.
 
     Raises:
         ValueError: a folder is not one of a finished run, or they have nothing in common.
@@ -172,7 +172,7 @@ def _variant(label: str, spec: Mapping[str, Any]) -> Variant:
 
 
 def _make(benchmark: type[Benchmark], arguments: Mapping[str, Any], kinds: Kinds | None) -> Benchmark:
-    """The benchmark with those kinds of corruption alone, in any process."""
+    """Make the benchmark with those kinds of corruption alone, in any process."""
     data = benchmark(**arguments)
     if kinds is not None:
         data.kinds = kinds

@@ -18,9 +18,9 @@ __all__ = ["train_digits_model"]
 
 
 def train_digits_model(seed: int = 0, width: int = 64, depth: int = 2) -> Path:
-    """The checkpoint of a model trained on clean pairs: made now, or before, if neither code nor data have changed.
+    """Return the checkpoint of a model trained on clean pairs; train it unless the cache has it for this code and data.
 
-    It is kept in the user's cache folder (``$XDG_CACHE_HOME/lightning_abpem``).
+    The cache is the user's (``$XDG_CACHE_HOME/lightning_abpem``).
     """
     package = Path(lightning_abpem.__file__).parent
     names = ("models/digits.py", "data/digits.py", "data/filterbank.py", "data/spoken_digits/clips.ogg")

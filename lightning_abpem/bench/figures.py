@@ -34,7 +34,7 @@ Cells = Iterable[Mapping[str, Any]]
 
 
 def accuracy_figure(summary: Summary, path: Path) -> None:
-    """Accuracy by corruption, a mark per method, side by side, with its standard deviation; the source is grey."""
+    """Draw accuracy by corruption, a mark per method with its standard deviation; the source is grey."""
     rows = [row for group in summary.groups.values() for row in group]
     figure = Figure(figsize=(max(0.55 * len(rows) + 2.5, 5), 4), layout="constrained")
     axes = figure.subplots()
@@ -53,10 +53,10 @@ def accuracy_figure(summary: Summary, path: Path) -> None:
 
 
 def gap_figure(cells: Cells, path: Path) -> bool:
-    """Attention gap against severity, a panel per modality that fails and pair of modalities, a line per method.
+    """Draw the attention gap against severity: a panel per failing modality and pair of modalities, a line per method.
 
     Returns:
-        Whether there was anything to draw: cells of `iid` at two severities at least, of methods that record the gap.
+        True if something was drawn: it takes cells of `iid` at two severities or more, with a recorded gap.
     """
     values: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -84,7 +84,7 @@ def gap_figure(cells: Cells, path: Path) -> bool:
 
 
 def running_figure(cells: Cells, path: Path) -> None:
-    """Accuracy so far along the stream, of all cells of a protocol together: a panel per protocol."""
+    """Draw the accuracy until each point of the stream, over all cells of a protocol: a panel per protocol."""
     hits: dict[str, dict[str, list[Sequence[Sequence[int]]]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         hits[cell["cell"]["protocol"]][cell["cell"]["method"]].append((cell["hits"], cell["sizes"]))
@@ -102,9 +102,9 @@ def running_figure(cells: Cells, path: Path) -> None:
 
 
 def reliability_figure(cells: Cells, path: Path) -> None:
-    """Accuracy against confidence, a panel per method, with the expected calibration error.
+    """Draw accuracy against confidence, a panel per method, with the expected calibration error.
 
-    A mark's area is that of its bin's predictions.
+    A mark's area is proportional to the number of predictions in its bin.
     """
     bins: dict[str, Any] = defaultdict(lambda: np.zeros((BINS, 3)))
     for cell in cells:
@@ -124,7 +124,7 @@ def reliability_figure(cells: Cells, path: Path) -> None:
 
 
 def _panels(count: int, columns: int, size: tuple[float, float], share: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of that many panels, in rows."""
+    """Make a figure of `count` panels, in rows."""
     columns = min(count, columns)
     rows = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns + 1.5, size[1] * rows), layout="constrained")
@@ -136,7 +136,7 @@ def _panels(count: int, columns: int, size: tuple[float, float], share: bool = F
 
 
 def _running(hits: Sequence[int], sizes: Sequence[int]) -> tuple[Any, Any]:
-    """The share of the stream seen after each batch, and the accuracy until then."""
+    """Return the share of the stream after each batch, and the accuracy until then."""
     seen = np.cumsum(sizes)
     return seen / seen[-1], 100 * np.cumsum(hits) / seen
 

@@ -27,24 +27,24 @@ Published = Mapping[tuple[str, str], Mapping[str, float]]
 
 
 class _Published(Benchmark):
-    """What both share.
+    """A benchmark with published lists and a published checkpoint: the base of both.
 
     Args:
-        data_root: what relative paths in the lists, and those of the lists below, are relative to.
-        checkpoint: the source model's, as published.
+        data_root: folder to which relative paths are relative: those in the lists, and those of `clean_list` and
+            `corrupted_lists`.
+        checkpoint: the published source model's.
         clean_list: JSON list of the clean test samples.
         labels_csv: the classes: columns index, mid.
         corrupted_lists: folder with {video,audio}/KIND/severity_S.json, lists of data corrupted beforehand, as
             published or by ``abpem corrupt``. Without it samples are corrupted as they are read.
-        corrupted_root: what relative paths in those are relative to; by default the list's own folder.
+        corrupted_root: folder to which relative paths in those lists are relative; by default each list's own.
         recordings: folder of noise recordings, KIND.wav; without it noises made here are procedural.
         frost: folder of pictures of frost; without it frost made here is procedural.
         seed: of the corruptions made here.
         broken: "raise" or "skip" clean samples whose files are missing or broken.
         num_workers: processes that load samples.
-        allow_outside: whether paths in the lists, and links, may lead out of `data_root`. Those of lists that are made
-            beforehand may lead out of `corrupted_root` to `data_root` all the same and, where the folder of lists is
-            ``OUT/json`` as ``abpem corrupt`` has it, to OUT.
+        allow_outside: True lets paths in the lists, and links, lead out of `data_root`. The paths of `corrupted_lists`
+            may always lead to `data_root`, and to OUT if that folder is ``OUT/json``, as ``abpem corrupt`` writes it.
     """
 
     sensors = ("audio", "image")
@@ -91,7 +91,7 @@ class _Published(Benchmark):
         return CAVMAE(self._pairs.classes).load_published(self._checkpoint).eval()
 
     def load(self, corruptions: Sequence[Corruption]) -> None:
-        """Read the lists of data corrupted beforehand, or see that there are the recordings that are asked for.
+        """Read the lists of data corrupted beforehand; without such lists, check that the recordings exist.
 
         Raises:
             FileNotFoundError: naming all that are missing.
@@ -120,7 +120,7 @@ class _Published(Benchmark):
         return inputs[0], inputs[1]
 
     def options(self, method: str, sensors: Sequence[Sensor]) -> Mapping[str, Any]:
-        """The authors' settings of ABPEM as published: by the modality that fails, audio's if it is not one."""
+        """Return the authors' settings of published ABPEM for the failing modality; audio's if several or none fail."""
         if method != "abpem-published":
             return {}
         recipe = RECIPES[self.recipes["image" if list(sensors) == ["image"] else "audio"]]._asdict()
@@ -155,7 +155,7 @@ class _Published(Benchmark):
         return self._corrupted[corruption]
 
     def _allowed(self) -> AllowOutside:
-        """Return where lists that were made beforehand lead to: to the originals, and to the copies beside them."""
+        """Return the folders that paths in `corrupted_lists` may lead to: the originals', and the copies'."""
         if self._options["allow_outside"]:
             return True
         lists = Path(self._corrupted_lists or "")
@@ -205,7 +205,7 @@ class VGGSoundC(_Published):
 
 
 def _made_beforehand(lists: Path) -> dict[str, str]:
-    """Return where noise and frost of ``abpem corrupt`` come from, as the records beside its lists say."""
+    """Return the origins of noise and frost, from the records that ``abpem corrupt`` wrote beside its lists."""
     found = [read_json(path) for path in sorted(Path(lists).glob("*/*/severity_*.meta.json"))]
     records = [record for record in found if isinstance(record, dict)]
     said = {name: sorted({str(record[name]) for record in records if record.get(name)}) for name in ("noise", "frost")}
@@ -217,6 +217,6 @@ def _by_read(**accuracies: float) -> dict[str, float]:
 
 
 def _by_brimpr(*accuracies: float) -> dict[str, float]:
-    """As BriMPR's authors ran them, at batch size 64."""
+    """Label accuracies that BriMPR's authors measured, at batch size 64."""
     methods = ("Source", "Tent", "EATA", "SAR", "READ", "ABPEM", "SuMi", "BriMPR")
     return {f"{method}, BriMPR's paper": value for method, value in zip(methods, accuracies, strict=True)}

@@ -1,4 +1,4 @@
-"""torch's optimizers by their names, as a config gives them: no other callable can be named."""
+"""Torch's optimizers by the names in a config, which can name no other callable."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 
 def named_optimizer(spec: Mapping[str, Any], where: str) -> OptimizerFactory:
-    """Return the optimizer that ``{class_path: torch.optim.NAME, init_args: {...}}`` names, after a step with it.
+    """Return the optimizer that ``{class_path: torch.optim.NAME, init_args: {...}}`` names; try a step with it first.
 
     Raises:
-        ValueError: it is none of torch's, or cannot be made or step with these arguments; with the path in `where`.
+        ValueError: it is none of torch's, or it cannot be made or take a step with these arguments. The message has
+            the config's path `where`.
     """
     path, arguments = spec.get("class_path"), spec.get("init_args") or {}
     found = _OPTIMIZERS.get(path.removeprefix(_PACKAGE)) if isinstance(path, str) else None

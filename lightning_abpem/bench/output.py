@@ -1,4 +1,4 @@
-"""What a benchmark's run leaves in its folder: lines, tables and figures."""
+"""The files of a benchmark's run: lines, tables and figures."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Json = dict[str, Any]
 def write_results(
     folder: Path, cells: Sequence[Mapping[str, Any]], benchmark: Benchmark, averaging: Averaging, run: Mapping[str, Any]
 ) -> list[Summary]:
-    """results.csv, results.json, tables.md, tables.tex and figures/ in the folder.
+    """Write results.csv, results.json, tables.md, tables.tex and figures/; return the summaries.
 
     Args:
         folder: of the run.
         cells: the finished ones.
-        benchmark: what they are of.
-        averaging: of samples, or of batches without weights.
-        run: how the run was asked for, as results.json keeps it.
+        benchmark: that of the cells.
+        averaging: "samples", or "batches" for unweighted means over batches.
+        run: the arguments of the run, for results.json.
     """
     lines = flatten(cells)
     summaries = summarise(lines, averaging)
@@ -58,13 +58,13 @@ def write_results(
 
 
 def published_beside(summary: Summary, benchmark: Benchmark) -> Mapping[str, Mapping[str, float]]:
-    """The published averages that belong beside a table, by modality, then by method: they are of severity 5."""
+    """Return the published averages for a table, by modality, then by method; they are of severity 5."""
     known = benchmark.published() if summary.severity == 5 else {}
     return {sensor: rows for (protocol, sensor), rows in known.items() if protocol == summary.protocol}
 
 
 def note_on(benchmark: Benchmark, averaging: Averaging) -> str:
-    """What a reader of a table has to know of it besides its title; empty if nothing."""
+    """Return the notes below a table: what is procedural, left out, or averaged otherwise; empty if nothing is."""
     known = benchmark.provenance()
     made = [name for name in ("noise", "frost") if "procedural" in str(known.get(name))]
     notes = {
@@ -76,7 +76,7 @@ def note_on(benchmark: Benchmark, averaging: Averaging) -> str:
 
 
 def read_lines(folder: Path) -> list[Json]:
-    """The lines of a finished run's results.csv.
+    """Return the lines of a finished run's results.csv.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -99,14 +99,14 @@ _TYPES = {
 
 
 def _line(raw: Mapping[str, Any]) -> Json:
-    """A line of results.csv with numbers."""
+    """Convert a line of results.csv: its numbers from text."""
     if missing := [name for name in _TYPES if raw[name] is None]:
         raise ValueError(f"a line ends before {missing[0]}")
     return {**raw, **{name: kind(raw[name]) for name, kind in _TYPES.items()}}
 
 
 def _hyper_parameters(cells: Sequence[Mapping[str, Any]]) -> Json:
-    """By method, those of its cells, and where there are several, the conditions and batch sizes that each were for."""
+    """Return by method its cells' hyper-parameters; if they differ, each set with its conditions and batch sizes."""
     found: dict[str, dict[str, dict[str, list[Any]]]] = {}
     for cell in cells:
         own = found.setdefault(cell["cell"]["method"], {}).setdefault(json.dumps(cell["hyper_parameters"]), {})
@@ -140,7 +140,7 @@ def _averages(summary: Summary) -> Json:
 
 
 def _circumstances() -> Json:
-    """Versions, machine, commit, time."""
+    """Return versions, commit, command, machine and time."""
     packages = ("torch", "lightning", "numpy", "scipy", "pillow")
     return {
         "versions": {

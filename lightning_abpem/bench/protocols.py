@@ -1,7 +1,7 @@
 """Protocols: which samples come in which order, and what is wrong with their sensors.
 
-A protocol has conditions, the rows of its table; a condition and a seed give one stream, which a model meets as the
-source and adapts to without a reset.
+A protocol has conditions, the rows of its table. A condition and a seed give one stream. A model starts each stream as
+the source model, and adapts along it without a reset.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a stream is about: its name, and the faults that the protocol builds it from."""
+    """A row of a protocol's table: its name, and the faults that its stream is built from."""
 
     name: str
     corruptions: tuple[Corruption, ...] = ()
@@ -57,12 +57,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the conditions at a severity are made, and a condition's stream from labels and random numbers.
+    """Functions that make the conditions at a severity, and a condition's stream.
 
     Args:
         make_conditions: from the kinds of corruption and a severity.
         stream: from a condition, the data's labels (N,) and random numbers.
-        has_severity: whether the run's severity matters; else the protocol has its own.
+        has_severity: True if the run's severity applies; else the protocol has its own.
     """
 
     make_conditions: Callable[[Kinds, int], list[Condition]]
@@ -70,18 +70,18 @@ class Protocol:
     has_severity: bool = True
 
     def conditions(self, kinds: Kinds, severity: int) -> list[Condition]:
-        """The rows of its table at a severity."""
+        """Return the rows of its table at a severity."""
         return self.make_conditions(kinds, severity if self.has_severity else 5)
 
     def faults(self, condition: Condition) -> list[Corruption]:
-        """All that may happen to a sample of its streams: at every severity where the protocol has its own."""
+        """Return all faults that its streams may have: at every severity if the protocol has its own."""
         if self.has_severity:
             return list(condition.corruptions)
         return [Corruption(c.modality, c.kind, severity) for c in condition.corruptions for severity in range(1, 6)]
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of that name; "skewed-DELTA" takes any concentration.
+    """Return the protocol of that name; "skewed-DELTA" takes any concentration.
 
     Raises:
         ValueError: there is none.
@@ -99,7 +99,7 @@ def find_protocol(name: str) -> Protocol:
 
 
 def chosen_kinds(kinds: Kinds, names: Sequence[str]) -> Kinds:
-    """Those of the kinds that have the names, in their own order; modalities without one are left out.
+    """Return the kinds that `names` select, in the benchmark's order, without modalities that have none.
 
     Args:
         kinds: of a benchmark.
@@ -120,10 +120,10 @@ def chosen_kinds(kinds: Kinds, names: Sequence[str]) -> Kinds:
 
 
 def dirichlet_order(labels: Labels, delta: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """An order of the samples in which classes come in clumps, the denser the smaller `delta`.
+    """Return an order of the samples in which classes come in clumps, the denser the smaller `delta`.
 
-    Every class is spread over as many slots as there are classes, in shares drawn from Dirichlet(delta, ..., delta); in
-    a slot class follows class (Gong et al., "NOTE", NeurIPS 2022).
+    There are as many slots as classes. Every class is spread over them in shares drawn from Dirichlet(delta, ...,
+    delta); within a slot, class follows class (Gong et al., "NOTE", NeurIPS 2022).
 
     Args:
         labels: (N,).
@@ -163,7 +163,7 @@ def _all_in_one(kinds: Kinds, severity: int) -> list[Condition]:
 
 
 def _pairs(kinds: Kinds, severity: int) -> list[Condition]:
-    """Every kind of the modality that has more of them, with those of the other in turn."""
+    """Pair every kind of the modality that has more with the other's kinds, which repeat in turn."""
     if len(kinds) != 2:
         raise ValueError(f"Expected two modalities that can fail for the protocol `both`, but got {', '.join(kinds)}.")
     few, many = sorted(kinds, key=lambda modality: len(kinds[modality]))
@@ -182,7 +182,7 @@ def _each_missing(kinds: Kinds, severity: int) -> list[Condition]:
 
 
 def _shuffled(condition: Condition, labels: Labels, rng: np.random.Generator) -> list[Item]:
-    """One shuffled pass with all of the condition's faults."""
+    """Return one shuffled pass in which every sample has all of the condition's faults."""
     return [Item(int(i), condition.corruptions, row=condition.name) for i in rng.permutation(len(labels))]
 
 

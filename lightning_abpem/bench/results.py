@@ -51,8 +51,8 @@ class Summary:
 class Comparison(NamedTuple):
     """Accuracies of B less those of A, in points, paired by row, seed and source.
 
-    `low` and `high` bound the mean difference with 95 % confidence and `p` is the two-sided t test's, both over rows,
-    each averaged over its seeds and sources first: those of one row are not independent. None for a single row.
+    `low` and `high` bound the mean difference with 95 % confidence, and `p` is that of a two-sided t test. Both are
+    over rows, each averaged over its seeds and sources, which are not independent. They are None for a single row.
     """
 
     protocol: str
@@ -68,7 +68,7 @@ class Comparison(NamedTuple):
 
 
 def flatten(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line per cell and row: what it is of, accuracies in percent, and the method's figures over the whole stream."""
+    """Return a line per cell and row: coordinates, accuracies in percent, and figures of the whole stream."""
     return [
         {
             **cell["cell"],
@@ -84,7 +84,7 @@ def flatten(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[Line], averaging: Averaging = "samples") -> list[Summary]:
-    """A table per protocol, severity and batch size, in the order in which they come."""
+    """Return a summary per protocol, severity and batch size, in the lines' order."""
     figure = {"samples": "accuracy", "batches": "batch_accuracy"}[averaging]
     tables: dict[tuple[str, int, int], list[Line]] = defaultdict(list)
     for line in lines:
@@ -93,7 +93,7 @@ def summarise(lines: Sequence[Line], averaging: Averaging = "samples") -> list[S
 
 
 def compare(a: Sequence[Line], b: Sequence[Line]) -> list[Comparison]:
-    """B against A, for each protocol, severity and batch size that both have.
+    """Compare B with A, for each protocol, severity and batch size that both have.
 
     Raises:
         ValueError: they have no row, seed and source in common.
@@ -134,7 +134,7 @@ def _summary(protocol: str, severity: int, batch_size: int, lines: Sequence[Line
 
 
 def _score(lines: Iterable[Line], figure: str) -> Score:
-    """Over the lines, first within a seed."""
+    """Return mean and deviation over seeds; a seed's value is the mean of its lines."""
     by_seed: dict[int, list[float]] = defaultdict(list)
     for line in lines:
         by_seed[line["seed"]].append(line[figure])

@@ -1,4 +1,4 @@
-"""Running cells on several processes: resumable, with progress; an interrupt loses what is being computed, no more."""
+"""Cells computed on several processes, with progress. An interrupt loses only the cells being computed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def list_cells(
     batch_sizes: Sequence[int],
     methods: Sequence[str],
 ) -> list[Cell]:
-    """All cells of a run, those of one stream beside each other.
+    """Return all cells of a run, those of one stream beside each other.
 
     Raises:
         ValueError: an unknown protocol or source, a severity outside 1 to 5, or names that files cannot have.
@@ -62,7 +62,7 @@ def list_cells(
 
 
 def faults_of(benchmark: Benchmark, cells: Iterable[Cell]) -> list[Corruption]:
-    """All corruptions that the streams of these cells may have, each once."""
+    """Return all corruptions that these cells' streams may have, each once."""
     faults: dict[Corruption, None] = {}
     for name, severity in dict.fromkeys((cell.protocol, cell.severity) for cell in cells):
         protocol = find_protocol(name)
@@ -72,12 +72,12 @@ def faults_of(benchmark: Benchmark, cells: Iterable[Cell]) -> list[Corruption]:
 
 
 def finished(folder: Path, cells: Iterable[Cell]) -> list[Cell]:
-    """Those of the cells that the folder has."""
+    """Return the cells whose results are in the folder."""
     return [cell for cell in cells if _path(folder, cell).exists()]
 
 
 def load_cells(folder: Path, cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """Finished cells.
+    """Read finished cells.
 
     Raises:
         ValueError: a file is damaged.

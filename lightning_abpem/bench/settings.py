@@ -1,4 +1,4 @@
-"""What a run's cells are computed with: written beside them, and held against what comes later."""
+"""The settings of a run's cells: kept beside them, and compared with those of a later run in that folder."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _OF_ENGINE = ("steps", "memory_batches", "memory_at", "reset", "predicts")
 def settings_of(
     benchmark: Benchmark, arguments: Mapping[str, Any], sources: Sequence[str], variants: Mapping[str, Variant]
 ) -> Json:
-    """All that the cells of a run depend on, by dotted names.
+    """Return everything that the cells of a run depend on, by dotted names.
 
     Args:
         benchmark: what it runs on.
-        arguments: of its constructor.
-        sources: the source models of the run; of each the checksum of its weights is taken.
+        arguments: of the benchmark's constructor.
+        sources: the source models of the run; the settings have a checksum of each one's weights.
         variants: its methods, by their labels.
     """
     material = {name: value for name, value in arguments.items() if name not in benchmark.immaterial}
@@ -50,12 +50,12 @@ def settings_of(
 
 
 def pooled_kinds(kinds: Kinds, every: Kinds, protocols: Collection[str]) -> Json:
-    """The kinds of corruption that a run is on, for the protocols whose streams draw from them all.
+    """Return the kinds of corruption of a run, for the protocols whose streams draw from all of them.
 
     Args:
         kinds: those of the run.
         every: those of the benchmark.
-        protocols: names of such protocols.
+        protocols: the names of those protocols.
     """
     chosen = _EVERY if plain(kinds) == plain(every) else plain(kinds)
     return {f"kinds.{name}": chosen for name in protocols}
@@ -65,10 +65,10 @@ _EVERY = "all"  # which also holds for folders of runs that could not choose
 
 
 def check_settings(folder: Path, settings: Json) -> None:
-    """Hold a run against what the folder's finished cells were computed with, and write down what is new.
+    """Compare a run's settings with those of the folder's finished cells, and add the new ones to the record.
 
     Raises:
-        ValueError: something that both have is another.
+        ValueError: a setting that both have differs.
     """
     before = _of_cells(folder)
     for name, earlier, now in _differences(before, settings):
@@ -80,10 +80,10 @@ def check_settings(folder: Path, settings: Json) -> None:
 
 
 def check_comparable(a: Path, b: Path) -> None:
-    """Hold two runs against each other: the same samples and source models have to be in both.
+    """Raise unless two runs have the same samples and source models.
 
     Raises:
-        ValueError: they are of different benchmarks, or of one with other arguments, noises or source models.
+        ValueError: the benchmark, its arguments, its noises or a source model differ.
     """
     for name, first, second in _differences(_of_cells(a), _of_cells(b)):
         if name != "version" and not name.startswith("methods."):
@@ -91,7 +91,7 @@ def check_comparable(a: Path, b: Path) -> None:
 
 
 def hyper_parameters(callback: TestTimeAdaptation) -> Json:
-    """Those that a method runs with, its defaults among them."""
+    """Return a method's hyper-parameters, defaults included, ready for JSON."""
     settings = callback.settings
     optimizer = settings.optimizer([nn.Parameter(torch.zeros(1))])
     own = settings.method
@@ -103,7 +103,7 @@ def hyper_parameters(callback: TestTimeAdaptation) -> Json:
 
 
 def plain(value: Any) -> Any:
-    """Return what JSON can hold, by the value's words where it cannot."""
+    """Convert a value for JSON; what JSON cannot hold becomes its name or text."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -120,7 +120,7 @@ def plain(value: Any) -> Any:
 
 
 def _on(benchmark: Benchmark, variant: Variant) -> Json:
-    """A variant's method, and its hyper-parameters on the benchmark whichever sensors fail."""
+    """Return a variant's method, and its hyper-parameters by the sensors that fail."""
     failing = [[], *([sensor] for sensor in benchmark.sensors), list(benchmark.sensors)]
     built = {
         " and ".join(sensors) or "none": variant.build(benchmark, sensors, len(benchmark.labels), benchmark.batch_size)
@@ -130,7 +130,7 @@ def _on(benchmark: Benchmark, variant: Variant) -> Json:
 
 
 def _checksum(model: nn.Module) -> str:
-    """SHA-256 of a model's weights and buffers."""
+    """Return the SHA-256 of a model's weights and buffers."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, torch.Tensor):
@@ -140,7 +140,7 @@ def _checksum(model: nn.Module) -> str:
 
 
 def _of_cells(folder: Path) -> Json:
-    """The settings on record, less those that no finished cell was computed with."""
+    """Return the recorded settings that apply to at least one finished cell."""
     path = folder / "settings.json"
     names = [cell.stem.split(",") for cell in (folder / "cells").glob("*.json")]
     cells = [words for words in names if len(words) == 7]  # the parts of a cell's key
@@ -161,5 +161,5 @@ def _is_of(name: str, used: Mapping[str, Collection[str]]) -> bool:
 
 
 def _differences(first: Json, second: Json) -> list[tuple[str, Any, Any]]:
-    """Return what both have and is not the same: its name, and either value."""
+    """Return the settings that both have with different values: name, first value, second value."""
     return [(name, first[name], second[name]) for name in first if name in second and first[name] != second[name]]

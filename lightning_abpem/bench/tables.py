@@ -1,4 +1,4 @@
-"""A benchmark's tables in Markdown, LaTeX and for the terminal: formats, never computes."""
+"""A benchmark's tables in Markdown, in LaTeX and for the terminal; nothing is computed here."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _SHORT = {
 
 
 def title(summary: Summary | Comparison) -> str:
-    """What a table is of."""
+    """Return a table's title: protocol, severity, batch size."""
     severity = f", severity {summary.severity}" if summary.severity else ""
     return f"{summary.protocol}{severity}, batch size {summary.batch_size}"
 
 
 def markdown(summary: Summary, published: Mapping[str, Mapping[str, float]] | None = None, note: str = "") -> str:
-    """A table per modality that fails, methods in lines as papers have them, the best of a column in bold.
+    """Return a table per failing modality, a line per method, the best of each column in bold.
 
     Args:
         summary: the numbers.
-        published: by modality, then by method, published averages, which get lines of their own.
-        note: what is to be said below the tables.
+        published: published averages by modality, then by method; each gets a line.
+        note: text below the tables.
     """
     parts = [f"### {_escaped(title(summary))}"]
     for group, rows in summary.groups.items():
@@ -59,7 +59,7 @@ def markdown(summary: Summary, published: Mapping[str, Mapping[str, float]] | No
 
 
 def latex(summary: Summary, note: str = "") -> str:
-    """The same as LaTeX (booktabs), one tabular per modality; the note is a comment."""
+    """Return LaTeX (booktabs), one tabular per failing modality; the note is a comment."""
     parts = []
     comment = visible(f"% {title(summary)}{f'. {note}' if note else ''}")
     for group, rows in summary.groups.items():
@@ -73,7 +73,7 @@ def latex(summary: Summary, note: str = "") -> str:
 
 
 def terminal(summary: Summary, published: Mapping[str, Mapping[str, float]] | None = None) -> Table:
-    """The averages, for a terminal; those published below ours, see `markdown`."""
+    """Return a table of averages for a terminal, the published ones below, as in `markdown`."""
     words = literal(title(summary), "table.title")
     table = Table(title=words, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", min_width=len(words) + 1)
     table.add_column("method")
@@ -94,7 +94,7 @@ def terminal(summary: Summary, published: Mapping[str, Mapping[str, float]] | No
 
 
 def comparison_markdown(a: str, b: str, comparisons: Sequence[Comparison]) -> str:
-    """Two runs side by side."""
+    """Return a Markdown table of comparisons."""
     lines = _head(["protocol", a, b, "difference", "95 %", "p", "pairs"])
     for c in comparisons:
         interval = "" if c.low is None else f"{c.low:+.2f} to {c.high:+.2f}"
@@ -105,7 +105,7 @@ def comparison_markdown(a: str, b: str, comparisons: Sequence[Comparison]) -> st
 
 
 def _averages(summary: Summary) -> str:
-    """Over all rows: of every source, and of all."""
+    """Return a table of averages over all rows: for each source model, and over all of them."""
     sources = list(next(iter(summary.by_source.values())))
     shown = sources if len(sources) > 1 else []
     lines = _head(["mean ± sd over seeds", *shown, "all"])
@@ -129,7 +129,7 @@ _HTML = re.compile(r"[&<>|~$]|:(?=\w+:)")  # by their numbers, since not every d
 
 
 def _escaped(words: str) -> str:
-    """Words that Markdown, and HTML made of it, shows as they are."""
+    """Escape text so that Markdown, and HTML made from it, shows it literally."""
     marked = _MARKDOWN.sub(lambda found: f"\0{found[0]}", visible(words))  # \0 is in no visible words
     return _HTML.sub(lambda found: f"&#{ord(found[0])};", marked).replace("\0", "\\")
 
@@ -149,7 +149,7 @@ _TEX = {
 
 
 def _tex(words: str) -> str:
-    """Words that LaTeX shows as they are."""
+    """Escape text so that LaTeX shows it literally."""
     text = "".join(_TEX.get(character, character) for character in visible(words))
     return re.sub("-(?=-)", "-{}", text)  # two are a dash
 

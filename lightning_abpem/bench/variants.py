@@ -1,4 +1,4 @@
-"""The methods of a run by their labels: a method, or a part or setting of one, made to fit a benchmark."""
+"""Methods by the labels of a run: a method with options, built for a benchmark."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Variant:
             )
 
     def resolved(self, benchmark: Benchmark, sensors: Sequence[Sensor]) -> dict[str, Any]:
-        """The options on a benchmark when those sensors fail: the benchmark's own, and over them the variant's."""
+        """Return the options for a benchmark when those sensors fail: the benchmark's, overridden by the variant's."""
         replaced = {one for pair in _RIVALS.items() for one in pair if not self.options.keys().isdisjoint(pair)}
         own = benchmark.options(self.method, sensors)
         return {**{name: value for name, value in own.items() if name not in replaced}, **self.options}
@@ -81,7 +81,7 @@ class Variant:
     def build(
         self, benchmark: Benchmark, sensors: Sequence[Sensor], samples: int, batch_size: int
     ) -> TestTimeAdaptation:
-        """The callback.
+        """Build the callback.
 
         Raises:
             ValueError: an option is out of its range.
@@ -132,7 +132,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def find_variants(labels: Sequence[str], own: Mapping[str, Variant]) -> dict[str, Variant]:
-    """The variants of those labels; a user's own go before the package's.
+    """Return the variants of those labels; the user's own take precedence over the package's.
 
     Raises:
         ValueError: there is none of that label.

@@ -33,7 +33,7 @@ An interrupted run goes on where it was when the command is given again.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to corrupt, how, and where to."""
+    """Add the command's arguments to its parser."""
     parser.epilog = _EPILOG
     words = 'folder of images or sounds; or a data set\'s JSON list: {"data": [{"video_id", "wav", ...}]}'
     parser.add_argument("input", type=Path, help=words)
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
-    """Corrupt by every kind and severity."""
+    """Make a corrupted copy for every kind and severity that is asked for."""
     if rest:
         raise ValueError(f"Expected no arguments but those of --help, but got {' '.join(rest)}.")
     kinds = _kinds(options.kind, list(KINDS) if options.modality is None else [options.modality])
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _kinds(words: str, modalities: Sequence[Sensor]) -> list[tuple[Sensor, str]]:
-    """The kinds that are asked for, each with the one of these modalities that it is of."""
+    """Return the requested kinds, each with its modality, which is one of `modalities`."""
     if words == "all":
         return [(modality, kind) for modality in modalities for kind in _PUBLISHED[modality]]
     return [(_modality_of(kind, modalities), kind) for kind in map(str.strip, words.split(","))]

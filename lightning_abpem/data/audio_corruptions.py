@@ -1,8 +1,8 @@
 """Audio corruptions at severities 1 to 5, of one waveform in [-1, 1]: the six of Kinetics50-C and VGGSound-C.
 
-White noise has a standard deviation; the others add a noise at a gain. With recordings of the user's they are made as
-published: the recording's own level is raised by 1 to 8 dB. Without, the noise is procedural and the gain is over the
-waveform's own level, so accuracies are not comparable with published ones.
+White noise is given by its standard deviation, the other noises by their gain. With the user's recordings they are as
+published: the recording is made 1 to 8 dB louder. Without, the noise is procedural, 1 to 8 dB above the waveform's own
+level, and accuracies are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Recordings:
         self._cache: dict[tuple[str, int], NDArray[np.float64]] = {}
 
     def __call__(self, kind: str, rate: int) -> NDArray[np.float64]:
-        """The recording of a kind at `rate` Hz, mono: (T,), read-only.
+        """Return the recording of a kind at `rate` Hz, mono: (T,), read-only.
 
         Raises:
             FileNotFoundError: the folder has no recording of this kind.
@@ -74,7 +74,7 @@ class Recordings:
         return self._cache[kind, rate]
 
     def check(self, kinds: Iterable[str]) -> None:
-        """See that there is a recording of each of these kinds; Gaussian noise needs none.
+        """Raise unless there is a recording of each of these kinds; Gaussian noise needs none.
 
         Raises:
             FileNotFoundError: naming those that are missing.
@@ -99,7 +99,7 @@ def corrupt_audio(
     rate: int,
     recordings: Recordings | None = None,
 ) -> NDArray[np.float64]:
-    """Corrupt one waveform (T,) in [-1, 1]: the same shape, clipped to [-1, 1].
+    """Corrupt one waveform (T,) in [-1, 1]; the result has its shape, clipped to [-1, 1].
 
     Args:
         wave: samples, mono.
@@ -127,7 +127,7 @@ def corrupt_audio(
 def _unamplified(
     wave: NDArray[np.float64], kind: str, rng: np.random.Generator, rate: int, recordings: Recordings | None
 ) -> NDArray[np.float64]:
-    """The noise at 0 dB: a recording's own level, or that of the wave."""
+    """Return the noise at 0 dB: a recording as it is, or a procedural one as loud as the wave."""
     if recordings is not None:
         return np.resize(recordings(kind, rate), len(wave))
     level = float(np.sqrt((wave**2).mean())) or _SILENCE
@@ -135,7 +135,7 @@ def _unamplified(
 
 
 def _read(file: Path, frames: int = -1) -> tuple[NDArray[np.float64], int]:
-    """A recording's first frames, or all, averaged over channels, and its rate in Hz."""
+    """Read a recording's first frames, or all: their mean over channels, and the rate in Hz."""
     try:
         wave, rate = soundfile.read(file, frames, dtype="float64", always_2d=True)
     except (OSError, soundfile.SoundFileError) as error:

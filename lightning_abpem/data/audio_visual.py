@@ -51,10 +51,10 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         data_list: JSON, ``{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}``, one mid in each `labels`;
             the frame is ``{video_path}/frame_{frame}/{video_id}.jpg``.
         labels_csv: its columns index and mid say which class, 0 to C - 1, a mid is; display_name is optional.
-        root: what the list's relative paths are relative to; by default the folder of the list.
-        allow_outside: by default no path in the list, nor a link that it meets, may lead out of `root`. True allows
-            all, and folders allow those.
-        corruptions: of every item, applied in this order.
+        root: folder to which the list's relative paths are relative; by default the list's own.
+        allow_outside: by default no path in the list, and no link on it, may lead out of `root`. True allows any
+            folder; a list of folders allows those.
+        corruptions: applied to every item, in this order.
         seed: of the corruptions. What a sample gets also depends on its video_id, but not on the order of reading.
         frame: which frame of a video; 5, the middle one of ten, as published.
         recordings: of noises, or their folder; None for procedural noises.
@@ -113,7 +113,7 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         return self.sample(index, self.corruptions), torch.tensor(self._entries[index].label)
 
     def sample(self, index: int, corruptions: Sequence[Corruption]) -> tuple[Tensor, Tensor]:
-        """Audio (1024, 128) and video (3, 224, 224) of one pair under these corruptions instead of the set's own."""
+        """Return audio (1024, 128) and video (3, 224, 224) of a pair, under these corruptions instead of the set's."""
         entry = self._entries[index]
         wave, image = self._resampled(*_read_wave(entry)), centre_square(_read_frame(entry), IMAGE_SIZE)
         for corruption in corruptions:
@@ -128,7 +128,7 @@ class AudioVisualPairs(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         return torch.from_numpy(audio), video.float().contiguous()
 
     def check_recordings(self, corruptions: Sequence[Corruption]) -> None:
-        """See that there is a recording for each of these corruptions that needs one.
+        """Raise unless there is a recording for each of these corruptions that needs one.
 
         Raises:
             FileNotFoundError: naming those that are missing.
@@ -212,7 +212,7 @@ def _collate_inputs(items: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One pair of the list; `where` it is, for messages."""
+    """One pair of the list; `where` is its place there, for messages."""
 
     where: str
     video_id: str
@@ -241,7 +241,7 @@ def _check_paths(entries: list[_Entry], roots: Roots) -> None:
 
 
 def _read_classes(path: Path) -> tuple[dict[str, int], list[str]]:
-    """The class of every mid, and the names of all classes."""
+    """Read the class of every mid, and the names of all classes."""
     index_of: dict[str, int] = {}
     names: dict[int, str] = {}
     try:
@@ -291,7 +291,7 @@ def _readable(entries: list[_Entry], data_list: Path) -> list[_Entry]:
 
 
 def _read_wave(entry: _Entry) -> tuple[Array, int]:
-    """The mean of its channels (T,), and its rate in Hz."""
+    """Read a waveform: the mean of its channels (T,), and the rate in Hz."""
     expected = f"Expected {entry.wav} ({entry.where}) to be 25 ms of sound at least"
     try:
         wave, rate = soundfile.read(entry.wav, always_2d=True)

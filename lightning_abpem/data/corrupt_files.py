@@ -36,8 +36,8 @@ def corrupt_data_set(
     ``out/audio/{kind}/severity_{s}/{video_id}.wav`` are 16 bit, mono, at the source's rate. Images become
     ``out/video/{kind}/severity_{s}/frame_{i}/{video_id}.jpg``: shorter side to `size` by bicubic interpolation,
     centre crop, corruption. The list ``out/json/{audio|video}/{kind}/severity_{s}.json`` points at them and at the
-    other modality's originals, by paths relative to its folder; it is written last, so that it exists means that all
-    is done. ``severity_{s}.meta.json`` beside it says how it was made; paths in that are relative to `out`.
+    other modality's originals, by paths relative to its folder. It is written last: if it exists, all is done.
+    ``severity_{s}.meta.json`` beside it says how the files were made; paths in it are relative to `out`.
 
     A run that was interrupted goes on when it is started again with the same settings: finished files are kept. The
     bytes are the same for any number of `workers`. Those are spawned: a script that wants more than one needs
@@ -49,16 +49,16 @@ def corrupt_data_set(
         modality: "audio", or "image" for the frames.
         kind: see `Corruption`.
         severity: 1 to 5.
-        root: what the list's relative paths are relative to; None for its own folder.
-        allow_outside: by default no path in the list, nor a link that it meets, may lead out of `root`, or of the
-            list's own folder. True allows all, and folders allow those. A list that this function made needs it.
+        root: folder to which the list's relative paths are relative; None for the list's own.
+        allow_outside: by default no path in the list, and no link on it, may lead out of `root`, or of the list's own
+            folder. True allows any folder; a list of folders allows those. Lists made by this function need it.
         seed: >= 0; every file has its own random numbers, drawn with this, the corruption and the file's name.
         recordings: folder of noises, see `Recordings`; None for procedural ones. White noise needs neither.
         frost: folder of pictures for the kind of that name, see `load_frost`; None for drawn ones.
         workers: processes; 1 is this one.
         quality: of JPEGs, 1 to 100.
         size: height and width of the images, in pixels.
-        progress: called with the number of files that are finished, kept ones too, and that of all.
+        progress: called with the number of finished files, kept ones included, and the number of all.
 
     Returns:
         The new list's path, absolute.

@@ -1,4 +1,4 @@
-"""A corrupted copy of a folder of images or sounds, whatever is in it."""
+"""A corrupted copy of any folder of images or sounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CorruptedFolder", "corrupt_folder"]
 
 
 class CorruptedFolder(NamedTuple):
-    """The copy's folder, how many files it has, and how many of the source were left out."""
+    """The copy's folder, the number of its files, and the number of files left out."""
 
     folder: Path
     files: int
@@ -41,7 +41,7 @@ def corrupt_folder(
 ) -> CorruptedFolder:
     """Write corrupted copies of all images, or of all sounds, of a folder and of the folders in it.
 
-    ``out/{modality}/{kind}/severity_{s}`` has them, by the names and in the formats that they have in `folder`. Images
+    They are in ``out/{modality}/{kind}/severity_{s}``, with the names and formats that they have in `folder`. Images
     (.bmp, .jpg, .png, .tif, .webp) are RGB: shorter side to `size`, centre crop, corruption. Sounds (.aif, .flac, .ogg,
     .wav) are mono, 16 bit where the format has bits, at the source's rate. Other files are left out, and so are links
     to folders, and `out` if it is in `folder`. ``severity_{s}.meta.json`` is written last and says how it was made.
@@ -55,14 +55,14 @@ def corrupt_folder(
         modality: "audio" or "image": which files are taken.
         kind: see `Corruption`.
         severity: 1 to 5.
-        allow_outside: by default no link in `folder` may lead out of it. True allows all, and folders allow those.
+        allow_outside: by default no link in `folder` may lead out of it. True allows any folder; a list, those.
         seed: >= 0; every file has its own random numbers, drawn with this, the corruption and its path in `folder`.
         recordings: folder of noises, see `Recordings`; None for procedural ones. White noise needs neither.
         frost: folder of pictures for the kind of that name, see `load_frost`; None for drawn ones.
         workers: processes; 1 is this one. They are spawned, as those of `corrupt_data_set`.
         quality: of JPEG and WebP, 1 to 100.
         size: height and width of the images, in pixels.
-        progress: called with the number of files that are finished, kept ones too, and that of all.
+        progress: called with the number of finished files, kept ones included, and the number of all.
 
     Raises:
         ValueError: a setting is out of range, `folder` has no such file, a link leads out of it or of `out`, a file
@@ -89,7 +89,7 @@ def corrupt_folder(
 
 
 def _files(folder: Path, out: Path, target: Path, modality: Sensor, roots: Roots) -> tuple[list[File], int]:
-    """Return the files to make, by their paths in order, and how many others there are.
+    """Return the files to make, ordered by path, and the number of the others.
 
     Raises:
         ValueError: there are none, or one is a link that leads out.
@@ -111,7 +111,7 @@ def _files(folder: Path, out: Path, target: Path, modality: Sensor, roots: Roots
 
 
 def _walk(folder: Path, out: Path) -> Iterator[Path]:
-    """Yield all files, and links to folders, but for what is in `out`."""
+    """Yield all files, and links to folders, except those in `out`."""
     for top, folders, names in os.walk(folder):
         here = Path(top)
         folders[:] = [name for name in folders if (here / name).resolve() != out]
@@ -120,7 +120,7 @@ def _walk(folder: Path, out: Path) -> Iterator[Path]:
 
 
 def _stay_inside(out: Path, folders: set[Path]) -> None:
-    """Refuse links in `out` by which a file would be written elsewhere."""
+    """Refuse links in `out` through which files would be written elsewhere."""
     for own in sorted(folders):
         if not is_inside(real := os.path.realpath(own), str(out)):
             raise ValueError(f"Expected {own} to be in {out}, but it is a link, or in one, to {real}.")

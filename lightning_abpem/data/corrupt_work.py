@@ -1,4 +1,4 @@
-"""The work on files that are corrupted: one after the other or in processes, resumable, with settings beside them."""
+"""The making of corrupted files: one by one or in processes, resumable, with a record of the settings beside them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, soundfile.SoundFileError, Image.Dec
 
 
 def check_integers(**named: tuple[int, ...]) -> None:
-    """Check integers: each name has its value, the least one allowed, and the greatest if there is one.
+    """Check integers, given by name: the value, the least allowed, and the greatest allowed if there is one.
 
     Raises:
         ValueError: one is out of its range.
@@ -52,7 +52,7 @@ def check_integers(**named: tuple[int, ...]) -> None:
 
 
 def prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Record the settings where the files go to, or compare them with those of the files that are there.
+    """Record the settings beside the files; if there are files already, compare with their record instead.
 
     Raises:
         ValueError: there are files that were made with other settings.
@@ -82,7 +82,7 @@ def prepare(folder: Path, settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """The work on every file: all that a worker has to be told."""
+    """The work on every file, as a worker process gets it."""
 
     corruption: Corruption
     seed: int
@@ -92,7 +92,7 @@ class Job:
     size: int
 
     def settings(self, out: Path) -> dict[str, Any]:
-        """All that the files' bytes depend on; what takes neither recordings nor pictures has None there."""
+        """Return everything that the files' bytes depend on; `noise` or `frost` is None for kinds that use none."""
         modality, kind, severity = self.corruption.modality, self.corruption.kind, self.corruption.severity
         settings = {"modality": modality, "kind": kind, "severity": severity, "seed": self.seed}
         settings |= {"version": __version__}
@@ -107,7 +107,7 @@ def _origin(folder: Path | None, out: Path) -> str:
 
 
 class Corrupt:
-    """Makes files, one a call, after it has loaded what the job needs."""
+    """Callable that makes one file; it loads the recordings and pictures once."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -165,7 +165,7 @@ def run(
         files: which.
         corrupt: makes one.
         workers: processes; 1 is this one.
-        progress: called with the number of files that are finished, kept ones too, and that of all.
+        progress: called with the number of finished files, kept ones included, and the number of all.
 
     Raises:
         ValueError: a file cannot be read.
@@ -188,7 +188,7 @@ def _in_turn(files: Sequence[File], corrupt: Corrupt) -> Generator[None, None, N
 
 
 def _in_processes(files: Sequence[File], job: Job, workers: int) -> Generator[None, None, None]:
-    """Yields as files are finished, in any order; few wait at a time, so that little is left to do at the end."""
+    """Yield once for each finished file, in any order; few files are queued, so an interrupt has little to wait for."""
     pool = Workers(workers, _start_worker, job)
     running: set[Future[None]] = set()
     try:

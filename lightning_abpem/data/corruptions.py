@@ -1,4 +1,4 @@
-"""What is wrong with a sensor, and the random numbers that belong to it.
+"""Faults of a sensor, and their random numbers.
 
 Kinds, severities and parameters are those of ImageNet-C and of Kinetics50-C / VGGSound-C.
 """
@@ -53,12 +53,12 @@ class Corruption:
 
 
 def sample_rng(seed: int, corruption: Corruption, key: str) -> np.random.Generator:
-    """The random numbers of one sample under one corruption: the same in any order and any process.
+    """Return the random generator of one sample under one corruption, the same in any order and any process.
 
     Args:
         seed: of the whole data set, >= 0.
-        corruption: what they are for.
-        key: names the sample.
+        corruption: that of the sample.
+        key: the sample's name.
     """
     words = (corruption.modality, corruption.kind, key)
     return np.random.default_rng([seed, corruption.severity, *(zlib.crc32(word.encode()) for word in words)])

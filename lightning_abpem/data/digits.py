@@ -68,12 +68,12 @@ class DigitsPairs:
         self._made: dict[tuple[str, Corruption | None], Tensor] = {}
 
     def sample(self, index: int, corruptions: Sequence[Corruption]) -> tuple[Tensor, Tensor]:
-        """Filterbank (64, 32) and image (1, 32, 32) of one pair under at most one corruption of each."""
+        """Return filterbank (64, 32) and image (1, 32, 32) of one pair, each under at most one corruption."""
         faults = {corruption.modality: corruption for corruption in corruptions}
         return self.audio(faults.get("audio"))[index], self.images(faults.get("image"))[index]
 
     def audio(self, corruption: Corruption | None = None) -> Tensor:
-        """All filterbanks (count, 64, 32), normalised."""
+        """Return all filterbanks (count, 64, 32), normalised."""
 
         def hear(index: int, wave: Array) -> NDArray[np.float32]:
             if corruption is not None:
@@ -87,7 +87,7 @@ class DigitsPairs:
         return self._made["audio", corruption]
 
     def images(self, corruption: Corruption | None = None) -> Tensor:
-        """All images (count, 1, 32, 32), normalised."""
+        """Return all images (count, 1, 32, 32), normalised."""
 
         def see(index: int, scan: Array) -> Array:
             if corruption is None:
@@ -148,7 +148,7 @@ def _dataset(pairs: DigitsPairs, corruption: Corruption | None) -> TensorDataset
 
 @cache
 def _scans(split: Split) -> tuple[Array, NDArray[np.int64]]:
-    """Scans (N, 32, 32) in [0, 1] and their digits."""
+    """Return scans (N, 32, 32) in [0, 1] and their digits."""
     bunch = load_digits()
     chosen = np.random.default_rng(0).permutation(len(bunch.target))[_share(split, len(bunch.target))]
     factor = IMAGE_SIZE // bunch.images.shape[1]
@@ -158,7 +158,7 @@ def _scans(split: Split) -> tuple[Array, NDArray[np.int64]]:
 
 @cache
 def _clips(split: Split) -> tuple[list[Array], NDArray[np.int64]]:
-    """Waveforms of the split's voices, of any length, and their digits."""
+    """Return waveforms of the split's voices, of any length, and their digits."""
     wave, _ = soundfile.read(_FOLDER / "clips.ogg")
     rows = _rows(split)
     starts = [(int(row["start"]), int(row["length"])) for row in rows]
@@ -166,7 +166,7 @@ def _clips(split: Split) -> tuple[list[Array], NDArray[np.int64]]:
 
 
 def _rows(split: Split) -> list[dict[str, str]]:
-    """The descriptions of the split's clips."""
+    """Return the descriptions of the split's clips."""
     with (_FOLDER / "clips.csv").open() as file:
         rows = list(csv.DictReader(file))
     voices = np.random.default_rng(0).permutation(sorted({row["voice"] for row in rows}))
@@ -179,7 +179,7 @@ def _share(split: Split, count: int) -> slice:
 
 
 def _place(waves: list[Array], chosen: NDArray[np.int64], rng: np.random.Generator) -> Array:
-    """The chosen clips (B, SAMPLES), each at a random place in a quiet room, or cut if it is longer."""
+    """Return the chosen clips (B, SAMPLES), each at a random place in faint noise; longer ones are cut."""
     level = np.exp(rng.uniform(np.log(QUIET[0]), np.log(QUIET[1]), (len(chosen), 1)))
     placed = level * rng.standard_normal((len(chosen), SAMPLES))
     for row, index in zip(placed, chosen, strict=True):

@@ -1,8 +1,8 @@
 """Log-mel filterbanks by Kaldi's rules.
 
-Kaldi itself, and kaldi_native_fbank with it, refuses filters so narrow that no frequency of the spectrum falls into
-them; torchaudio, which the published models heard through, leaves such a bin at its floor. One of the 128 bins at
-16 kHz is of that kind, which is why the rules are written out here.
+Kaldi and kaldi_native_fbank refuse filters so narrow that no frequency of the spectrum falls into them. torchaudio,
+with which the published models were trained, leaves such a bin at its floor. One of the 128 bins at 16 kHz is such a
+bin, so the rules are written out here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOOR = np.finfo(np.float32).eps
 
 
 def filterbank(wave: Array, rate: int, mel_bins: int, frames: int | None = None) -> NDArray[np.float32]:
-    """Log-mel energies of one waveform, whose mean is removed first.
+    """Compute the log-mel energies of one waveform, whose mean is removed first.
 
     As `torchaudio.compliance.kaldi.fbank` with a Hanning window, no dither and no energy: windows of 25 ms every
     10 ms, each within the waveform; of each window the mean removed and the treble raised by 0.97; power spectrum;
@@ -61,7 +61,7 @@ def filterbank(wave: Array, rate: int, mel_bins: int, frames: int | None = None)
 
 @cache
 def _mel_filters(rate: int, padded: int, mel_bins: int) -> Array:
-    """The filters' weights (padded / 2 + 1, F); half the rate itself, like 0 Hz, lies in none."""
+    """Return the filters' weights (padded / 2 + 1, F); 0 Hz and half the rate are in no filter."""
     edges = np.linspace(_mel(LOWEST_HERTZ), _mel(rate / 2), mel_bins + 2)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     mel = _mel(np.arange(padded // 2 + 1) * rate / padded)[:, None]

@@ -10,7 +10,7 @@ __all__ = ["centre_square"]
 
 
 def centre_square(picture: Image.Image, size: int) -> NDArray[np.float64]:
-    """The middle of an RGB picture whose shorter side becomes `size`: (size, size, 3) in [0, 1].
+    """Resize an RGB picture's shorter side to `size` and cut out the centre: (size, size, 3) in [0, 1].
 
     The interpolation is bicubic; lengths are rounded as the models' pipelines do.
     """

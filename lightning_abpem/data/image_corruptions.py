@@ -36,7 +36,7 @@ def corrupt_image(
     rng: Rng,
     frost: Sequence[NDArray[np.floating]] | None = None,
 ) -> Array:
-    """Corrupt one image, which is left as it is.
+    """Return a corrupted copy of one image.
 
     Args:
         image: (H, W, 1), grey, or (H, W, 3), RGB; floats in [0, 1]. Grey has no saturation: `saturate` keeps it.
@@ -109,10 +109,10 @@ def _glass_blur(x: Array, rng: Rng, sigma: float, shift: int, iterations: int) -
 
 
 def _shuffle(height: int, width: int, shift: int, scale: float, iterations: int, rng: Rng) -> NDArray[np.intp]:
-    """Swap every pixel with a neighbour, from the last to the first: the flat index (H W,) of what each one becomes.
+    """Swap every pixel with a neighbour, from the last to the first; return each one's source as a flat index (H W,).
 
-    A neighbour is -shift to shift - 1 away, as in ImageNet-C, times `scale`, and not beyond the border. What is left of
-    a pixel is rounded up or down at random: in a small image a share of the pixels move, by one.
+    As in ImageNet-C, a neighbour is -shift to shift - 1 away, here times `scale` and not beyond the border. Fractions
+    of a pixel are rounded up or down at random: in a small image a share of the pixels move, by one.
     """
     rows, columns = np.indices((height, width)).reshape(2, -1)
     order = list(range(height * width))  # swapping in a list is many times faster than in an array
@@ -171,7 +171,7 @@ def _elastic_transform(x: Array, rng: Rng, alpha: float, sigma: float, shift: fl
 
 
 def _sample(x: Array, positions: Array, border: str) -> Array:
-    """The image (H, W, C) at `positions` (2, H, W), rows first, bilinearly."""
+    """Sample the image (H, W, C) at `positions` (2, H, W), rows first, bilinearly."""
     return np.dstack([ndimage.map_coordinates(c, positions, order=1, mode=border) for c in np.moveaxis(x, 2, 0)])
 
 

@@ -1,8 +1,8 @@
 """Weather on images: fog, frost, snow and spatter, and the filters that they share with the blurs.
 
-Layers of fog, ice, snow and liquid are drawn on a canvas whose shorter side has 224 pixels, the size that the
-parameters of ImageNet-C (Hendrycks and Dietterich, ICLR 2019) are made for, and then resized to the image: a small
-image gets what a large one gets, only smaller. Images are (H, W, C) floats in [0, 1], and results are not yet clipped.
+Layers of fog, ice, snow and liquid are drawn on a canvas whose shorter side has 224 pixels, for which the parameters of
+ImageNet-C (Hendrycks and Dietterich, ICLR 2019) are made. Then they are resized to the image. Images are (H, W, C)
+floats in [0, 1]; results are not yet clipped.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _load(path: Path) -> NDArray[np.float32]:
 
 
 def length_scale(x: NDArray[np.floating]) -> float:
-    """What a length in an image of 224 x 224 pixels becomes in this one, (H, W, ...)."""
+    """Return the factor from lengths in an image of 224 x 224 pixels to lengths in this one, (H, W, ...)."""
     return min(x.shape[:2]) / _SIDE
 
 
@@ -90,9 +90,9 @@ def resize(x: NDArray[np.floating], size: tuple[int, int], method: Image.Resampl
 
 
 def spread(dy: NDArray[np.floating], dx: NDArray[np.floating], weights: Array) -> Array:
-    """A centred kernel of sum 1 with `weights` (N,) at `dy`, `dx` (N,) pixels, each shared among its four neighbours.
+    """Return a centred kernel of sum 1 with `weights` (N,) at `dy`, `dx` (N,), fractions of pixels allowed.
 
-    The sharing is what moves a picture of square pixels by a fraction of one, so that lengths far below a pixel act.
+    Each weight is shared among the four nearest pixels, so lengths far below a pixel have an effect too.
     """
     reach = int(np.ceil(max(np.abs(dy).max(), np.abs(dx).max()))) + 1
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
@@ -140,18 +140,18 @@ def zoom(x: Array, factor: float) -> Array:
 
 
 def _canvas(x: Array) -> tuple[int, int]:
-    """The image's size, rescaled to a shorter side of 224 pixels."""
+    """Return the image's size, rescaled to a shorter side of 224 pixels."""
     return round(x.shape[0] / length_scale(x)), round(x.shape[1] / length_scale(x))
 
 
 def _fit(layer: NDArray[np.floating], x: Array) -> Array:
-    """A layer (h, w) or (h, w, 3) from the canvas to the image: (H, W, 1), or (H, W, C)."""
+    """Resize a layer (h, w) or (h, w, 3) from the canvas to the image: (H, W, 1), or (H, W, C)."""
     layer = resize(layer, x.shape[:2], Image.Resampling.BILINEAR)
     return _in_channels(layer, x) if layer.ndim == 3 else layer[..., None]
 
 
 def _in_channels(colours: ArrayLike, x: Array) -> Array:
-    """Colours (..., 3) for the image: as they are, or their grey (..., 1)."""
+    """Return colours (..., 3) unchanged, or as grey (..., 1) for an image without colours."""
     return np.asarray(colours) if x.shape[2] == 3 else (np.asarray(colours) @ _LUMA)[..., None]
 
 
@@ -159,7 +159,7 @@ def _in_channels(colours: ArrayLike, x: Array) -> Array:
 
 
 def plasma(size: int, decay: float, rng: Rng) -> Array:
-    """A plasma fractal by diamond-square on a torus, scaled to [0, 1]: (size, size), `size` a power of two above 1."""
+    """Draw a plasma fractal by diamond-square on a torus, in [0, 1]: (size, size), `size` a power of two above 1."""
     field = np.zeros((size, size))
     step, wibble = size, 1.0
     while step >= 2:
@@ -215,7 +215,7 @@ def _crop(pictures: Sequence[NDArray[np.floating]], size: tuple[int, int], rng: 
 
 
 def _ice(size: tuple[int, int], rng: Rng) -> Array:
-    """Veins where one of six plasmas crosses one half, over a faint cover, bluish: (h, w, 3)."""
+    """Draw bluish veins, where one of six plasmas crosses one half, over a faint cover: (h, w, 3)."""
 
     def ridge(decay: float, sharpness: int) -> Array:
         return (1 - np.abs(2 * _plasma_over(size, decay, rng)[..., None] - 1)) ** sharpness
@@ -226,7 +226,7 @@ def _ice(size: tuple[int, int], rng: Rng) -> Array:
 def snow(
     x: Array, rng: Rng, loc: float, scale: float, size: float, threshold: float, radius: float, sigma: float, mix: float
 ) -> Array:
-    """Whiten the image and add two layers of falling flakes, the second the first turned by half a turn."""
+    """Whiten the image and add two layers of falling flakes; the second is the first, turned by half a turn."""
     flakes = zoom(rng.normal(loc, scale, (*_canvas(x), 1)), size)
     flakes = np.clip(np.where(flakes < threshold, 0, flakes), 0, 1)
     flakes = _fit(motion_blur(flakes, radius, sigma, rng.uniform(-135, -45))[..., 0], x)
@@ -237,7 +237,7 @@ def snow(
 def spatter(
     x: Array, rng: Rng, loc: float, scale: float, sigma: float, threshold: float, mix: float, mud: bool
 ) -> Array:
-    """Drops of water, which brighten in a pale turquoise, or of mud, which cover in brown."""
+    """Add drops of water, which brighten in pale turquoise, or of mud, which cover in brown."""
     liquid = ndimage.gaussian_filter(rng.normal(loc, scale, _canvas(x)), sigma, mode="nearest")
     if not mud:
         return x + _fit(mix * _relief(np.where(liquid < threshold, 0, liquid)), x) * _in_channels(_WATER, x)
@@ -247,7 +247,7 @@ def spatter(
 
 
 def _relief(liquid: Array) -> Array:
-    """Light on drops (h, w), 0 beside them, at most 1: an embossing of the equalised distance from their edges."""
+    """Return the light on drops (h, w), at most 1 and 0 beside them: an embossing of the distance from their edges."""
     drops = liquid > 0
     if not drops.any():
         return liquid

@@ -25,7 +25,7 @@ _BANDWIDTHS = (80, 100, 140)  # Hz, of the formants
 
 
 def procedural(kind: str, samples: int, rate: int, rng: Rng) -> Array:
-    """One noise of unit RMS level: (samples,), float64.
+    """Draw one noise of unit RMS level: (samples,), float64.
 
     Args:
         kind: one of `NOISE_KINDS`.
@@ -120,7 +120,7 @@ def _level(x: Array) -> Array:
 
 
 def _band(noise: Array, low: float, high: float, rate: int) -> Array:
-    """The part of a noise between two frequencies in Hz, both lowered to fit under half the rate."""
+    """Filter a noise to a band in Hz, whose edges are lowered to fit under half the rate."""
     high = min(high, 0.48 * rate)
     low = min(low, high / 2)
     return signal.sosfilt(signal.butter(3, (low, high), "bandpass", fs=rate, output="sos"), noise)
@@ -139,13 +139,13 @@ def _decay(impulses: Array, seconds: float, rate: int) -> Array:
 
 
 def _drift(samples: int, rate: int, per_second: float, rng: Rng) -> Array:
-    """A standard normal value some times a second, from an offset of chance, and straight lines between them."""
+    """Draw standard normal values, `per_second` of them from a random offset, and interpolate linearly."""
     at = np.arange(samples) * (per_second / rate) + rng.random()
     return np.interp(at, np.arange(int(at[-1]) + 2), rng.standard_normal(int(at[-1]) + 2))
 
 
 def _cycles(frequency: Array, rate: int, rng: Rng) -> Array:
-    """How many periods of a changing frequency in Hz have passed, from a phase of chance."""
+    """Count the periods of a changing frequency in Hz that have passed, from a random phase."""
     return rng.random() + np.cumsum(frequency) / rate
 
 

@@ -1,8 +1,8 @@
 """The layout of Kinetics50-C and VGGSound-C on disk: lists, where corrupted copies go, files written at once.
 
 A data set is a list ``{"data": [{"video_id", "wav", "video_path", "labels"}, ...]}`` in JSON, with sound at `wav` and
-frames at ``{video_path}/frame_{i}/{video_id}.jpg``, i from 0 to 9. Paths in it are relative to the list's own
-folder, if no other root is given, and do not lead out of it, if that is not allowed.
+frames at ``{video_path}/frame_{i}/{video_id}.jpg``, i from 0 to 9. Its paths are relative to a root, by default the
+list's own folder. They may not lead out of it unless that is allowed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class File:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything of one corruption is.
+    """Paths of one corruption's sources, files and list.
 
     Args:
         data_list: of the data set that is corrupted.
-        out: folder of all its corruptions; links in it are followed, since a path ``..`` leaves where they lead.
+        out: folder of all its corruptions; links on the way to it are resolved, so that ``..`` in paths is right.
         corruption: which one.
-        root: what the list's relative paths are relative to; None for its own folder.
-        allow_outside: whether, or where else, the list's paths may lead to.
+        root: folder to which the list's relative paths are relative; None for the list's own.
+        allow_outside: True lets the list's paths lead out of the root; a list of folders lets them lead there.
     """
 
     data_list: Path
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def branch(self) -> Path:
-        """Where the corrupted files are in `out`, and their list in ``out/json``; images are in "video"."""
+        """Path of the corrupted files in `out`, and of their list in ``out/json``; images are in "video"."""
         top = "audio" if self.corruption.modality == "audio" else "video"
         return Path(top, self.corruption.kind, f"severity_{self.corruption.severity}")
 
@@ -79,7 +79,7 @@ class Layout:
         return self.out / "json" / self.branch.with_suffix(".json")
 
     def files(self, entries: list[dict[str, Any]]) -> list[File]:
-        """All files to make; an entry may have any number of frames, and a warning says if others have more.
+        """Return all files to make. Entries may have any number of frames; a warning is given if they differ.
 
         Raises:
             ValueError: a path leads out of the root.
@@ -118,7 +118,7 @@ class Layout:
         return found
 
     def check_output(self, files: Sequence[File]) -> None:
-        """Refuse links in `out` by which a file would be written elsewhere.
+        """Refuse links in `out` through which files would be written elsewhere.
 
         Raises:
             ValueError: a folder of the copy leads out of `out`.
@@ -128,7 +128,7 @@ class Layout:
                 raise ValueError(f"Expected {folder} to be in {self.out}, but it is a link, or in one, to {real}.")
 
     def relocate(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """An entry of the data set's list, as it is in the new list."""
+        """Return an entry of the data set's list with the paths of the new list."""
         home = self.home.resolve()
         wav, video = home / entry["wav"], home / entry["video_path"]
         if self.corruption.modality == "audio":
@@ -149,12 +149,12 @@ class Layout:
 
 
 def relative(path: Path, folder: Path) -> str:
-    """A path as seen from a folder, with ``/`` on any system."""
+    """Return a path relative to a folder, with ``/`` on any system."""
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """Return a JSON file's content.
 
     Raises:
         ValueError: it is not JSON in UTF-8, has a name twice in an object, or a number that is not finite.
@@ -217,7 +217,7 @@ def _check_entry(entry: Any, keys: Sequence[str], where: str) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file at once: under its name there is never a part of it."""
+    """Write a file atomically: under its name there is never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     partial.unlink(missing_ok=True)  # of a run that was killed, or a link to a file elsewhere
@@ -239,11 +239,11 @@ def as_json(content: Any) -> bytes:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON at once."""
+    """Write JSON atomically."""
     write(path, as_json(content))
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what runs that were killed in `write` left under a folder."""
+    """Remove the partial files under a folder that runs killed in `write` left behind."""
     for partial in list(folder.rglob(f".*{_PARTIAL}")):
         partial.unlink()

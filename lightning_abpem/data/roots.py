@@ -1,4 +1,4 @@
-"""Where a list's paths may lead: into the data's folder, links followed, and nowhere else unless that is allowed."""
+"""Limits on a list's paths: with links followed, they lead into the data's folder, or where it is allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Roots:
 
     Args:
         home: the data's folder.
-        allow_outside: True for any folder; folders for those too.
+        allow_outside: True allows any folder; a list of folders allows those too.
     """
 
     def __init__(self, home: Path, allow_outside: AllowOutside = False) -> None:
@@ -26,12 +26,12 @@ class Roots:
         self._real: dict[str, str] = {}  # of folders: few, where files are many
 
     def check(self, path: Path, value: str, where: str) -> None:
-        """Refuse a path that leads out.
+        """Raise unless a path stays in the allowed folders.
 
         Args:
             path: of a file or folder.
-            value: what the list has of it, for the message.
-            where: whose it is, such as "`wav` of data[3] of list.json".
+            value: the path as the list has it, for the message.
+            where: the path's place, such as "`wav` of data[3] of list.json".
 
         Raises:
             ValueError: it leads out, or can be no path.
@@ -60,5 +60,5 @@ class Roots:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Return True if a path without links is a folder, or in it."""
+    """Return True if `path`, which has no links, is the folder or inside it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

@@ -87,7 +87,7 @@ def settings() -> list[Setting]:
 
 
 def speak(word: str, setting: Setting) -> np.ndarray:
-    """One clip, float in [-1, 1] at 8 kHz, peak 0.9, silence below 1 % of the peak cut from its ends."""
+    """Synthesise one clip: float in [-1, 1] at 8 kHz, peak 0.9, silence below 1 % of the peak cut from its ends."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.wav"
         voice = f"{setting.accent}+{setting.voice}"
