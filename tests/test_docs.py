@@ -11,18 +11,24 @@ from torch.utils.data import DataLoader
 from lightning_abpem import metrics
 from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.bench.variants import METHODS
+from lightning_abpem.cli import main
 
-PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def text(page):
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
 EXAMPLES = {
     match[1]: match[2]
-    for match in re.finditer(r"\n#+ ([^\n]+)\n(?:(?!\n#).)*?```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    for match in re.finditer(r"\n#+ ([^\n]+)\n(?:(?!\n#).)*?```python\n(.*?)```", text("models.md"), flags=re.DOTALL)
 }
 
 
 def blocks(page, language="python"):
     """The code of a page."""
-    text = (Path(__file__).parent.parent / "docs" / page).read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text(page), flags=re.DOTALL)
 
 
 def test_every_family_has_one():
@@ -43,8 +49,8 @@ def test_example(name):
 
 
 def test_a_method_of_ones_own():
-    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
-    use, unimodal, own = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    use, unimodal = blocks("methods.md")
+    [own] = blocks("write-a-method.md")
     namespace = {}
     exec(use, namespace)
     assert namespace["read"].settings.reset == "dataloader"
@@ -56,8 +62,7 @@ def test_a_method_of_ones_own():
 
 
 def test_metrics_in_a_module_of_ones_own(capsys):
-    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
-    module, by_hand = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    module, by_hand = blocks("metrics.md")
     namespace = {}
     exec(module, namespace)
     tokens = torch.randn(6, 10, 16)
@@ -69,8 +74,7 @@ def test_metrics_in_a_module_of_ones_own(capsys):
 
 
 def test_the_page_of_metrics_names_them_all():
-    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)\(", page, flags=re.MULTILINE)) == set(metrics.__all__)
+    assert set(re.findall(r"^\| `(\w+)\(", text("metrics.md"), flags=re.MULTILINE)) == set(metrics.__all__)
 
 
 def test_the_page_on_tuning():
@@ -90,9 +94,31 @@ def test_the_page_on_whether_to_adapt():
 
 
 def test_a_benchmark_of_ones_own(tmp_path):
-    page = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text()
-    _, own = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    [own] = blocks("benchmark-your-model.md")
     namespace = {}
     exec(own, namespace)
     run_benchmark(namespace["Mine"], {}, out=tmp_path, protocol="iid,missing", seeds=1, workers=1)
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + (2 + 2) * len(METHODS)
+
+
+@pytest.mark.parametrize("command", ["inspect", "tune", "report", "bench", "corrupt", "demo"])
+def test_the_page_of_the_command_line_has_every_option(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = set(re.findall(r"^  (?:-\w[^,\n]*, )?(--[\w-]+)", capsys.readouterr().out, flags=re.MULTILINE)) - {"--help"}
+    sections = dict(re.findall(r"\n## abpem (\w+)\n(.*?)(?=\n## |$)", text("command-line.md"), flags=re.DOTALL))
+    inherited = sections["inspect"] if command == "tune" else ""
+    rows = re.findall(r"^\| (.*?) \|", sections[command] + inherited, flags=re.MULTILINE)
+    assert {option for row in rows for option in re.findall(r"--[\w-]+", row)} == shown
+
+
+def test_the_page_on_lightning_cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [config], [program] = blocks("lightning-cli.md", "yaml"), blocks("lightning-cli.md")
+    (tmp_path / "config.yaml").write_text(config.replace("pairs: 64", "pairs: 16"))
+    [command] = blocks("lightning-cli.md", "console")
+    monkeypatch.setattr("sys.argv", command.split()[2:])
+    exec(program, {})
+    monkeypatch.setattr("sys.argv", [*command.split()[2:], "--trainer.callbacks.init_args.fusion=nothing"])
+    with pytest.raises(ValueError, match="nothing"):
+        exec(program, {})
