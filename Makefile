@@ -17,8 +17,10 @@ demo: .venv/demo.done
 check-demo: demo
 	$(BIN)/python -m lightning_abpem.demo.check
 
+# In as many processes as JOBS says, each with one thread.
+JOBS ?= 2
 test: .venv/test.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Forwards put together at random, other ones every time, and the zoo in all ways. `make test` tries 300 of them.
 fuzz-forwards: .venv/test.done

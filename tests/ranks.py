@@ -36,7 +36,6 @@ def in_two_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _work(queue: Any, port: int, rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
     try:
         dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))

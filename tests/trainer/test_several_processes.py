@@ -1,6 +1,5 @@
 """A Trainer with two real processes, however they are launched: what one process gives with the whole batch."""
 
-import os
 import re
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from tests.trainer_program import (
     weights_of,
 )
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-9)
 close_float32 = partial(torch.testing.assert_close, rtol=0, atol=1e-6)  # averages and results are rounded to it
 
@@ -41,7 +39,7 @@ def command(*words):
 
 
 def start(words):
-    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):

@@ -1,0 +1,8 @@
+"""One thread in each process of the tests, and in those that it starts.
+
+There are as many processes as cores. A forked child that computed with two threads would also wait for its parent's.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
