@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test fuzz fuzz-forwards fuzz-interrupts soak lint docs results costs costs-gpu speech clean
+.PHONY: demo check-demo test fuzz fuzz-forwards fuzz-interrupts soak lint docs results costs costs-gpu speech dist clean
 
 demo: .venv/demo.done
 	$(BIN)/abpem demo
@@ -66,11 +66,23 @@ costs: .venv/test.done
 costs-gpu: .venv/test.done
 	$(BIN)/python -m benchmarks.costs.gpu
 
+# The wheel and the source distribution, into dist/, checked.
+dist: .venv/dist.done
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 speech: .venv/demo.done
 	$(BIN)/python -m lightning_abpem.data.spoken_digits.make
+
+# Building needs none of the package's dependencies.
+.venv/dist.done: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine
+	touch $@
 
 .venv/%.done: pyproject.toml constraints.txt
 	$(call install,$*)
 
 clean:
-	rm -rf .venv demo/output site
+	rm -rf .venv build demo/output dist site

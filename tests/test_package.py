@@ -92,6 +92,15 @@ def test_files_of_torch_are_loaded_without_code():
     assert set(found) == {"True"}
 
 
+def test_the_wheel_has_the_files_beside_the_code():
+    """Files in the package that are no Python, against the patterns of `package-data`."""
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    patterns = re.findall(r'"([^"]+)"', re.search(r"^lightning_abpem = \[(.*)\]$", text, re.MULTILINE)[1])
+    others = {path for path in ROOT.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert len(others) >= 4
+    assert others == {path for pattern in patterns for path in ROOT.glob(pattern)}
+
+
 def test_nothing_imports_in_circles():
     found = {
         name: {i.removeprefix("lightning_abpem.") for i in imports(path) if i.startswith("lightning_abpem.")}
