@@ -139,6 +139,7 @@ class TestTimeAdaptation(Callback):
         skipped: steps not taken in the last run: the loss or a gradient was not finite, no sample was fit for one, or
             the batch could not be adapted.
         skipped_for: the same by reason, as counts.
+        left_out: samples left out of steps in the last run, for their logits were not finite.
         events: what the guard did in the last run.
         averages: per dataloader, the last run's figures averaged over samples; of a run that failed, this process's.
 
@@ -237,6 +238,10 @@ class TestTimeAdaptation(Callback):
     @property
     def skipped_for(self) -> dict[str, int]:
         return dict((self._adaptation or self._outcome).skipped_for)
+
+    @property
+    def left_out(self) -> int:
+        return (self._adaptation or self._outcome).left_out
 
     @property
     def record(self) -> Record:
@@ -366,7 +371,7 @@ class TestTimeAdaptation(Callback):
         try:
             if self._attached is adaptation:
                 own = adaptation
-                self._outcome = Outcome(own.updates, own.skipped_for, own.events, own.record, own.seconds, own.calls)
+                self._outcome = Outcome.of(own)
                 self._state = adaptation.state_dict()
         finally:
             if self._attached is adaptation:

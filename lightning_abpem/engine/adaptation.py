@@ -63,6 +63,7 @@ class Adaptation(Uncopied):
         skipped: steps not taken: the loss or a gradient was not finite, no sample was fit for one, or the batch could
             not be adapted.
         skipped_for: the same by reason, as counts.
+        left_out: samples left out of steps, for their logits were not finite.
         record: the last step's figures, as the method names them, and `updated`: 1 if the step was taken.
         state: what the method keeps of earlier batches.
         events: what the guard did.
@@ -137,6 +138,10 @@ class Adaptation(Uncopied):
     def skipped_for(self) -> dict[str, int]:
         self._stepper.settle()
         return dict(self._stepper.weights.skips.counts)
+
+    @property
+    def left_out(self) -> int:
+        return self._stepper.healthy.left_out
 
     @property
     def events(self) -> list[Event]:

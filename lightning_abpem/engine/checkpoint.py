@@ -28,7 +28,7 @@ __all__ = [
     "to_device",
 ]
 
-FORMAT = 4
+FORMAT = 5
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -217,6 +217,7 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "measured": (lambda x: x is None or _is_named(x), "what the method measured on the source, by name"),
     "resets_next": (lambda x: isinstance(x, bool), "a bool"),
     "samples": (_is_count, "the samples since a reset"),
+    "left_out": (_is_count, "the samples that were left out of steps"),
     "watch": (_are_sums, "the running sums of both models' predictions"),
     "guard.good": (lambda x: isinstance(x, list) and all(map(_are_tensors, x)), "copies of weights, lists of tensors"),
     "guard.events": (lambda x: isinstance(x, list) and all(map(_is_event, x)), "what the guard did"),

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.modules.refusals import ModelError
 
-__all__ = ["NOT_FINITE", "NOT_FIT", "ON_ERROR", "Fault", "Faults", "OnError", "Skips", "is_out_of_memory"]
+__all__ = [
+    "NOT_FINITE",
+    "NOT_FIT",
+    "ON_ERROR",
+    "Fault",
+    "Faults",
+    "OnError",
+    "Skips",
+    "explained_gradients",
+    "is_out_of_memory",
+]
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +158,31 @@ class Faults:
         if self._bound is None:
             return "The next batch is tried again."
         return f"No step is tried for batches as large, {self._bound:,} values, from now on."
+
+
+@contextmanager
+def explained_gradients() -> Iterator[None]:
+    """Say of torch's errors in a backward what the forward does that gradients cannot go through.
+
+    Raises:
+        ValueError: in their place.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise ValueError(
+            "Expected a fusion that runs as in its pass, but torch.utils.checkpoint runs a part of it again in "
+            "backward, where nothing is captured and no stored sample enters. Switch checkpointing off "
+            "(gradient_checkpointing_disable() in Hugging Face transformers), or set memory_batches=1."
+        ) from error
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise ValueError(
+                "Expected a forward that gradients can go back through, but it edits a tensor in place that they "
+                "need: torch's error above says which kind. Edit it out of place (x = x + 1, not x += 1), or use a "
+                "clone of it in what follows."
+            ) from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

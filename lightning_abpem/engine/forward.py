@@ -21,7 +21,8 @@ from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.attention.statistics import Comparison, Pair
 from lightning_abpem.attention.trace import trace_attention
 from lightning_abpem.engine.batch import Batch
-from lightning_abpem.engine.logits import read_logits, refuse_probabilities
+from lightning_abpem.engine.healthy import select_rows
+from lightning_abpem.engine.logits import broken_rows, read_logits, refuse_probabilities
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.ranks import Ranks, several_processes
 from lightning_abpem.engine.replay import FrozenReplay
@@ -121,6 +122,11 @@ class Forward:
     def can_leave_out(self) -> bool:
         """True if other processes can take a step without this one's batch, for they have seen nothing of it yet."""
         return self.ranks is not None and not self._is_sharded and not self.ranks.is_in_step
+
+    @property
+    def needs_whole_batches(self) -> bool:
+        """True if a step needs every sample of a batch: of outputs that are watched, or in a model cut into shards."""
+        return self._is_sharded or bool(self._settings.method.watches)
 
     def tokens_of(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
         """Return the tokens of each modality in the batch of these arguments; empty for methods that do not ask."""
@@ -238,6 +244,11 @@ class Forward:
             if self._fusion is not None:
                 attention = self._compare(calls, tokens, logits, batch)
             self._check_logits(logits)
+        if batch.rows is not None and not bool(broken_rows(logits[stored:]).any()):
+            logits, attention = select_rows(batch.rows, stored, logits, attention)
+            samples = logits.shape[0] - stored
+            if self._memory is not None:
+                self._memory.keep(batch.rows)
         return Pass(logits, samples, attention, outputs, own=logits[stored:].detach())
 
     def _compare(

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["check_head", "read_logits", "refuse_probabilities"]
+from lightning_abpem.functional import widen
+
+__all__ = ["broken_rows", "check_head", "read_logits", "refuse_probabilities"]
 
 _ONE_LABEL = (nn.CrossEntropyLoss, nn.NLLLoss)
 _OTHER_HEADS = {
@@ -66,6 +68,14 @@ def refuse_probabilities(logits: Tensor) -> None:
             "Expected logits, but every row of the output is non-negative and adds up to 1: these are probabilities. "
             "Pass `logits`, a function to what enters the softmax, or lambda output: output.log()."
         )
+
+
+def broken_rows(logits: Tensor) -> Tensor:
+    """Return the samples of (B, C) logits that have no prediction: a NaN, an infinite logit, or -inf alone. (B,) bool.
+
+    Logits of -inf beside finite ones are those of classes that cannot be.
+    """
+    return ~widen(logits).logsumexp(1).isfinite()
 
 
 def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:

@@ -137,6 +137,13 @@ class TokenMemory:
             )
         return [*self._past, self.current]
 
+    def keep(self, rows: Tensor) -> None:
+        """Let go of the samples of the current batch that are not among these rows, before it is stored."""
+        if self.current is not None:
+            size, batch = self.current.samples, self.current
+            batch.tensors = {i: x[rows.to(x.device)] for i, x in batch.tensors.items()}
+            batch.masks = {k: x[rows.to(x.device)] if len(x) == size else x for k, x in batch.masks.items()}
+
     def push(self) -> None:
         """Store the current batch; the oldest one goes if the memory is full."""
         if self.current is not None:

@@ -2,7 +2,7 @@
 
 Every process computes the method's loss on the logits and the score statistics of all samples, of which its own carry
 gradients; so the sum of the processes' gradients is the gradient of the global batch, whatever the loss and however
-uneven the batches. Per forward that is an exchange of five integers and one of a row per sample, per step one flat sum
+uneven the batches. Per forward that is an exchange of six integers and one of a row per sample, per step one flat sum
 of the gradients.
 """
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_abpem.attention.statistics import Comparison, Pair
+from lightning_abpem.engine.logits import broken_rows
 from lightning_abpem.functional import ScoreStatistics
 
 __all__ = ["GlobalBatch", "Ranks", "process", "refuse_empty", "several_processes"]
@@ -91,6 +92,8 @@ class Ranks:
         is_idle: no process had a batch in the last exchange.
         done: no process will have a batch any more, or one has failed.
         updates: the number of steps taken, which is the same in all processes; set by the stepper.
+        broken: samples of all processes in the last exchange whose logits are not finite.
+        sizes: by process, its remembered samples and its current ones in the last exchange.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -99,7 +102,8 @@ class Ranks:
         self._form: _Form | None = None
         self._without = _OUT  # what this process is while it has no batch
         self._in_step = False
-        self.updates = 0
+        self.updates = self.broken = 0
+        self.sizes: list[tuple[int, int]] = []
         self.is_idle = self.done = False
 
     def global_batch(
@@ -128,7 +132,8 @@ class Ranks:
             layers = {pair: len(own) for pair, own in attention.items()}
             self._form = _Form(logits.shape[1], layers, logits.dtype == torch.float64)
         stored = 0 if logits is None else logits.shape[0] - samples
-        header = self._exchange(status, samples, stored, self._form is not None, self.updates)
+        broken = None if logits is None else broken_rows(logits.detach()[stored:]).sum()
+        header = self._exchange(status, samples, stored, self._form is not None, self.updates, broken)
         statuses = [row[0] for row in header]
         if _FAILED in statuses:
             self.done = True
@@ -142,6 +147,7 @@ class Ranks:
                 f"The processes have taken different numbers of steps, {[row[4] for row in header]}, so their weights "
                 "are not the same: were the states that they go on from saved at different times?"
             )
+        self.broken, self.sizes = sum(row[5] for row in header), [(row[2], row[1]) for row in header]
         self.is_idle, self.done = _BATCH not in statuses, max(statuses) <= _GONE
         if self.is_idle:
             return None
@@ -242,9 +248,17 @@ class Ranks:
                 log.warning("The other processes could not be told that this one fails: %s", error)
 
     def _exchange(
-        self, status: int, samples: int = 0, stored: int = 0, has_form: bool = True, updates: int = 0
+        self,
+        status: int,
+        samples: int = 0,
+        stored: int = 0,
+        has_form: bool = True,
+        updates: int = 0,
+        broken: Tensor | None = None,
     ) -> list[list[int]]:
-        own = torch.tensor([status, samples, stored, int(has_form), updates], device=self._device)
+        own = torch.tensor([status, samples, stored, int(has_form), updates, 0], device=self._device)
+        if broken is not None:
+            own[5] = broken  # on the device, without waiting for it
         everybody = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(everybody, own)
         return torch.stack(everybody).tolist()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import CheckpointError
 
 from lightning_abpem.engine.batch import Batch
 from lightning_abpem.engine.checkpoint import (
@@ -23,9 +22,10 @@ from lightning_abpem.engine.checkpoint import (
     to_cpu,
     to_device,
 )
-from lightning_abpem.engine.faults import Fault, Faults
+from lightning_abpem.engine.faults import Fault, Faults, explained_gradients
 from lightning_abpem.engine.forward import Forward, Pass
 from lightning_abpem.engine.guard import Guard
+from lightning_abpem.engine.healthy import HealthySamples
 from lightning_abpem.engine.logits import read_logits
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import TokenMemory
@@ -50,6 +50,7 @@ class _Computed(NamedTuple):
         samples: their number.
         logits: those of this process's batch; None without one.
         state: the method's, if the step is taken.
+        rows: the samples of this process's batch that the step saw; None for all.
         is_last: True if no other step for the same batch follows.
     """
 
@@ -58,6 +59,7 @@ class _Computed(NamedTuple):
     samples: int
     logits: Tensor | None
     state: dict[str, Any]
+    rows: Tensor | None = None
     is_last: bool = True
 
 
@@ -79,6 +81,7 @@ class Stepper:
         watch: compares the adapted model with the source.
         guard: judges what it sees.
         faults: tells which batches cannot be adapted.
+        healthy: leaves broken samples out of a step.
         fault: of the last batch, if it was left out of the other processes' step.
         logits: (B, C) of the last batch, of all processes that share it, as the model was before the first step.
         resets: how often the source model came back, but by the guard.
@@ -108,12 +111,12 @@ class Stepper:
         self._is_watched_for_effect = False
         self.watch, self.guard = Watch(), Guard(settings.guard)
         self.faults = Faults(settings.on_error, memory, weights.skips)
+        self.healthy = HealthySamples(weights.skips, forward.ranks, not forward.needs_whole_batches)
         self.fault: Fault | None = None
         self.logits: Tensor | None = None
         self.resets = 0
         self._batches = 0  # that took part in steps
         self._samples = 0  # of all processes since the last reset
-        self._own: Tensor | None = None  # logits of this process's batch
         self._pending: _Computed | None = None  # a step that is due after the prediction
         self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
 
@@ -161,7 +164,8 @@ class Stepper:
         """
         is_read = self._memory is not None or not self._is_watched_for_effect
         if output is not None and self._unsettled is not None and is_read:
-            logits = read_logits(output, self._settings.logits).detach()
+            logits, rows = read_logits(output, self._settings.logits).detach(), self._unsettled.rows
+            logits = logits if rows is None else logits[rows]
             self._check_effect(logits)
             if self._memory is not None:
                 self._memory.expect(logits)
@@ -225,6 +229,7 @@ class Stepper:
             "measured": self._source,
             "resets_next": self._resets_next,
             "samples": self._samples,
+            "left_out": self.healthy.left_out,
             "watch": self.watch.state(),
             "guard": self.guard.state_dict(),
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
@@ -244,7 +249,7 @@ class Stepper:
         guard, sums = to_device([state["guard"], state["watch"]], self._device)
         self.weights.load_state_dict(state["weights"])  # the last that may be refused
         self._state, self._source, self._resets_next = kept, source, state["resets_next"]
-        self._samples = state["samples"]
+        self._samples, self.healthy.left_out = state["samples"], state["left_out"]
         self._scale.load_state_dict(scale)
         self.watch.sums = sums
         self.guard.load_state_dict(guard, self.watch.means)
@@ -288,10 +293,11 @@ class Stepper:
         if ranks is not None:
             ranks.updates = self.weights.updates
         try:
-            step = self._observe(batch)
+            step = self.healthy.observe(batch, self._observe) if self._is_first else self._observe(batch)
             if step is None:
                 return None
             if self._is_first:
+                self._samples += self.healthy.left_out_now
                 self.logits = step.logits[-step.samples :].detach() if step.samples else None
             computed = self._of_step(step, batch) if step.samples else None
         finally:
@@ -307,40 +313,24 @@ class Stepper:
         if self._settings.steps == 0 or self.guard.is_frozen:
             observed = self._method.loss(step)
             check_record(self._method, observed)
-            return _Computed(None, observed[1], step.samples, logits, self._draft)
+            return _Computed(None, observed[1], step.samples, logits, self._draft, batch.rows)
 
         def rerun(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
-            own = batch
+            own = replace(batch)
             if edit is not None and batch.is_own:
-                args, kwargs = edit(batch.args, batch.kwargs)
-                own = replace(batch, args=args, kwargs=kwargs)
-            entered, before = None if self._memory is None else self._memory.current, self._own
+                own.args, own.kwargs = edit(batch.args, batch.kwargs)
+            entered = None if self._memory is None else self._memory.current
             step = self._observe(own)
-            self._own = before  # not what the method made of the model
             assert step is not None
             if self._memory is not None:
                 self._memory.current = entered  # not what the method made of it
             return step
 
-        try:
+        with explained_gradients():
             made = self._method.gradients(step, rerun)
-        except CheckpointError as error:
-            raise ValueError(
-                "Expected a fusion that runs as in its pass, but torch.utils.checkpoint runs a part of it again in "
-                "backward, where nothing is captured and no stored sample enters. Switch checkpointing off "
-                "(gradient_checkpointing_disable() in Hugging Face transformers), or set memory_batches=1."
-            ) from error
-        except RuntimeError as error:
-            if "modified by an inplace operation" in str(error):
-                raise ValueError(
-                    "Expected a forward that gradients can go back through, but it edits a tensor in place that they "
-                    "need: torch's error above says which kind. Edit it out of place (x = x + 1, not x += 1), or use a "
-                    "clone of it in what follows."
-                ) from error
-            raise
         check_record(self._method, made)
-        return _Computed(*made, step.samples, logits, self._draft)
+        return _Computed(*made, step.samples, logits, self._draft, batch.rows)
 
     def _watched(self, computed: _Computed, batch: Batch) -> _Computed:
         """Compare the model as it is before the step with the source, if that is due; return the step with the figures.
@@ -350,10 +340,10 @@ class Stepper:
         every, self._batches = self._settings.monitored_batches, self._batches + 1
         if not every or (self._batches - 1) % every:
             return computed
-        ranks, own, source = self._forward.ranks, self._own, self._own
+        ranks, own, source = self._forward.ranks, batch.logits, batch.logits
         if batch.is_own and not self.weights.are_source:
             with self.weights.at_source():
-                source = self._forward.predict(batch.args, batch.kwargs)
+                source = batch.seen_of(self._forward.predict(batch.args, batch.kwargs))
         figures = self.watch.see(own, source, None if ranks is None else ranks.total)
         means = self.watch.means
         if self._settings.guard != "off" and means is not None:
@@ -375,8 +365,7 @@ class Stepper:
         seen = self._forward.observe_all(batch, self._leave_out)
         if seen is None:
             return None
-        if self._is_first:
-            self._own = seen.own
+        batch.logits = seen.own
         if self._resets_next:  # due before the batch of other processes
             self.reset()
         return self._step_of(seen, self._forward.ranks)

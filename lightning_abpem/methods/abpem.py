@@ -139,6 +139,7 @@ class ABPEM(TestTimeAdaptation):
         updates: steps taken in the last run.
         skipped: steps not taken in the last run: something was not finite, or the batch could not be adapted.
         skipped_for: the same by reason, as counts.
+        left_out: samples left out of steps in the last run, for their logits were not finite.
         events: what the guard did in the last run.
         averages: per dataloader, the last run's figures averaged over samples.
 

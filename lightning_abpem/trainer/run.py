@@ -44,6 +44,13 @@ class Outcome(NamedTuple):
     calls: int = 0
     averages: Mapping[int, dict[str, Tensor]] = {}
     state: Mapping[str, Any] = {}
+    left_out: int = 0
+
+    @classmethod
+    def of(cls, own: Adaptation) -> Outcome:
+        """Return what an adaptation has come to so far."""
+        counts = (own.updates, own.skipped_for, own.events, own.record, own.seconds, own.calls)
+        return cls(*counts, left_out=own.left_out)
 
 
 class Run:
@@ -199,6 +206,7 @@ class Run:
             batches=own.calls,
             updates=own.updates,
             skipped_for=own.skipped_for,
+            left_out=own.left_out,
             seconds=own.seconds,
             total=time.perf_counter() - self._began,
             events=own.events,
@@ -229,8 +237,7 @@ class Run:
         try:
             if self.outcome is None:  # the second time the weights may be back
                 own = self.adaptation
-                counts = (own.updates, own.skipped_for, own.events, own.record, own.seconds, own.calls)
-                self.outcome = Outcome(*counts)
+                self.outcome = Outcome.of(own)
                 self.outcome = self.outcome._replace(averages=self.averages())
                 self.outcome = self.outcome._replace(state=own.state_dict())
         finally:

@@ -35,6 +35,7 @@ class Summary:
         seconds: spent in adapting passes and steps, by the device's clock.
         total: seconds from the first batch to the end.
         events: what the guard did.
+        left_out: samples left out of steps, for their logits were not finite.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Summary:
     seconds: float
     total: float
     events: Sequence[Event] = field(default=())
+    left_out: int = 0
 
     def __rich__(self) -> Any:
         several = len(self.averages) > 1
@@ -68,6 +70,8 @@ class Summary:
         yield f"{self.updates} updates in {self.batches} batches"
         if self.skipped_for:
             yield "skipped: " + ", ".join(f"{count} for {reason}" for reason, count in self.skipped_for.items())
+        if self.left_out:
+            yield f"left out of steps: {self.left_out} samples"
         done = Counter(event.action for event in self.events)
         if done:
             yield "guard: " + ", ".join(f"{action} {count} times" for action, count in done.items())

@@ -433,7 +433,7 @@ DAMAGES = {
     ),
     "two flags": (("guard", "flags"), [True, False], "`guard.flags`"),
     "a number for a bool": (("resets_next",), 1, "`resets_next` .* a bool, but got 1"),
-    "another format": (("format",), torch.ones(2), "of form 4"),
+    "another format": (("format",), torch.ones(2), "of form 5"),
 }
 
 
@@ -629,7 +629,7 @@ def test_a_checkpoint_that_training_goes_on_from_says_nothing_of_the_next_run(tm
 def test_of_another_version():
     first = made("abpem")
     predict(first, make_toy(), batches(1))
-    with pytest.raises(ValueError, match="of form 4, but got 7"):
+    with pytest.raises(ValueError, match="of form 5, but got 7"):
         first.load_state_dict({**first.state_dict(), "format": 7})
 
 
