@@ -127,6 +127,39 @@ def test_what_shards_do_not_allow():
     assert results[1][5] == "a sample that cannot be read"
 
 
+def monitored(rank):
+    """Records, logits and what is left of runs that are compared with the source: whole and in shards."""
+
+    def run(cuts, **options):
+        callback = METHODS["abpem"](optimizer=ADAM, **options)
+        model, records = cut(make_toy().double(), cuts), []
+        own = [tuple(x[rank::WORLD] for x in batch) for batch in stream()]
+        with torch.no_grad(), callback.attach(model) as adaptation:
+            adaptation.on_step = lambda record, samples: records.append(record)
+            logits = [model(*batch) for batch in own]
+        return records, logits, whole_state(model), callback.events
+
+    watched = {"monitor": "source", "guard": "warn"}
+    return run([], **watched), {name: (run(cuts, **watched), run(cuts)) for name, cuts in CUTS.items()}
+
+
+def test_a_comparison_with_the_source():
+    """The figures are those of whole models in two processes, and predictions those without a comparison."""
+    results = in_two_processes(monitored)
+    assert not any(isinstance(result, Exception) for result in results), results
+    for (records, logits, state, events), in_shards in results:
+        assert min(record["drift"] for record in records[1:]) > 1e-3
+        assert max(abs(record["entropy"] - record["source_entropy"]) for record in records) > 1e-4
+        for name, (own, plain) in in_shards.items():
+            for a, b in zip(own[0], records, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=name)
+            for a, b, c in zip(own[1], logits, plain[1], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+                assert torch.equal(a, c)
+            assert own[3] == events
+            assert all(torch.equal(value, state[key]) for key, value in own[2].items())
+
+
 class Sharding(Toy):
     """Cuts itself as Lightning's ModelParallelStrategy asks for."""
 
