@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_abpem.engine.peers import Peers
 from lightning_abpem.engine.points import Point
 from lightning_abpem.trainer.metrics import Figure, RecordMean, merge_mean, new_mean
 
@@ -108,9 +109,9 @@ class Figures:
                 figure = Figure(partial(average, name))
                 module.log(f"{self._prefix}/{name}", figure, on_step=False, on_epoch=True, metric_attribute="abpem")
 
-    def merge(self, dataloader: int, has_batch: bool, device: torch.device) -> None:
+    def merge(self, dataloader: int, has_batch: bool, device: torch.device, peers: Peers) -> None:
         """Average a dataloader's figures over processes; see `merge_mean`."""
-        merged = merge_mean(self._means.pop(dataloader, None), has_batch, dataloader, device)
+        merged = merge_mean(self._means.pop(dataloader, None), has_batch, dataloader, device, peers)
         if merged is not None:
             self._means[dataloader] = merged
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_abpem.engine.peers import Peers
 from lightning_abpem.engine.ranks import refuse_empty
 
 __all__ = ["Figure", "RecordMean", "merge_mean", "new_mean"]
@@ -95,22 +94,24 @@ def new_mean(device: torch.device) -> RecordMean:
     return mean.to(device)
 
 
-def merge_mean(mean: RecordMean | None, has_batch: bool, dataloader: int, device: torch.device) -> RecordMean | None:
-    """Return a dataloader's mean over the samples of all processes; all of them have to call this.
+def merge_mean(
+    mean: RecordMean | None, has_batch: bool, dataloader: int, device: torch.device, peers: Peers
+) -> RecordMean | None:
+    """Return a dataloader's mean over the samples of all processes that are not lost; they have to call this.
 
     Args:
         mean: this process's; None if no step was computed.
         has_batch: this process had a batch of the dataloader.
         dataloader: its index.
         device: where the merged one is wanted.
+        peers: the processes.
 
     Raises:
         RuntimeError: in all processes, if some had a batch and others none.
     """
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, (has_batch, None if mean is None else mean.cpu()))
-    refuse_empty([has for has, _ in everybody], dataloader)
-    means = [own.to(device) for _, own in everybody if own is not None]
+    everybody = peers.exchange((has_batch, None if mean is None else mean.cpu()))
+    refuse_empty([everybody.get(rank, (has_batch, None))[0] for rank in range(peers.size)], dataloader)
+    means = [own.to(device) for _, own in everybody.values() if own is not None]
     for other in means[1:]:
         means[0].add(other)
     return means[0] if means else None

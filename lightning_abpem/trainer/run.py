@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.loss_scale import LossScale
+from lightning_abpem.engine.peers import Peers
 from lightning_abpem.engine.ranks import Ranks
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.modules.patches import Changes
@@ -89,6 +90,7 @@ class Run:
         self.figures = Figures(trainer, settings.method.name.lower(), stage, logged, display.figures)
         self.outcome: Outcome | None = None
         self.phase: Literal["running", "closing", "closed"] = "running"
+        self._peers: Peers | None = None  # where each process adapts on its own stream
         self._streams = Streams(getattr(trainer, f"{stage}_loop"), trainer.world_size)
         self._changes = Changes()
 
@@ -131,6 +133,8 @@ class Run:
             RuntimeError: in all processes, if one has no batch of a dataloader of which another has some.
         """
         self._streams.compare_lengths()
+        if self._settings.sync == "local" and self._streams.processes > 1 and self._peers is None:
+            self._peers = Peers()
 
     def start_batch(self, dataloader: int | None) -> None:
         """Open the engine at the first batch: by then everybody has loaded their weights and set their modes.
@@ -216,9 +220,12 @@ class Run:
         """Tell the other processes, where they expect something of this one, that it fails."""
         if self._streams.abandon():
             return
-        if self.adaptation is not None:
+        if self._peers is not None:
+            if self._streams.awaited is not None:
+                self._peers.abandon()
+        elif self.adaptation is not None:
             self.adaptation.abandon()
-        elif self._streams.awaited == "batch" and self._settings.sync == "global":  # it has not come to its first one
+        elif self._streams.awaited == "batch":  # it has not come to its first one
             Ranks(self.trainer.lightning_module.device).abandon()
 
     def close(self) -> None:
@@ -276,8 +283,9 @@ class Run:
         streams = self._streams
         if not streams.is_left and streams.processes > 1:
             streams.is_left = True
-            if self._settings.sync == "local":
-                self.figures.merge(streams.dataloader, streams.has_batch, self.trainer.lightning_module.device)
+            if self._peers is not None:
+                device = self.trainer.lightning_module.device
+                self.figures.merge(streams.dataloader, streams.has_batch, device, self._peers)
             else:
                 self._drain(is_empty=not streams.has_batch)
 
