@@ -17,7 +17,6 @@ from lightning_abpem.engine.state_file import read_state, write_state
 from lightning_abpem.methods import Tent
 from tests.toy import batches, make_toy
 
-KILLS = int(os.environ.get("ABPEM_KILLS", "10"))  # more of them where time is no matter
 PARTIAL = ".*" + state_file._PARTIAL
 
 
@@ -264,11 +263,12 @@ def saves_on(pipe, states, path):
             pipe.send(None)
 
 
-def test_killed_at_any_time(state, tmp_path):
+@pytest.mark.parametrize("kills", [10, pytest.param(150, marks=pytest.mark.slow)])
+def test_killed_at_any_time(state, tmp_path, kills):
     """After some of its saves and a part of one: an old state or a new one, and whole."""
     path, generator = tmp_path / "state.pt", random.Random(0)
     states = [{**state, "state": {"mean": torch.full((10**5,), float(i))}} for i in range(2)]
-    for _ in range(KILLS):
+    for _ in range(kills):
         ours, theirs = Pipe()
         child = in_a_child(saves_on, theirs, states, path)
         for _ in range(generator.randint(1, 4)):
