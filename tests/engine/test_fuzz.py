@@ -157,7 +157,8 @@ USUAL = Case("ABPEM", "fused", 1, 5, "logits", torch.float32, [(6, 4)] * 2, [3, 
 def test_what_a_run_comes_to():
     assert try_case(USUAL) == "adapted"
     assert try_case(replace(USUAL, options={"steps": 0})) == "observed"
-    assert try_case(replace(USUAL, content=["nan"] * 2)) == "skipped"
+    assert try_case(replace(USUAL, content=["nan"] * 2)) == "adapted"  # of each batch one sample is broken
+    assert try_case(replace(USUAL, content=["nan"] * 2, sizes=[1, 1])) == "skipped"
     assert try_case(replace(USUAL, options={"k": 6})).startswith("Expected `k` to be an integer in")
 
 
