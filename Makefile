@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test fuzz fuzz-forwards fuzz-interrupts soak lint docs results costs costs-gpu speech dist clean
+.PHONY: demo check-demo test test-all fuzz fuzz-forwards fuzz-interrupts soak lint docs results costs costs-gpu speech dist clean
 
 demo: .venv/demo.done
 	$(BIN)/abpem demo
@@ -17,27 +17,30 @@ demo: .venv/demo.done
 check-demo: demo
 	$(BIN)/python -m lightning_abpem.demo.check
 
-# In as many processes as JOBS says, each with one thread.
+# In as many processes as JOBS says, each with one thread. `make test-all` runs those after it that are marked as slow.
 JOBS ?= 2
 test: .venv/test.done
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
 
-# Forwards put together at random, other ones every time, and the zoo in all ways. `make test` tries 300 of them.
+test-all: test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+
+# Forwards put together at random, other ones every time. `make test` tries 30 of them, `make test-all` 300.
 fuzz-forwards: .venv/test.done
-	FUZZ_FORWARDS=5000 ZOO=all $(BIN)/python -m pytest tests/zoo
+	FUZZ_FORWARDS=5000 $(BIN)/python -m pytest tests/zoo/test_random_forwards.py
 
-# Runs put together at random: models, batches, options, methods, 10,000 of them in ten minutes. `make test` tries 500.
+# Runs put together at random: models, batches, options, methods, 10,000 of them in ten minutes. `make test` tries 50, `make test-all` 500.
 fuzz: .venv/test.done
 	FUZZ=10000 $(BIN)/python -m pytest tests/engine/test_fuzz.py -s
 
-# 50,000 updates each, attached and in a Trainer, in one process and in two: nothing grows. `make test` takes 1,000 in all.
+# 50,000 updates each, attached and in a Trainer, in one process and in two: nothing grows. `make test-all` takes 1,000 in all.
 soak: .venv/test.done
 	$(BIN)/python -m benchmarks.costs.soak --way attach
 	$(BIN)/python -m benchmarks.costs.soak --way Trainer
 	$(BIN)/python -m benchmarks.costs.soak --way attach --processes 2
 	$(BIN)/python -m benchmarks.costs.soak --way Trainer --processes 2
 
-# Interrupts at 5,000 byte codes of opening, two batches and closing, in a quarter of an hour. `make test` tries 200.
+# Interrupts at 5,000 byte codes of opening, two batches and closing, in a quarter of an hour. `make test-all` tries 200.
 fuzz-interrupts: .venv/test.done
 	FUZZ_INTERRUPTS=5000 $(BIN)/python -m pytest tests/engine/test_interrupts.py -s
 

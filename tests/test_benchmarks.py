@@ -57,6 +57,7 @@ def fail(turns):
     raise RuntimeError
 
 
+@pytest.mark.slow
 def test_turns_are_timed_per_batch_in_processes_of_their_own():
     programs = {"long": (count_turns, (0.02,)), "short": (count_turns, (0.0,))}
     measured = in_lockstep(programs, rounds=3, batches=4, warmup=2)
@@ -66,6 +67,7 @@ def test_turns_are_timed_per_batch_in_processes_of_their_own():
     assert [own.operations for own in measured.values()] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_ends_the_run():
     with pytest.raises(RuntimeError, match="program 'bad' ended early, with exit code 1"):
         in_lockstep({"good": (count_turns, (0.0,)), "bad": (fail, ())}, rounds=1)

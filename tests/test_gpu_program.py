@@ -39,6 +39,7 @@ def dry_run(tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_records_everything(dry_run):
     folder, output = dry_run
     (only,) = json.loads((folder / "results.json").read_text())
@@ -63,6 +64,7 @@ def test_a_dry_run_records_everything(dry_run):
     assert "A dry run" in page
 
 
+@pytest.mark.slow
 def test_a_second_call_runs_nothing_again(dry_run):
     folder, _ = dry_run
     before = [(folder / name).read_text() for name in ("results.json", "results.md")]

@@ -19,6 +19,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["attach", "Trainer"])
 def test_nothing_grows(way):
     readings = soak(way, updates=400, every=20)
@@ -27,6 +28,7 @@ def test_nothing_grows(way):
     assert not growth(readings, warm=200)
 
 
+@pytest.mark.slow
 def test_nothing_grows_in_two_processes():
     both = soak_together("Trainer", updates=100, every=10, processes=2)
     assert [readings[-1].updates for readings in both] == [100, 100]

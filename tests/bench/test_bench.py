@@ -627,11 +627,13 @@ def interrupted(out, workers):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_workers_that_start_is_as_quiet_as_later_ones(tmp_path):
     """They get Ctrl-C too, while they import, when no handler of ours is there yet."""
     interrupted(tmp_path, workers=2)
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_says_how_to_go_on(tmp_path):
     """A real process, which gets a signal when its first cell is there."""
     interrupted(tmp_path, workers=1)

@@ -55,6 +55,7 @@ def test_errors_are_one_line(tmp_path, run, out, words, capsys):
     assert not list(tmp_path.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_it_needs_matplotlib_and_no_other_extra(tmp_path):
     hidden = ["jsonargparse", "sklearn", "soundfile", "timm"]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); from lightning_abpem.cli import main; main()"

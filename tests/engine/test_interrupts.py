@@ -42,6 +42,7 @@ def quiet(monkeypatch):
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The `with` block ended")
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupt_leaves_nothing_behind(way):

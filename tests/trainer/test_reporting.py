@@ -252,6 +252,7 @@ def test_each_run_writes_it_anew(page):
     assert record_of(page)["counts"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_first_of_two_processes_writes_the_figures_of_all(tmp_path):
     run("reported", tmp_path)
     record, local = read_record(tmp_path / "report.json"), read_record(tmp_path / "local.json")
@@ -276,6 +277,7 @@ def sizes_by_rank(rank):
     return [(sum(own),) for own in UNEVEN[rank]]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_where_a_report_cannot_be_written(tmp_path):
     run("unreported", tmp_path)
     for words in (torch.load(tmp_path / f"unreported-{rank}.pt") for rank in range(2)):

@@ -136,6 +136,7 @@ def test_launched_by_lightning(tmp_path):
     compare_sampled(tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_launched_by_torchrun_as_two_nodes(tmp_path):
     port = free_port()
     place = ("--nnodes", WORLD, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port)
@@ -146,6 +147,7 @@ def test_launched_by_torchrun_as_two_nodes(tmp_path):
     compare_sampled(tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_spawned_processes_test_and_predict(tmp_path):
     """In predict the sampler repeats nothing: the first process has a batch more than the second."""
     run("predicted", tmp_path, "--strategy", "ddp_spawn")
@@ -181,6 +183,7 @@ def streams(tmp_path_factory):
     return out, *finish(start(command("tests.trainer_program", "streams", out)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit"), [("unsized", None), ("sized", None), ("limited", LIMIT)])
 def test_dataloaders_whose_lengths_differ_by_process(streams, name, limit, tmp_path):
     """Iterable data sets of unknown and of known length, some of them shorter than a limit; metrics of the user's."""
@@ -192,6 +195,7 @@ def test_dataloaders_whose_lengths_differ_by_process(streams, name, limit, tmp_p
     compare_results(left_by(out, f"{name}-result"), result)
 
 
+@pytest.mark.slow
 def test_all_return_to_the_source_at_a_new_dataloader(streams, tmp_path):
     out, output, _ = streams
     assert (out / "reset-result-0.pt").exists(), output
@@ -200,6 +204,7 @@ def test_all_return_to_the_source_at_a_new_dataloader(streams, tmp_path):
     compare(left_by(out, "reset"), twin, sizes)
 
 
+@pytest.mark.slow
 def test_a_dataloader_of_which_no_process_has_a_batch(streams, tmp_path):
     out, output, _ = streams
     assert (out / "empty for both-result-0.pt").exists(), output
@@ -209,6 +214,7 @@ def test_a_dataloader_of_which_no_process_has_a_batch(streams, tmp_path):
     compare(left_by(out, "empty for both"), twin, sizes)
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_in_a_dataloader_is_refused(tmp_path):
     """In all processes, however the lengths come to be known; the weights are the source's again."""
     output, code = finish(start(command("tests.trainer_program", "empty", tmp_path)))
@@ -221,6 +227,7 @@ def test_a_process_without_a_batch_in_a_dataloader_is_refused(tmp_path):
                     assert re.search(rf"batch of .*dataloader.* none in process {without}\b", error)
 
 
+@pytest.mark.slow
 def test_each_on_its_own_stream(streams, tmp_path):
     """With sync="local" a process adapts as if it were alone; the averages at the end are over the samples of all."""
     out, output, code = streams
@@ -241,6 +248,7 @@ def test_each_on_its_own_stream(streams, tmp_path):
         assert same_state(seen["restored"], weights_of(Model()))
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_program(tmp_path):
     """At its third batch, and before its first."""
     folders = {scenario: tmp_path / scenario for scenario in ("failing", "unreadable")}

@@ -1,6 +1,6 @@
 """Forwards put together at random leave no trace either.
 
-`make fuzz-forwards` tries 5,000 of them, others every time.
+30 of them, the same every time, and 300; `make fuzz-forwards` tries 5,000 of them, others every time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.zoo.composed import ARGUMENTS, BATCHES, EDITS, KINDS, LEAVES, MODULES
 from tests.zoo.harness import check_same, fingerprint, make_callback, run
 from tests.zoo.twin import twin
 
-CASES = int(os.environ.get("FUZZ_FORWARDS", "300"))
+FEW, CASES = 30, int(os.environ.get("FUZZ_FORWARDS", "300"))
 
 some_batches = st.frozensets(st.integers(0, BATCHES - 1))
 parts = st.builds(
@@ -30,23 +30,29 @@ parts = st.builds(
 )
 
 
-@pytest.mark.filterwarnings("ignore")
-@settings(
-    max_examples=CASES,
-    derandomize=CASES <= 300,
-    deadline=None,
-    database=None,
-    report_multiple_bugs=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(
+forwards = given(
     parts=st.lists(parts, min_size=1, max_size=4),
     draws=st.sampled_from([frozenset(), frozenset(), frozenset(), frozenset({0, 2}), frozenset({1})]),
     is_recursive=st.sampled_from([False, False, False, True]),
     replay=st.booleans(),
     memory=st.sampled_from([1, 1, 3]),
 )
-def test_a_forward_made_at_random(parts, draws, is_recursive, replay, memory):
+options = settings(
+    derandomize=CASES <= 300,
+    deadline=None,
+    database=None,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("count", [FEW, pytest.param(CASES, marks=pytest.mark.slow)])
+def test_forwards_made_at_random(count):
+    settings(options, max_examples=count)(forwards(check))()
+
+
+def check(parts, draws, is_recursive, replay, memory):
     entry = compose(without_behind(parts) if memory > 1 else parts, draws, is_recursive and memory == 1)
     plain = run(entry, "attach")
     check_same(run(entry, "attach", make_callback(entry, steps=0, replay=replay, memory_batches=memory)), plain)

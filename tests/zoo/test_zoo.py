@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from typing import Any
 
@@ -24,40 +23,46 @@ from tests.zoo.harness import (
 from tests.zoo.nets import Refusal
 from tests.zoo.twin import twin_run
 
-# Each way by hand; a Trainer's calls go the same ways, so of those two that differ in all. ZOO=all: every one.
-BY_HAND = [("attach", replay, memory) for replay, memory in itertools.product((True, False), (1, 4))]
-ALL = BY_HAND + [("Trainer", replay, memory) for _, replay, memory in BY_HAND]
-WAYS = ALL if os.environ.get("ZOO") == "all" else [*BY_HAND, ("Trainer", True, 1), ("Trainer", False, 4)]
+WAYS = list(itertools.product(("attach", "Trainer"), (True, False), (1, 4)))
 
 
-def cases(keep):
-    return list(every_case(keep))
-
-
-def every_case(keep):
-    for entry, (how, replay, memory) in itertools.product(ENTRIES.values(), WAYS):
-        is_meant = (entry.only is None or entry.only[0] == how) and not (memory > 1 and entry.memory)
-        if is_meant and keep(entry, memory):
+def cases(keep, fast):
+    """Every entry in all its ways. One of them is fast, another one from entry to entry; `fast` says where to begin."""
+    marked = []
+    for i, entry in enumerate(ENTRIES.values()):
+        ways = [way for way in WAYS if is_meant(entry, way[0], way[2]) and keep(entry, way[2])]
+        for j, (how, replay, memory) in enumerate(ways):
             values = f"{entry.name}-{how}-{'replay' if replay else 'again'}-memory{memory}"
-            yield pytest.param(entry, how, replay, memory, id=values)
+            marks = () if j == (i + fast) % len(ways) else pytest.mark.slow
+            marked.append(pytest.param(entry, how, replay, memory, id=values, marks=marks))
+    return marked
+
+
+def is_meant(entry: Entry, how: str, memory: int) -> bool:
+    return (entry.only is None or entry.only[0] == how) and not (memory > 1 and entry.memory)
 
 
 def is_kept(entry: Entry, memory: int) -> bool:
     return entry.refused is None and not (memory > 1 and entry.memory_refused)
 
 
-every_kept = pytest.mark.parametrize(("entry", "how", "replay", "memory"), cases(is_kept))
+def is_refused(entry: Entry, memory: int) -> bool:
+    return not is_kept(entry, memory)
+
+
+def every_kept(fast: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("entry", "how", "replay", "memory"), cases(is_kept, fast))
 
 
 @pytest.mark.filterwarnings("ignore")
-@every_kept
+@every_kept(fast=0)
 def test_observing_leaves_no_trace(entry, how, replay, memory):
     got = run(entry, how, make_callback(entry, steps=0, replay=replay, memory_batches=memory))
     check_same(got, plain_run(entry.name, how))
 
 
 @pytest.mark.filterwarnings("ignore")
-@every_kept
+@every_kept(fast=3)
 def test_steps_are_those_of_the_twin(entry, how, replay, memory):
     got = run(entry, how, make_callback(entry, replay=replay, memory_batches=memory))
     check_adapted(got, entry, how, memory)
@@ -84,7 +89,7 @@ def test_the_twin_adapts(name):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("steps", [0, 1])
-@pytest.mark.parametrize(("entry", "how", "replay", "memory"), cases(lambda entry, memory: not is_kept(entry, memory)))
+@pytest.mark.parametrize(("entry", "how", "replay", "memory"), cases(is_refused, fast=0))
 def test_what_cannot_be_kept_is_refused_by_name(entry, how, replay, memory, steps):
     refused = entry.refused or Refusal("call", entry.memory_refused, batch=1, steps=(1,))
     model, calls, given, stepped = entry.make(), entry.calls(), [], []
