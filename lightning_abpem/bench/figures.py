@@ -31,24 +31,30 @@ _COLOURS = (
     "#222222",
 )
 Cells = Iterable[Mapping[str, Any]]
+_HALF_BAND = 0.22  # of a row: less than what is left to the next one's marks
 
 
 def accuracy_figure(summary: Summary, path: Path) -> None:
-    """Draw accuracy by corruption, a mark per method with its standard deviation; the source is grey."""
+    """Draw accuracy by corruption: a band for each, with a mark for each method and its standard deviation.
+
+    Methods share a band's middle, so that marks of one corruption are closer together than those of its neighbours. The
+    source is grey.
+    """
     rows = [row for group in summary.groups.values() for row in group]
-    figure = Figure(figsize=(max(0.55 * len(rows) + 2.5, 5), 4), layout="constrained")
+    figure = Figure(figsize=(7, 0.4 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
-    offsets = np.linspace(-0.32, 0.32, len(summary.scores)) if len(summary.scores) > 1 else np.zeros(1)
+    offsets = np.linspace(-_HALF_BAND, _HALF_BAND, len(summary.scores)) if len(summary.scores) > 1 else np.zeros(1)
     for (method, scores), offset, colour in zip(summary.scores.items(), offsets, _cycle(), strict=False):
         means, deviations = [scores[row].mean for row in rows], [scores[row].deviation or 0 for row in rows]
-        style: dict[str, Any] = {"fmt": "o", "color": colour, "label": figure_text(method), "ms": 3, "lw": 1}
-        axes.errorbar(np.arange(len(rows)) + offset, means, deviations, **style)
-    for boundary in range(1, len(rows)):
-        axes.axvline(boundary - 0.5, color="#e3e6ea", lw=0.6, zorder=0)
-    axes.set_xticks(range(len(rows)), [figure_text(row) for row in rows], rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("accuracy (%)")
+        style: dict[str, Any] = {"fmt": "o", "color": colour, "label": figure_text(method), "ms": 4, "lw": 1}
+        axes.errorbar(means, np.arange(len(rows)) + offset, xerr=deviations, **style)
+    for row in range(0, len(rows), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="#f3f5f6", lw=0, zorder=0)
+    axes.set_yticks(range(len(rows)), [figure_text(row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("accuracy (%)")
     axes.set_title(figure_text(title(summary)), fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=5)
     _save(figure, [axes], path)
 
 

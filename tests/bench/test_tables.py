@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from itertools import product
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.markdown import Markdown
@@ -164,6 +165,23 @@ def test_latex(name):
     assert set(others) == {r"\begin{tabular}{lcc}", r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"}
 
 
+def test_marks_of_a_corruption_are_closer_together_than_to_its_neighbours(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: seen.append(figure))
+    methods, rows = [f"m{n}" for n in range(9)], [f"image: k{n}" for n in range(21)]
+    common = {"protocol": "iid", "severity": 5, "batch_size": 8, "seed": 1, "source": "a", "accuracy": 50.0}
+    (summary,) = summarise([{**common, "method": method, "row": row} for method, row in product(methods, rows)])
+    accuracy_figure(summary, tmp_path / "a.png")
+    (figure,) = seen
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    places = [axes.transData.transform(container[0].get_xydata()) for container in axes.containers]
+    along = max((0, 1), key=lambda axis: abs(places[0][-1][axis] - places[0][0][axis]))  # the axis of the corruptions
+    marks = np.sort([[place[row][along] for place in places] for row in range(len(rows))])
+    marks = marks[np.argsort(marks[:, 0])]
+    assert (marks[1:, 0] - marks[:-1, -1]).min() > 1.2 * (marks[:, -1] - marks[:, 0]).max()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_figures_show_names_as_they_are(name, tmp_path, monkeypatch):
     seen = []
@@ -172,8 +190,8 @@ def test_figures_show_names_as_they_are(name, tmp_path, monkeypatch):
     (figure,) = seen
     figure.canvas.draw()  # a formula that is none would be an error
     (axes,) = figure.axes
-    (first, *_) = axes.get_legend().get_texts()
-    for label, expected in ((first, name), (axes.get_xticklabels()[0], f"image: {name}")):
+    (first, *_) = figure.legends[0].get_texts()
+    for label, expected in ((first, name), (axes.get_yticklabels()[0], f"image: {name}")):
         drawn, is_formula = label._preprocess_math(label.get_text())
         assert not is_formula
         assert drawn.strip() == expected
