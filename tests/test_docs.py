@@ -1,5 +1,6 @@
 """The examples of the documentation, run."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
+import lightning_abpem
 from lightning_abpem import metrics
 from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.bench.variants import METHODS
@@ -122,3 +124,47 @@ def test_the_page_on_lightning_cli(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*command.split()[2:], "--trainer.callbacks.init_args.fusion=nothing"])
     with pytest.raises(ValueError, match="nothing"):
         exec(program, {})
+
+
+def messages():
+    """The errors and notices of the package: what is raised or warned of, and texts that begin as errors do."""
+    package = Path(lightning_abpem.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in {"bench", "cli", "data", "demo", "models", "report"}:
+            continue  # their messages name a file or an option of a command, and are read where they are typed
+        said = openings(ast.parse(path.read_text(encoding="utf-8")))
+        yield from ((path.name, words) for words in sorted(said) if len(words.strip("\0 ")) > 8)
+
+
+def openings(node):
+    """The texts in a tree that are raised or warned of, or begin as errors do."""
+    if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp) and opening(node).strip("\0"):
+        return {opening(node)} if opening(node).startswith("Expected ") else set()
+    said = set().union(*map(openings, ast.iter_child_nodes(node)))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        if name.endswith(("Error", "Exception", "warn", "warning", "zero_info")):
+            said |= {opening(argument) for argument in node.args}
+    return said
+
+
+def opening(node):
+    """The words of a string, with a NUL for each value in it."""
+    if isinstance(node, ast.Constant):
+        return re.sub(r"%[sdr]|%%", "\0", node.value) if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return (opening(node.left) or "\0") + (opening(node.right) or "\0")
+    return ""
+
+
+def test_every_message_is_on_the_page_of_troubles():
+    rows = re.findall(r"^\| (`.*?) \|", text("troubleshoot.md"), flags=re.MULTILINE)
+    entries = [entry for row in rows for entry in re.findall(r"`([^`]+)`", row)]
+    patterns = {entry: re.compile(r".*?".join(map(re.escape, map(str.strip, entry.split("…"))))) for entry in entries}
+    said = list(messages())
+    assert len(said) > 150
+    missing = [(file, words) for file, words in said if not any(p.match(words) for p in patterns.values())]
+    assert missing == []
+    assert [entry for entry, pattern in patterns.items() if not any(pattern.match(words) for _, words in said)] == []
