@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,30 +20,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_abpem.attention.fusion import FusionPatterns
-from lightning_abpem.attention.projections import Projections
-from lightning_abpem.attention.spans import Modalities
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.checkpoint import check_form
+from lightning_abpem.engine.checks import shown
 from lightning_abpem.engine.describe import changed_options
-from lightning_abpem.engine.faults import OnError
 from lightning_abpem.engine.guard import Event
-from lightning_abpem.engine.method import Method, Predicts, Record
-from lightning_abpem.engine.settings import (
-    GuardAction,
-    Monitor,
-    OptimizerFactory,
-    Reset,
-    Settings,
-    Sync,
-    default_optimizer,
-)
+from lightning_abpem.engine.method import Method, Record
+from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.state_file import check_saved, read_state, write_state
 from lightning_abpem.modules.patches import Changes
-from lightning_abpem.trainer.figures import Chosen
-from lightning_abpem.trainer.notices import Display, Verbose
+from lightning_abpem.trainer import options
+from lightning_abpem.trainer.notices import Display
+from lightning_abpem.trainer.options import RunOptions, Stage, documented
 from lightning_abpem.trainer.reporting import RunReport, report_path
-from lightning_abpem.trainer.run import Outcome, Run, Stage
+from lightning_abpem.trainer.run import Outcome, Run
 from lightning_abpem.trainer.strategies import check_trainer
 from lightning_abpem.trainer.summary import Summary
 from lightning_abpem.tuning.result import Tuning, expression
@@ -51,42 +43,41 @@ from lightning_abpem.tuning.search import RATES, tune
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Options", "TestTimeAdaptation"]
+__all__ = ["TestTimeAdaptation"]
 
 log = logging.getLogger(__name__)
 
 
-class Options(TypedDict, total=False):
-    """The options that all methods share; `TestTimeAdaptation` documents them."""
-
-    steps: int
-    optimizer: OptimizerFactory
-    target: str | None
-    logits: Callable[..., Any] | None
-    reset: Reset
-    restore: bool
-    stages: Sequence[Stage]
-    replay: bool
-    predicts: Predicts | None
-    sync: Sync
-    projections: Projections | None
-    learning_rate: float | None
-    clip_gradients: float | None
-    anchor: float
-    max_drift: float | None
-    monitor: Monitor
-    guard: GuardAction
-    verbose: Verbose
-    figures: Chosen
-    on_error: OnError
-    report: str | Path | None
+def _signature(cls: type) -> inspect.Signature:
+    """Return the signature of a class's constructor, which `__new__` would hide from `inspect.signature`."""
+    own = inspect.signature(cls.__init__)  # type: ignore[misc]
+    return own.replace(parameters=list(own.parameters.values())[1:])
 
 
+def _refuse_unknown(cls: type[TestTimeAdaptation], given: Mapping[str, Any]) -> None:
+    """Raise if a class is given options by names that its constructor does not have.
+
+    Raises:
+        TypeError: with the option, the value seen and the names that there are.
+    """
+    known = cls.__signature__.parameters
+    if any(own.kind is own.VAR_KEYWORD for own in known.values()):
+        return
+    for name in given:
+        if name not in known:
+            near = "".join(f" Did you mean `{other}`?" for other in get_close_matches(name, known, n=1))
+            words = f"Expected options of {cls.__name__}, {', '.join(known)}"
+            raise TypeError(f"{words}, but got `{name}` ({shown(given[name])}).{near}")
+
+
+@documented
 class TestTimeAdaptation(Callback):
     """Adapts a model to each test batch without labels, by a method: what all methods' callbacks are.
 
     In `test` and `predict` the model's own step sees the adapted logits; nothing in the LightningModule changes, and
     the source weights return after the run, also after a crash.
+
+    The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
 
     Args:
         method: which parameters move, and by what loss.
@@ -94,43 +85,6 @@ class TestTimeAdaptation(Callback):
         modalities: for methods that watch it; `ABPEM` documents them.
         memory_batches: batches that the loss sees, the current one included; 1 is no memory.
         memory_at: the module whose input tokens are remembered.
-        steps: updates per call; 0 observes only: figures are recorded and no weight moves.
-        optimizer: from parameters to a torch optimizer. Default: Adam, lr 1e-4.
-        target: the module whose call adapts. Default: the LightningModule itself; set it if the step calls a submodule
-            directly.
-        logits: from the target's output to (B, C) logits, where it is not a tensor, `.logits`, `["logits"]` or a
-            tuple's only (B, C) tensor.
-        reset: when the source model returns: "never" within a run, before each "batch" (episodic), at each new
-            "dataloader", after that many updates, or after that many samples, as "640 samples".
-        restore: put the source weights back after the run; False keeps the adapted ones.
-        stages: the Trainer's functions that adapt: "test", "predict", "validate". Never inside `fit`.
-        replay: compute the frozen part of the model once per batch; False computes it in every pass.
-        predicts: whether the step sees predictions from "after" the update to its batch or from "before" it. Default:
-            as the method's paper has it.
-        sync: with several processes, "global" takes one step for the batches of all of them together, the same in each;
-            "local" lets each adapt on its own stream, such as that of a sensor of its own.
-        projections: what adapts in the fusion attention, where its q, k and v projections have unusual names or other
-            parameters are wanted: patterns of names inside it, as `fusion` has them, or a function from the module to
-            its parameters by name. Default: the linears whose names tell q, k and v.
-        learning_rate: of the optimizer. Default: its own, 1e-4.
-        clip_gradients: greatest length of the gradient over all adapted weights; longer ones are scaled down.
-        anchor: share of the way back to the source that every step ends with, in [0, 1).
-        max_drift: greatest length of the weights' way from the source, relative to the source's own length.
-        monitor: compare the adapted model with the source on every batch ("source"), on every n-th (a number), or never
-            ("off"). It costs a forward of what is not frozen.
-        guard: what to do when the comparison says that adapting does harm: "rollback" puts the last good weights back
-            and goes on with less of the learning rate, "reset" puts the source's back, "freeze" does so and takes no
-            more steps, "warn" says so and does nothing, "off" does not judge.
-        verbose: 0 shows nothing but warnings, 1 a few lines at the start and a table at the end of a Trainer's run, 2
-            every tensor that adapts besides. `trainer.test(verbose=False)` has no table either.
-        figures: names of the figures whose averages are in Lightning's results: "headline", "all" or a list. All go to
-            the loggers.
-        on_error: what to do with a batch that cannot be adapted, for instance because it lacks a modality: "predict" by
-            the weights as they are, count it in `skipped_for` and go on; or "raise". Before a batch has adapted every
-            error is raised, but for too little memory: it may be the configuration's.
-        report: the .html file that shows each run when it ends, also one that fails; the next run writes it anew. Its
-            record, for `abpem report`, gets the same name with .json. Needs matplotlib (the `report` extra), and
-            memory for a copy of the first batch.
 
     Attributes:
         record: figures of the last step, by name.
@@ -149,78 +103,63 @@ class TestTimeAdaptation(Callback):
     """
 
     __test__ = False  # no test case, whatever its name starts with
+    __signature__: ClassVar[inspect.Signature]
     _given: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__signature__ = _signature(cls)
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        _refuse_unknown(cls, given)
         self = super().__new__(cls)
-        self._given = args, options  # of the subclass, as they were written: for the line of `tune`
+        self._given = args, given  # of the subclass, as they were written: for the line of `tune`
         return self
 
     def __init__(
         self,
         method: Method,
-        fusion: FusionPatterns | None = None,
-        modalities: Modalities | Sequence[str] = "auto",
+        fusion: options.FusionPatterns | None = None,
+        modalities: options.Modalities | Sequence[str] = "auto",
         *,
         memory_batches: int = 1,
         memory_at: str | None = None,
         steps: int = 1,
-        optimizer: OptimizerFactory = default_optimizer,
+        optimizer: options.OptimizerFactory | None = None,
         target: str | None = None,
-        logits: Callable[..., Any] | None = None,
-        reset: Reset = "never",
+        logits: options.Logits | None = None,
+        reset: options.Reset = "never",
         restore: bool = True,
-        stages: Sequence[Stage] = ("test", "predict"),
         replay: bool = True,
-        predicts: Predicts | None = None,
-        sync: Sync = "global",
-        projections: Projections | None = None,
+        predicts: options.Predicts | None = None,
+        sync: options.Sync = "global",
+        projections: options.Projections | None = None,
         learning_rate: float | None = None,
         clip_gradients: float | None = None,
         anchor: float = 0.0,
         max_drift: float | None = None,
-        monitor: Monitor = "off",
-        guard: GuardAction = "off",
-        verbose: Verbose = 1,
-        figures: Chosen = "headline",
-        on_error: OnError = "predict",
-        report: str | Path | None = None,
+        monitor: options.Monitor = "off",
+        guard: options.GuardAction = "off",
+        on_error: options.OnError = "predict",
+        stages: Sequence[options.Stage] = ("test", "predict"),
+        verbose: options.Verbose = 1,
+        figures: options.Chosen = "headline",
+        report: options.Page | None = None,
     ) -> None:
-        self.settings = Settings(
-            method=method,
-            fusion=fusion,
-            modalities=modalities,
-            memory_batches=memory_batches,
-            memory_at=memory_at,
-            steps=steps,
-            optimizer=optimizer,
-            target=target,
-            logits=logits,
-            reset=reset,
-            restore=restore,
-            replay=replay,
-            predicts=predicts,
-            sync=sync,
-            projections=projections,
-            learning_rate=learning_rate,
-            clip_gradients=clip_gradients,
-            anchor=anchor,
-            max_drift=max_drift,
-            monitor=monitor,
-            guard=guard,
-            on_error=on_error,
-        )
-        unknown = set(stages) - {"test", "predict", "validate"}
-        if unknown or not stages or isinstance(stages, str):
-            raise ValueError(f'Expected `stages` to hold some of "test", "predict", "validate", but got {stages!r}.')
-        self.stages = tuple(stages)
-        self.display = Display(verbose, figures)
+        given = locals()
+        self.settings = Settings(**{own.name: given[own.name] for own in fields(Settings) if own.init})
+        run = RunOptions(**{own.name: given[own.name] for own in fields(RunOptions)})
+        self.stages, self._report_path = run.stages, report_path(run.report)
+        self.display = Display(run.verbose, run.figures)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be as before the first run."""
         self.summary: Summary | None = None
+        self.averages: dict[int, dict[str, Tensor]] = {}
         self._unshown: Summary | None = None
         self._outcome = Outcome()
-        self._report_path = report_path(report)
         self._report: RunReport | None = None  # of the run under way
-        self.averages: dict[int, dict[str, Tensor]] = {}
         self._logged = 0
         self._state: Mapping[str, Any] = {}  # of the last run
         self._loaded: Mapping[str, Any] | Path | None = None  # what the next one goes on from
@@ -356,9 +295,8 @@ class TestTimeAdaptation(Callback):
         own._report_path = None  # a candidate's run is none of the user's
         own.settings = replace(self.settings, learning_rate=rate, anchor=anchor, sync="local")
         own.stages = (stage,)
-        own.display, own.summary, own._unshown = Display(verbose=0, figures="all"), None, None
-        own._outcome, own.averages, own._logged = Outcome(), {}, 0
-        own._state, own._loaded, own._run, own._attached = {}, None, None, None
+        own.display = Display(verbose=0, figures="all")
+        own._forget()
         return own
 
     def _line(self, changed: Mapping[str, float]) -> str:
@@ -589,3 +527,6 @@ class TestTimeAdaptation(Callback):
             self._report = run.report  # to be written in `teardown`
             if run.phase == "closed":
                 self._run = None
+
+
+TestTimeAdaptation.__signature__ = _signature(TestTimeAdaptation)

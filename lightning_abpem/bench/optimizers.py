@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_abpem.engine.settings import OptimizerFactory
+from lightning_abpem.engine.options import OptimizerFactory
 
 __all__ = ["named_optimizer", "refuse_code"]
 

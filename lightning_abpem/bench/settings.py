@@ -93,7 +93,7 @@ def check_comparable(a: Path, b: Path) -> None:
 def hyper_parameters(callback: TestTimeAdaptation) -> Json:
     """Return a method's hyper-parameters, defaults included, ready for JSON."""
     settings = callback.settings
-    optimizer = settings.optimizer([nn.Parameter(torch.zeros(1))])
+    optimizer = settings.optimizer_factory([nn.Parameter(torch.zeros(1))])
     own = settings.method
     return {
         **(plain(own) if is_dataclass(own) else {}),

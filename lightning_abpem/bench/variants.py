@@ -12,9 +12,9 @@ import torch
 
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.bench.optimizers import named_optimizer, refuse_code
-from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.callback import TestTimeAdaptation
 from lightning_abpem.data.corruptions import Sensor
-from lightning_abpem.engine.method import check_range
+from lightning_abpem.engine.checks import check_range
 from lightning_abpem.methods import ABPEM, EATA, MMTTA, READ, SAR, Source, SuMi, Tent
 
 __all__ = ["METHODS", "VARIANTS", "Variant", "find_variants"]
@@ -54,7 +54,7 @@ class Variant:
         if self.method not in METHODS:
             raise ValueError(f"Expected `method` to be one of {', '.join(METHODS)}, but got {self.method!r}.")
         # Not `report`: the options may be a stranger's, who would choose what is overwritten.
-        own = {*_arguments(METHODS[self.method]), *Options.__annotations__} - {"restore", "stages", "report"}
+        own = {*_arguments(METHODS[self.method])} - {"restore", "stages", "report"}
         known = {*own, "learning_rate", "memory_samples"}
         if unknown := sorted(set(self.options) - known):
             raise ValueError(f"Expected options of {self.method}, {', '.join(sorted(known))}, but got {unknown}.")
@@ -114,7 +114,7 @@ class Variant:
 
 
 def _arguments(constructor: Callable[..., TestTimeAdaptation]) -> list[str]:
-    return [name for name in inspect.signature(constructor).parameters if name != "options"]
+    return list(inspect.signature(constructor).parameters)
 
 
 VARIANTS: dict[str, Variant] = {

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lightning_abpem.cli.untrusted import shown
+from lightning_abpem.engine.checks import shown
 
 __all__ = ["fit", "option_types"]
 

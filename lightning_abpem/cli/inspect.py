@@ -12,7 +12,7 @@ from rich.console import Console
 from lightning_abpem.callback import TestTimeAdaptation
 from lightning_abpem.cli.model_and_data import add_model_and_data, instantiate
 from lightning_abpem.inspection import Inspected, Inspection, copy_to_try, inspecting
-from lightning_abpem.trainer.run import Stage
+from lightning_abpem.trainer.options import Stage
 from lightning_abpem.tuning.runs import quiet, run_stage
 
 __all__ = ["add_arguments", "inspect_step", "run"]

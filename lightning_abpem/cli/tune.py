@@ -15,7 +15,7 @@ from lightning_abpem import methods
 from lightning_abpem.callback import TestTimeAdaptation
 from lightning_abpem.cli.inspect import inspect_step
 from lightning_abpem.cli.model_and_data import add_model_and_data, instantiate, load_checkpoint
-from lightning_abpem.trainer.run import Stage
+from lightning_abpem.trainer.options import Stage
 from lightning_abpem.tuning import RATES
 
 __all__ = ["add_arguments", "run"]

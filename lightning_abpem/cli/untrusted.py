@@ -11,9 +11,11 @@ from typing import Any
 import jsonargparse
 import yaml
 
-__all__ = ["read_config", "read_trusted", "read_yaml", "refuse_code", "shown"]
+from lightning_abpem.engine.checks import shown
 
-_BYTES, _DEPTH, _NODES, _BITS, _SHOWN = 1 << 20, 32, 20_000, 63, 200
+__all__ = ["read_config", "read_trusted", "read_yaml", "refuse_code"]
+
+_BYTES, _DEPTH, _NODES, _BITS = 1 << 20, 32, 20_000, 63
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one that reads the values too
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "map", "null", "seq", "str")}
 
@@ -92,15 +94,6 @@ def refuse_code(sections: Mapping[str, Any], path: Path) -> None:
                 f"Expected `{'.'.join(at)}` of {path} to be a number or a word that names neither code nor a file, "
                 f"but got {shown(value)}. Add --trust-config if the file is yours: what it names is imported and run."
             )
-
-
-def shown(value: Any) -> str:
-    """Return a value's words for a message, in one line of limited length."""
-    try:
-        words = repr(value)
-    except ValueError:  # of an integer of thousands of digits
-        return "a number of too many digits"
-    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
 
 
 def _events(text: str, where: str) -> Iterator[Any]:

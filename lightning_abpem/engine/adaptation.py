@@ -183,9 +183,8 @@ class Adaptation(Uncopied):
         if self._keeps_flags:
             self._flags.freeze()
         letting_go = partial(reshard, self.model) if is_sharded else None
-        weights = AdaptedWeights(
-            *(self.params, self.settings.optimizer, letting_go, self.settings.learning_rate, self.settings.limits)
-        )
+        own = self.settings
+        weights = AdaptedWeights(self.params, own.optimizer_factory, letting_go, own.learning_rate, own.limits)
         if self.settings.restore:
             changes.note(weights.restore)
         changes.note(weights.show_gradients)

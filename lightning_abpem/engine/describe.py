@@ -27,9 +27,16 @@ def options_of(settings: Settings) -> dict[str, Shown]:
     """
     own = {name: _shown(value) for name, value, _ in _fields(settings.method)}
     shared = {name: _shown(getattr(settings, name)) for name in _KNOWN if name != "method"}
-    keywords = settings.optimizer.keywords if isinstance(settings.optimizer, partial) else {}
+    factory = settings.optimizer_factory
+    keywords = factory.keywords if isinstance(factory, partial) else {}
     rate = keywords.get("lr") if settings.learning_rate is None else settings.learning_rate
-    return {"method": settings.method.name, **own, **shared, "learning_rate": _shown(rate)}
+    return {
+        "method": settings.method.name,
+        **own,
+        **shared,
+        "optimizer": _shown(factory),
+        "learning_rate": _shown(rate),
+    }
 
 
 def changed_options(settings: Settings) -> str:

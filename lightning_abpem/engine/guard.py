@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_abpem.engine.flags import DeviceFlags
-from lightning_abpem.engine.settings import GuardAction
+from lightning_abpem.engine.options import GuardAction
 from lightning_abpem.engine.watch import Means
 from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.functional import entropy_of

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from lightning_abpem.engine.checks import is_number, shown
 from lightning_abpem.functional import widen
 
 __all__ = ["Limits", "length", "way"]
@@ -36,10 +35,10 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("clip_gradients", "max_drift"):
             value = getattr(self, name)
-            if value is not None and not _is_between(value, 0, math.inf):
-                raise ValueError(f"Expected `{name}` to be None or a finite number > 0, but got {value!r}.")
-        if self.anchor != 0 and not _is_between(self.anchor, 0, 1):
-            raise ValueError(f"Expected `anchor` to be a number in [0, 1), but got {self.anchor!r}.")
+            if value is not None and not (is_number(value) and value > 0):
+                raise ValueError(f"Expected `{name}` to be None or a finite number > 0, but got {shown(value)}.")
+        if not (is_number(self.anchor) and 0 <= self.anchor < 1):
+            raise ValueError(f"Expected `anchor` to be a number in [0, 1), but got {shown(self.anchor)}.")
 
     @torch.no_grad()
     def clipped(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -79,7 +78,3 @@ def way(weights: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
     far = length([widen(own) - widen(start).to(widen(own)) for own, start in zip(weights, source, strict=True)])
     whole = length(source)
     return far / whole.where(whole > 0, 1)
-
-
-def _is_between(value: object, low: float, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and low < float(value) < high

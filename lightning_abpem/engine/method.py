@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -26,7 +25,6 @@ __all__ = [
     "Record",
     "Rerun",
     "Step",
-    "check_range",
     "check_record",
     "collected",
     "record_of",
@@ -248,16 +246,6 @@ def check_record(method: Method, made: Any) -> None:
         )
     if "loss" not in record:
         raise ValueError(f"Expected {method.name} to record its `loss`, but got {sorted(record)}.")
-
-
-def check_range(name: str, value: float, *, above: float) -> None:
-    """Hold an option against its range.
-
-    Raises:
-        ValueError: if it is not a finite number above `above`.
-    """
-    if not isinstance(value, Real) or not above < value < float("inf"):
-        raise ValueError(f"Expected `{name}` to be a finite number above {max(above, 0):g}, but got {value!r}.")
 
 
 def record_of(loss: Tensor, logits: Tensor, **figures: Tensor) -> Record:

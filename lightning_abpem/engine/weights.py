@@ -16,7 +16,7 @@ from lightning_abpem.engine.checkpoint import check_weights, digest, to_cpu
 from lightning_abpem.engine.faults import NOT_FINITE, NOT_FIT, Skips
 from lightning_abpem.engine.flags import DeviceFlags
 from lightning_abpem.engine.limits import Limits, way
-from lightning_abpem.engine.settings import OptimizerFactory
+from lightning_abpem.engine.options import OptimizerFactory
 from lightning_abpem.engine.shards import assign, full_tensor, is_sharded
 from lightning_abpem.modules.tensors import reading_waits, same_bits
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_abpem.attention.fusion import FusionPatterns
 from lightning_abpem.attention.spans import Modalities
-from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.callback import TestTimeAdaptation
+from lightning_abpem.engine.checks import check_integer, shown
 from lightning_abpem.engine.method import Gradients, Method, Record, Rerun, Step
 from lightning_abpem.functional import widen
 from lightning_abpem.methods.objective import Auto, Balance, Objective, Parts, weighted
 from lightning_abpem.methods.stream import StreamPredictions, extend_stream
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lightning_abpem.trainer import options
+from lightning_abpem.trainer.options import documented, shared
 
 __all__ = ["ABPEM", "RECIPES", "Bootstrapping", "Recipe"]
 
@@ -102,6 +102,7 @@ def _sum(others: Gradients, pull: Gradients, weight: Tensor) -> Gradients:
     ]
 
 
+@documented
 class ABPEM(TestTimeAdaptation):
     """Adapts a multi-modal model to each test batch without labels, before the model predicts on it.
 
@@ -109,6 +110,8 @@ class ABPEM(TestTimeAdaptation):
     and `predict` the model's own step sees logits from the adapted weights; nothing in the LightningModule changes, and
     the source weights return after the run, also after a crash. Only the q, k and v projections of the fusion attention
     move.
+
+    The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
 
     Args:
         fusion: name pattern(s) of the fusion attention module(s), relative to the LightningModule. `*` stands for one
@@ -131,9 +134,6 @@ class ABPEM(TestTimeAdaptation):
         memory_batches: batches that the loss sees, the current one included; 1 is no memory.
         memory_at: the module whose input tokens are remembered. Default: the layer around the fusion attention,
             or what calls them, around several.
-        options: those that all methods share: `steps`, `optimizer`, `target`, `logits`, `reset`, `restore`, `stages`,
-            `replay`, `predicts`, `sync`, `projections`, `learning_rate`, `clip_gradients`, `anchor`, `max_drift`,
-            `monitor`, `guard`, `on_error`, `verbose`, `figures`, `report`; `TestTimeAdaptation` documents them.
 
     Attributes:
         updates: steps taken in the last run.
@@ -167,10 +167,31 @@ class ABPEM(TestTimeAdaptation):
         entropy_weight: float = 1.0,
         memory_batches: int = 1,
         memory_at: str | None = None,
-        **options: Unpack[Options],
+        steps: int = 1,
+        optimizer: options.OptimizerFactory | None = None,
+        target: str | None = None,
+        logits: options.Logits | None = None,
+        reset: options.Reset = "never",
+        restore: bool = True,
+        replay: bool = True,
+        predicts: options.Predicts | None = None,
+        sync: options.Sync = "global",
+        projections: options.Projections | None = None,
+        learning_rate: float | None = None,
+        clip_gradients: float | None = None,
+        anchor: float = 0.0,
+        max_drift: float | None = None,
+        monitor: options.Monitor = "off",
+        guard: options.GuardAction = "off",
+        on_error: options.OnError = "predict",
+        stages: Sequence[options.Stage] = ("test", "predict"),
+        verbose: options.Verbose = 1,
+        figures: options.Chosen = "headline",
+        report: options.Page | None = None,
     ) -> None:
         method = Bootstrapping(Objective(k, attention_weight, balance_weight, balance, entropy_weight))
-        super().__init__(method, fusion, modalities, memory_batches=memory_batches, memory_at=memory_at, **options)
+        own = shared(locals())
+        super().__init__(method, fusion, modalities, memory_batches=memory_batches, memory_at=memory_at, **own)
 
     @classmethod
     def published(
@@ -180,7 +201,7 @@ class ABPEM(TestTimeAdaptation):
         recipe: str,
         *,
         batch_size: int | None = None,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> ABPEM:
         """The method as its authors ran it: their k, weight and memory, and the balance over the batch alone.
 
@@ -190,13 +211,15 @@ class ABPEM(TestTimeAdaptation):
             recipe: "kinetics50-audio", "kinetics50-video", "vggsound-audio" or "vggsound-video": the data, and the
                 modality that fails.
             batch_size: of your batches, if not the authors' (8 and 32): the memory holds as many samples as theirs.
-            options: as for the class.
+            options: any others of the class, by name.
 
         Raises:
-            ValueError: there is no such recipe.
+            ValueError: there is no such recipe, or `batch_size` is no integer >= 1.
         """
-        if recipe not in RECIPES:
-            raise ValueError(f"Expected `recipe` to be one of {', '.join(RECIPES)}, but got {recipe!r}.")
+        if not isinstance(recipe, str) or recipe not in RECIPES:
+            raise ValueError(f"Expected `recipe` to be one of {', '.join(RECIPES)}, but got {shown(recipe)}.")
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, 1)
         chosen = RECIPES[recipe]
         return cls(
             fusion,

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.engine.method import Record, Step, check_range, record_of
+from lightning_abpem.callback import TestTimeAdaptation
+from lightning_abpem.engine.checks import check_range, shown
+from lightning_abpem.engine.method import Record, Step, record_of
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.methods.norms import NormMethod, running_mean
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lightning_abpem.trainer import options
+from lightning_abpem.trainer.options import documented, shared
 
 __all__ = ["EATA", "SampleEfficientEntropy"]
 
@@ -45,7 +45,7 @@ class SampleEfficientEntropy(NormMethod):
     def __post_init__(self) -> None:
         check_range("entropy_margin", self.entropy_margin, above=0)
         check_range("redundancy", self.redundancy, above=0)
-        check_range("fisher_weight", self.fisher_weight, above=-1e-9)
+        check_range("fisher_weight", self.fisher_weight)
 
     def measure_source(self, observe: Callable[[Sequence[Any]], Step]) -> Mapping[str, Any]:
         fisher: dict[str, Tensor] = {}
@@ -87,8 +87,27 @@ class SampleEfficientEntropy(NormMethod):
         return F.cosine_similarity(p, state["mean"][None], dim=1).abs() < self.redundancy
 
 
+def _listed(batches: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Return the batches in a list.
+
+    Raises:
+        ValueError: they are none, or one of them is no list or tuple of arguments.
+    """
+    wanted = "Expected `fisher_batches` to hold, for each batch, a list or tuple of the target's arguments, but got "
+    if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(f"{wanted}{shown(batches)}.")
+    listed = list(batches)
+    for position, args in enumerate(listed):
+        if not isinstance(args, list | tuple):
+            raise ValueError(f"{wanted}{type(args).__name__} at position {position}.")
+    return listed
+
+
+@documented
 class EATA(TestTimeAdaptation):
     """Minimises the entropy of reliable, non-redundant samples by the normalisation layers' affine parameters.
+
+    The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
 
     Args:
         entropy_margin: a sample is reliable if its entropy is below this share of ln C.
@@ -96,7 +115,6 @@ class EATA(TestTimeAdaptation):
         fisher_weight: weight of the pull towards the source parameters.
         fisher_batches: the target's arguments for batches of unlabelled source-like samples, from which it is measured
             how much each parameter matters; without them there is no pull.
-        options: those that all methods share; `TestTimeAdaptation` documents them.
     """
 
     def __init__(
@@ -106,7 +124,27 @@ class EATA(TestTimeAdaptation):
         redundancy: float = 0.05,
         fisher_weight: float = 2000.0,
         fisher_batches: Iterable[Sequence[Any]] = (),
-        **options: Unpack[Options],
+        steps: int = 1,
+        optimizer: options.OptimizerFactory | None = None,
+        target: str | None = None,
+        logits: options.Logits | None = None,
+        reset: options.Reset = "never",
+        restore: bool = True,
+        replay: bool = True,
+        predicts: options.Predicts | None = None,
+        sync: options.Sync = "global",
+        projections: options.Projections | None = None,
+        learning_rate: float | None = None,
+        clip_gradients: float | None = None,
+        anchor: float = 0.0,
+        max_drift: float | None = None,
+        monitor: options.Monitor = "off",
+        guard: options.GuardAction = "off",
+        on_error: options.OnError = "predict",
+        stages: Sequence[options.Stage] = ("test", "predict"),
+        verbose: options.Verbose = 1,
+        figures: options.Chosen = "headline",
+        report: options.Page | None = None,
     ) -> None:
-        method = SampleEfficientEntropy(entropy_margin, redundancy, fisher_weight, list(fisher_batches))
-        super().__init__(method, **options)
+        batches = _listed(fisher_batches)
+        super().__init__(SampleEfficientEntropy(entropy_margin, redundancy, fisher_weight, batches), **shared(locals()))

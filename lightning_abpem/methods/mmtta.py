@@ -6,20 +6,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.callback import TestTimeAdaptation
+from lightning_abpem.engine.checks import check_choice, is_number, shown
 from lightning_abpem.engine.method import Gradients, Record, Rerun, Step, record_of
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.methods.norms import NormMethod
 from lightning_abpem.methods.unimodal import Inputs, check_inputs, unimodal_logits
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lightning_abpem.trainer import options
+from lightning_abpem.trainer.options import documented, shared
 
 __all__ = ["MMTTA", "SelectedPseudoLabels", "Selection", "consistency", "fuse_pseudo_labels"]
 
@@ -71,10 +71,9 @@ class SelectedPseudoLabels(NormMethod):
 
     def __post_init__(self) -> None:
         check_inputs(self.inputs)
-        if self.selection not in ("soft", "hard"):
-            raise ValueError(f'Expected `selection` to be "soft" or "hard", but got {self.selection!r}.')
-        if not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
-            raise ValueError(f"Expected `momentum` to be in [0, 1), but got {self.momentum!r}.")
+        check_choice("selection", self.selection, get_args(Selection))
+        if not (is_number(self.momentum) and 0 <= self.momentum < 1):
+            raise ValueError(f"Expected `momentum` to be in [0, 1), but got {shown(self.momentum)}.")
 
     def gradients(self, step: Step, rerun: Rerun) -> tuple[Gradients | None, Record]:
         slow = self._slow(step)
@@ -114,6 +113,7 @@ def _values(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) ->
             p.data = own[name]
 
 
+@documented
 class MMTTA(TestTimeAdaptation):
     """Adapts the normalisation layers to pseudo-labels of the more consistent modality.
 
@@ -122,13 +122,14 @@ class MMTTA(TestTimeAdaptation):
     parameters (layer normalisation has no statistics to average), and the cross-entropy is that of the fused
     prediction. Five forwards per step for two modalities.
 
+    The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
+
     Args:
         inputs: by modality, which of the target's arguments it is: a position or a keyword, such as
             {"audio": 0, "video": 1}.
         selection: "soft" weighs the modalities' predictions by their consistency between the slow and the fast model,
             "hard" takes the more consistent one.
         momentum: of the slow model.
-        options: those that all methods share; `TestTimeAdaptation` documents them.
     """
 
     def __init__(
@@ -137,6 +138,26 @@ class MMTTA(TestTimeAdaptation):
         *,
         selection: Selection = "soft",
         momentum: float = 0.99,
-        **options: Unpack[Options],
+        steps: int = 1,
+        optimizer: options.OptimizerFactory | None = None,
+        target: str | None = None,
+        logits: options.Logits | None = None,
+        reset: options.Reset = "never",
+        restore: bool = True,
+        replay: bool = True,
+        predicts: options.Predicts | None = None,
+        sync: options.Sync = "global",
+        projections: options.Projections | None = None,
+        learning_rate: float | None = None,
+        clip_gradients: float | None = None,
+        anchor: float = 0.0,
+        max_drift: float | None = None,
+        monitor: options.Monitor = "off",
+        guard: options.GuardAction = "off",
+        on_error: options.OnError = "predict",
+        stages: Sequence[options.Stage] = ("test", "predict"),
+        verbose: options.Verbose = 1,
+        figures: options.Chosen = "headline",
+        report: options.Page | None = None,
     ) -> None:
-        super().__init__(SelectedPseudoLabels(inputs, selection, momentum), **options)
+        super().__init__(SelectedPseudoLabels(inputs, selection, momentum), **shared(locals()))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_abpem.attention.statistics import Comparison, Pair, compare_samples
+from lightning_abpem.engine.checks import check_choice, check_range
 from lightning_abpem.functional import (
     check_k,
     classes_kept,
@@ -68,8 +67,7 @@ class Objective:
             weight = getattr(self, name)
             if name == "attention_weight" and weight == "auto":
                 continue
-            if not isinstance(weight, Real) or not 0 <= weight < math.inf:  # type: ignore[operator]
-                raise ValueError(f"Expected `{name}` to be a finite number >= 0, but got {weight!r}.")
+            check_range(name, weight)
         if not (self.balance_weight or self.entropy_weight):
             if self.attention_weight == "auto":
                 raise ValueError('Expected a number for `attention_weight`: "auto" is relative to the other parts.')
@@ -77,9 +75,7 @@ class Objective:
                 raise ValueError(
                     "Expected a part of the loss to have a weight, but all are 0. To observe, set steps=0."
                 )
-        if self.balance not in ("stream", *_BATCH_BALANCES):
-            known = ["stream", *_BATCH_BALANCES]
-            raise ValueError(f"Expected `balance` to be one of {known}, but got {self.balance!r}.")
+        check_choice("balance", self.balance, get_args(Balance))
 
     def __call__(
         self,

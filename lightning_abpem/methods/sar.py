@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.engine.method import Gradients, Record, Rerun, Step, check_range, record_of
+from lightning_abpem.callback import TestTimeAdaptation
+from lightning_abpem.engine.checks import check_names, check_range
+from lightning_abpem.engine.method import Gradients, Record, Rerun, Step, record_of
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.methods.norms import NormMethod, running_mean
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lightning_abpem.trainer import options
+from lightning_abpem.trainer.options import documented, shared
 
 __all__ = ["SAR", "SharpnessAwareEntropy"]
 
@@ -42,7 +42,7 @@ class SharpnessAwareEntropy(NormMethod):
     def __post_init__(self) -> None:
         check_range("entropy_margin", self.entropy_margin, above=0)
         check_range("radius", self.radius, above=0)
-        check_range("reset_entropy", self.reset_entropy, above=-1e-9)
+        check_range("reset_entropy", self.reset_entropy)
 
     def loss(self, step: Step) -> tuple[Tensor | None, Record]:
         entropies = entropy(step.logits)
@@ -90,8 +90,11 @@ class SharpnessAwareEntropy(NormMethod):
                 p.add_((widen(gradient) * scale).to(p))
 
 
+@documented
 class SAR(TestTimeAdaptation):
     """Minimises the entropy of reliable samples towards flat minima, by the normalisation layers' affine parameters.
+
+    The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
 
     Args:
         entropy_margin: a sample is reliable if its entropy is below this share of ln C.
@@ -99,7 +102,6 @@ class SAR(TestTimeAdaptation):
         reset_entropy: the source returns when the running mean of the entropy falls below that.
         exclude: how the names of normalisation layers start that stay as they are; the paper leaves out the top
             layers (of ViT-B the last three blocks and the final norm).
-        options: those that all methods share; `TestTimeAdaptation` documents them.
     """
 
     def __init__(
@@ -109,7 +111,27 @@ class SAR(TestTimeAdaptation):
         radius: float = 0.05,
         reset_entropy: float = 0.2,
         exclude: str | Sequence[str] = (),
-        **options: Unpack[Options],
+        steps: int = 1,
+        optimizer: options.OptimizerFactory | None = None,
+        target: str | None = None,
+        logits: options.Logits | None = None,
+        reset: options.Reset = "never",
+        restore: bool = True,
+        replay: bool = True,
+        predicts: options.Predicts | None = None,
+        sync: options.Sync = "global",
+        projections: options.Projections | None = None,
+        learning_rate: float | None = None,
+        clip_gradients: float | None = None,
+        anchor: float = 0.0,
+        max_drift: float | None = None,
+        monitor: options.Monitor = "off",
+        guard: options.GuardAction = "off",
+        on_error: options.OnError = "predict",
+        stages: Sequence[options.Stage] = ("test", "predict"),
+        verbose: options.Verbose = 1,
+        figures: options.Chosen = "headline",
+        report: options.Page | None = None,
     ) -> None:
-        excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        super().__init__(SharpnessAwareEntropy(entropy_margin, radius, reset_entropy, excluded), **options)
+        excluded = tuple(check_names("exclude", exclude, "a start of names, or several"))
+        super().__init__(SharpnessAwareEntropy(entropy_margin, radius, reset_entropy, excluded), **shared(locals()))

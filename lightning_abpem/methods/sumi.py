@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_abpem.callback import Options, TestTimeAdaptation
-from lightning_abpem.engine.method import Gradients, Predicts, Record, Rerun, Step, check_range, record_of
+from lightning_abpem.callback import TestTimeAdaptation
+from lightning_abpem.engine.checks import check_integer, check_range, listed_names, shown
+from lightning_abpem.engine.method import Gradients, Predicts, Record, Rerun, Step, record_of
 from lightning_abpem.functional import entropy, finite_log, read_balance, widen
 from lightning_abpem.methods.norms import NormMethod
 from lightning_abpem.methods.unimodal import Inputs, check_inputs, unimodal_logits
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lightning_abpem.trainer import options
+from lightning_abpem.trainer.options import documented, shared
 
 __all__ = ["SmoothedSharing", "SuMi", "interquartile_share", "mutual_information_sharing"]
 
@@ -85,11 +85,10 @@ class SmoothedSharing(NormMethod):
 
     def __post_init__(self) -> None:
         check_inputs(self.inputs)
-        if isinstance(self.total_batches, bool) or not isinstance(self.total_batches, int) or self.total_batches < 1:
-            raise ValueError(f"Expected `total_batches` to be an integer >= 1, but got {self.total_batches!r}.")
+        check_integer("total_batches", self.total_batches, 1)
         check_range("fused_margin", self.fused_margin, above=0)
-        check_range("unimodal_margin", self.unimodal_margin, above=-1e-9)
-        check_range("sharing_weight", self.sharing_weight, above=-1e-9)
+        check_range("unimodal_margin", self.unimodal_margin)
+        check_range("sharing_weight", self.sharing_weight)
 
     @property
     def balances_batch(self) -> bool:
@@ -139,11 +138,29 @@ def _tokens(name: str, output: Any) -> Tensor:
     return output
 
 
+def _watched(inputs: Inputs, encoders: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the encoders' names in the order of the modalities.
+
+    Raises:
+        ValueError: they are not those of the modalities of `inputs`.
+    """
+    check_inputs(inputs)
+    if not isinstance(encoders, Mapping) or set(encoders) != set(inputs):
+        got = sorted(encoders) if isinstance(encoders, Mapping) and listed_names(list(encoders)) else shown(encoders)
+        raise ValueError(f"Expected `encoders` for {sorted(inputs)}, as in `inputs`, but got {got}.")
+    if not listed_names(encoders.values()):
+        raise ValueError(f"Expected `encoders` to name modules, but got {shown(encoders)}.")
+    return tuple(encoders[modality] for modality in inputs)
+
+
+@documented
 class SuMi(TestTimeAdaptation):
     """Adapts the normalisation layers to samples that only both modalities together can tell, smoothly at first.
 
     The unimodal passes are forwards of the target with the other modalities' inputs zeroed: three forwards per step for
     two modalities, and one for the prediction.
+
+    The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
 
     Args:
         inputs: by modality, which of the target's arguments it is: a position or a keyword, such as
@@ -153,7 +170,6 @@ class SuMi(TestTimeAdaptation):
         fused_margin: a sample counts if its fused entropy is at most this share of ln C,
         unimodal_margin: and the mean of its unimodal entropies at least that, in nats.
         sharing_weight: weight of the mutual information sharing in the first half of the stream.
-        options: those that all methods share; `TestTimeAdaptation` documents them.
     """
 
     def __init__(
@@ -165,11 +181,28 @@ class SuMi(TestTimeAdaptation):
         fused_margin: float = 0.4,
         unimodal_margin: float = math.e / 10,
         sharing_weight: float = 5.0,
-        **options: Unpack[Options],
+        steps: int = 1,
+        optimizer: options.OptimizerFactory | None = None,
+        target: str | None = None,
+        logits: options.Logits | None = None,
+        reset: options.Reset = "never",
+        restore: bool = True,
+        replay: bool = True,
+        predicts: options.Predicts | None = None,
+        sync: options.Sync = "global",
+        projections: options.Projections | None = None,
+        learning_rate: float | None = None,
+        clip_gradients: float | None = None,
+        anchor: float = 0.0,
+        max_drift: float | None = None,
+        monitor: options.Monitor = "off",
+        guard: options.GuardAction = "off",
+        on_error: options.OnError = "predict",
+        stages: Sequence[options.Stage] = ("test", "predict"),
+        verbose: options.Verbose = 1,
+        figures: options.Chosen = "headline",
+        report: options.Page | None = None,
     ) -> None:
-        check_inputs(inputs)
-        if set(encoders) != set(inputs):
-            raise ValueError(f"Expected `encoders` for {sorted(inputs)}, as in `inputs`, but got {sorted(encoders)}.")
-        watches = tuple(encoders[modality] for modality in inputs)
+        watches = _watched(inputs, encoders)
         method = SmoothedSharing(inputs, watches, total_batches, fused_margin, unimodal_margin, sharing_weight)
-        super().__init__(method, **options)
+        super().__init__(method, **shared(locals()))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_abpem.callback import Options, TestTimeAdaptation
+from lightning_abpem.callback import TestTimeAdaptation
 from lightning_abpem.engine.method import Record, Step, record_of
 from lightning_abpem.functional import entropy
 from lightning_abpem.methods.norms import NormMethod
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lightning_abpem.trainer import options
+from lightning_abpem.trainer.options import documented, shared
 
 __all__ = ["EntropyMinimization", "Tent"]
 
@@ -30,12 +30,36 @@ class EntropyMinimization(NormMethod):
         return loss, record_of(loss, step.logits)
 
 
+@documented
 class Tent(TestTimeAdaptation):
     """Minimises the entropy of the predictions by the affine parameters of the normalisation layers.
 
-    Args:
-        options: those that all methods share; `TestTimeAdaptation` documents them.
+    The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
     """
 
-    def __init__(self, **options: Unpack[Options]) -> None:
-        super().__init__(EntropyMinimization(), **options)
+    def __init__(
+        self,
+        *,
+        steps: int = 1,
+        optimizer: options.OptimizerFactory | None = None,
+        target: str | None = None,
+        logits: options.Logits | None = None,
+        reset: options.Reset = "never",
+        restore: bool = True,
+        replay: bool = True,
+        predicts: options.Predicts | None = None,
+        sync: options.Sync = "global",
+        projections: options.Projections | None = None,
+        learning_rate: float | None = None,
+        clip_gradients: float | None = None,
+        anchor: float = 0.0,
+        max_drift: float | None = None,
+        monitor: options.Monitor = "off",
+        guard: options.GuardAction = "off",
+        on_error: options.OnError = "predict",
+        stages: Sequence[options.Stage] = ("test", "predict"),
+        verbose: options.Verbose = 1,
+        figures: options.Chosen = "headline",
+        report: options.Page | None = None,
+    ) -> None:
+        super().__init__(EntropyMinimization(), **shared(locals()))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lightning_abpem.engine.checks import listed_names, shown
 from lightning_abpem.engine.method import Edit, Rerun
 
 __all__ = ["Inputs", "check_inputs", "only", "unimodal_logits"]
@@ -22,13 +23,13 @@ def check_inputs(inputs: Inputs) -> None:
     Raises:
         ValueError: fewer than two modalities, or one that is neither a position nor a name.
     """
-    if not isinstance(inputs, Mapping) or len(inputs) < 2:
-        raise ValueError(f'Expected `inputs` such as {{"audio": 0, "video": 1}}, but got {inputs!r}.')
+    if not isinstance(inputs, Mapping) or len(inputs) < 2 or not listed_names(list(inputs)):
+        raise ValueError(f'Expected `inputs` such as {{"audio": 0, "video": 1}}, but got {shown(inputs)}.')
     for modality, place in inputs.items():
         if isinstance(place, bool) or not isinstance(place, (int, str)) or (isinstance(place, int) and place < 0):
             raise ValueError(
                 f"Expected `inputs` to say at which position or under which keyword the target takes {modality}, but "
-                f"got {place!r}."
+                f"got {shown(place)}."
             )
 
 

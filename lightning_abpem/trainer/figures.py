@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_abpem.engine.peers import Peers
 from lightning_abpem.engine.points import Point
+from lightning_abpem.trainer import options
 from lightning_abpem.trainer.metrics import Figure, RecordMean, merge_mean, new_mean
 
-__all__ = ["HEADLINE", "Chosen", "Figures"]
+__all__ = ["HEADLINE", "Figures"]
 
 HEADLINE = ("entropy", "attention_gap", "flip_rate", "updated")
-Chosen = Literal["headline", "all"] | Sequence[str]
 
 
 class _Logged(NamedTuple):
@@ -41,7 +41,7 @@ class Figures:
         logged: the same, with this run's.
     """
 
-    def __init__(self, trainer: Any, method: str, stage: str, logged: int, chosen: Chosen = "headline") -> None:
+    def __init__(self, trainer: Any, method: str, stage: str, logged: int, chosen: options.Chosen = "headline") -> None:
         self.logged = logged
         self._trainer, self._method, self._prefix, self._chosen = trainer, method, f"{method}/{stage}", chosen
         self._means: dict[int, RecordMean] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -13,14 +13,12 @@ from lightning_abpem.display import show
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.describe import list_tensors, options_of, package_version
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.trainer.figures import Chosen
+from lightning_abpem.trainer.options import Chosen, Verbose
 from lightning_abpem.trainer.summary import Summary
 
-__all__ = ["Display", "Verbose", "log_options"]
+__all__ = ["Display", "log_options"]
 
 log = logging.getLogger(__name__)
-
-Verbose = Literal[0, 1, 2]
 
 
 @dataclass(frozen=True)
@@ -28,24 +26,12 @@ class Display:
     """Shows a run, in the first process alone.
 
     Args:
-        verbose: 0 for nothing but warnings; 1 for a few lines at the start and a table at the end; 2 for every tensor
-            that adapts besides.
-        figures: names of those whose averages are in Lightning's results; "headline" or "all".
-
-    Raises:
-        ValueError: naming the option, the value seen and what was expected.
+        verbose: see `RunOptions`.
+        figures: see `RunOptions`.
     """
 
     verbose: Verbose = 1
     figures: Chosen = "headline"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.verbose, bool) or self.verbose not in (0, 1, 2):
-            raise ValueError(f"Expected `verbose` to be 0, 1 or 2, but got {self.verbose!r}.")
-        names = self.figures
-        is_list = not isinstance(names, str) and isinstance(names, Iterable) and all(isinstance(x, str) for x in names)
-        if names not in ("headline", "all") and not is_list:
-            raise ValueError(f'Expected `figures` to be "headline", "all" or a list of names, but got {names!r}.')
 
     def say(self, message: str) -> None:
         """Log a message of the run's start."""

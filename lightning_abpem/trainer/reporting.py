@@ -21,6 +21,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.report.charts import check_matplotlib
 from lightning_abpem.report.page import run_page
 from lightning_abpem.report.record import FORMAT, VERSION, check_writable, write_text
+from lightning_abpem.trainer.options import Page
 
 __all__ = ["RunReport", "report_path"]
 
@@ -29,17 +30,14 @@ log = logging.getLogger(__name__)
 _MOST = 2000  # characters of an option or an error
 
 
-def report_path(report: Any) -> Path | None:
+def report_path(report: Page | None) -> Path | None:
     """Return the option `report` as a path; None without one.
 
     Raises:
-        ValueError: it is no name of an .html file.
         ImportError: there is no matplotlib, with the way to get it.
     """
     if report is None:
         return None
-    if not isinstance(report, str | Path) or Path(report).suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"Expected `report` to be None or the name of an .html file, but got {report!r}.")
     check_matplotlib()
     return Path(report).absolute()
 

@@ -20,15 +20,14 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer.figures import Figures
 from lightning_abpem.trainer.notices import Display, log_options
+from lightning_abpem.trainer.options import Stage
 from lightning_abpem.trainer.reporting import RunReport
 from lightning_abpem.trainer.streams import Streams
 from lightning_abpem.trainer.summary import Summary
 
-__all__ = ["Outcome", "Run", "Stage"]
+__all__ = ["Outcome", "Run"]
 
 _PATIENCE = 20  # steps without a call of the target
-
-Stage = Literal["test", "predict", "validate"]
 
 
 class Outcome(NamedTuple):

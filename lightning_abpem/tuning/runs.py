@@ -21,7 +21,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.watch import Means
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.modules.names import named_module
-from lightning_abpem.trainer.run import Stage
+from lightning_abpem.trainer.options import Stage
 
 __all__ = [
     "BatchNotes",

@@ -17,7 +17,7 @@ from lightning_abpem.engine.guard import harm
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.functional import entropy_of
 from lightning_abpem.modules.randomness import RandomState
-from lightning_abpem.trainer.run import Stage
+from lightning_abpem.trainer.options import Stage
 from lightning_abpem.tuning.result import Candidate, Tuning, choose
 from lightning_abpem.tuning.runs import (
     BatchNotes,

@@ -484,7 +484,7 @@ def test_impossible_classes_that_differ_from_sample_to_sample(balance):
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match='`predicts` to be "after" or "before" the update, but got \'never\''):
+    with pytest.raises(ValueError, match='`predicts` to be one of "after", "before", but got \'never\''):
         Tent(predicts="never")
     with pytest.raises(ValueError, match='`steps` to be 1 with predicts="before", but got 2'):
         Tent(steps=2)

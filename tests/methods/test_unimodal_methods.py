@@ -305,7 +305,7 @@ def test_bad_options():
         SuMi(INPUTS, ENCODERS, total_batches=0)
     with pytest.raises(ValueError, match="Expected `fused_margin` to be a finite number above 0"):
         SuMi(INPUTS, ENCODERS, fused_margin=0)
-    with pytest.raises(ValueError, match='Expected `selection` to be "soft" or "hard", but got \'both\''):
+    with pytest.raises(ValueError, match='Expected `selection` to be one of "soft", "hard", but got \'both\''):
         MMTTA(INPUTS, selection="both")
     with pytest.raises(ValueError, match=r"Expected `momentum` to be in \[0, 1\), but got 1"):
         MMTTA(INPUTS, momentum=1)
