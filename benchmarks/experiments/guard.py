@@ -4,7 +4,8 @@
 
 Digits seen and heard, batches of 8. A source model adapts to 80 batches of a stream, then to 40 clean ones. Helpful
 streams are clean data and corruptions of one sensor at severity 5; hostile ones teach nothing. It prints a line for
-each run, and a table: the accuracy against the source's, on the streams and on the clean data after them.
+each run, and a table: the accuracy against the source's, on the streams and on the clean data after them, and in how
+many runs the guard acted. A run is harmed if it lost more than 2 points on its stream, or more than 1 afterwards.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ SOURCES: dict[str, dict[str, int]] = {
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
+    "warn": {"monitor": "source", "guard": "warn"},
+    "warn, every 4th": {"monitor": 4, "guard": "warn"},
+    "warn, every 8th": {"monitor": 8, "guard": "warn"},
     "anchor": {"anchor": 0.01},
     "reset": {"monitor": "source", "guard": "reset"},
     "rollback": {"monitor": "source", "guard": "rollback"},
@@ -74,6 +78,11 @@ class Outcome(NamedTuple):
     def gains(self) -> tuple[float, float]:
         """Accuracy over the source's, in points: on the stream, and on the clean data after it."""
         return self.adapted[0] - self.plain[0], self.adapted[1] - self.plain[1]
+
+    @property
+    def is_harmed(self) -> bool:
+        """True if adapting lost more than 2 points on the stream, or more than 1 on the clean data after it."""
+        return self.gains[0] < -2 or self.gains[1] < -1
 
 
 def streams(split: Split) -> dict[str, list[Batch]]:
@@ -155,8 +164,9 @@ def _run(source: str, stream: str, rates: Sequence[float], policies: Sequence[st
 
 def _table(outcomes: Sequence[Outcome]) -> Iterator[str]:
     columns = ["rate", "policy", "helpful: mean", "worst", "clean after", "hostile: mean", "worst", "clean after"]
-    yield f"| {' | '.join([*columns, 'worst', 'alarms where helpful'])} |"
-    yield "|" + "---|" * (len(columns) + 2)
+    columns += ["worst", "alarms where helpful", "harmed runs with an alarm", "other runs with one"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + "---|" * len(columns)
     for rate in dict.fromkeys(own.rate for own in outcomes):
         for policy in dict.fromkeys(own.policy for own in outcomes):
             chosen = [own for own in outcomes if (own.rate, own.policy) == (rate, policy)]
@@ -165,9 +175,14 @@ def _table(outcomes: Sequence[Outcome]) -> Iterator[str]:
                 gains = np.array([own.gains for own in chosen if own.stream.startswith("!") == hostile])
                 cells += [gains[:, 0].mean(), gains[:, 0].min(), gains[:, 1].mean(), gains[:, 1].min()]
             del cells[3]
-            alarms = [own.events > 0 for own in chosen if not own.stream.startswith("!")]
-            shown = " | ".join(f"{cell:+.1f}" for cell in cells)
-            yield f"| {rate:g} | {policy} | {shown} | {sum(alarms)} of {len(alarms)} |"
+            shown = [f"{cell:+.1f}" for cell in cells]
+            for part in (
+                [own for own in chosen if not own.stream.startswith("!")],
+                [own for own in chosen if own.is_harmed],
+                [own for own in chosen if not own.is_harmed],
+            ):
+                shown.append(f"{sum(own.events > 0 for own in part)} of {len(part)}")
+            yield f"| {rate:g} | {policy} | {' | '.join(shown)} |"
 
 
 def main() -> None:
