@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import check_shards, gathers_weights, has_shards, modules_of_shards, reshard
 from lightning_abpem.engine.step import Stepper
+from lightning_abpem.engine.traceless import comes_from_forward
 from lightning_abpem.engine.under_way import CallsUnderWay, CallUnderWay
 from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
@@ -328,12 +330,15 @@ class Adaptation(Uncopied):
             if fault is None:
                 self._replay.start_pass()
             output = target_call(*args, **kwargs)
+            if fault is not None and fault.error is not None:
+                raise fault.error  # which the pass met alone
             late = self._fault_in(partial(self._end_call, output if fault is None else None), args, kwargs)
             fault = fault or late
             if fault is not None:
                 self._stepper.faults.count(fault)
             return output
         finally:
+            fault = late = None  # its frames would hold it, and it them
             self._replay.end_batch()
             self._stay_in_front()
 
@@ -369,19 +374,29 @@ class Adaptation(Uncopied):
     def _fault_in(self, part: Callable[[], None], args: Any, kwargs: Any) -> Fault | None:
         """Run a part of the adapting to a batch; return its fault if the batch is to be predicted all the same.
 
-        It does not hold the error, and with it the tensors of the pass, while the prediction is made.
+        So it is where the forward raises: the call itself raises then, with the state that it leaves without us. The
+        tensors of the pass are let go of before the prediction is made.
         """
-        faults, self._has_observer_failed = self._stepper.faults, False
+        self._has_observer_failed = False
         try:
             part()
             return None
-        except Exception as error:
-            fault = None
-            if not self._has_observer_failed and self._forward.ranks is None:
-                fault = faults.of(error, args, kwargs)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            fault = self._fault_of(error, args, kwargs)
             if fault is None:
                 raise
         return self._dropped(fault)
+
+    def _fault_of(self, error: BaseException, args: Any, kwargs: Any) -> Fault | None:
+        if self._has_observer_failed or self._forward.ranks is not None:
+            return None
+        fault = self._stepper.faults.of(error, args, kwargs) if isinstance(error, Exception) else None
+        if fault is None and comes_from_forward(error):
+            clear_frames(error.__traceback__)
+            fault = Fault(type(error).__name__, str(error), error)
+        return fault
 
     def _dropped(self, fault: Fault | None) -> Fault | None:
         """Let go of a pass that failed, if one did; return its fault."""

@@ -50,11 +50,16 @@ _ALLOCATORS = (  # what torch's allocators say in a plain RuntimeError
 class Fault(NamedTuple):
     """The reason for which a batch was not adapted, and what was seen.
 
-    It holds no exception: the frames of one hold the tensors of the pass that failed.
+    Args:
+        reason: under which it is counted.
+        seen: in words.
+        error: raised after the call, if that does not raise its own; None to go on. Its frames are cleared, for they
+            hold the tensors of the pass that failed.
     """
 
     reason: str
     seen: str
+    error: BaseException | None = None
 
 
 class Skips:

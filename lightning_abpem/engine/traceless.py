@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from traceback import walk_tb
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,9 @@ from lightning_abpem.modules.patches import Changes, encoders_around, without_ne
 from lightning_abpem.modules.stand_ins import log_nothing
 from lightning_abpem.modules.state import Snapshot
 
-__all__ = ["TracelessCalls"]
+__all__ = ["TracelessCalls", "comes_from_forward"]
+
+_OURS = tuple(f"lightning_abpem.{folder}." for folder in ("attention", "engine", "modules"))
 
 
 class TracelessCalls:
@@ -100,3 +103,15 @@ class TracelessCalls:
         """Let go of a call that was broken off: what came after it is not to be lost."""
         self.changes.close()
         self._snapshot = None
+
+
+def comes_from_forward(error: BaseException) -> bool:
+    """Return True if an error comes from the target's forward in one of these calls, and is no refusal of ours.
+
+    A plain call of the forward most likely raises it too.
+    """
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    if not any(frame.f_code is TracelessCalls.run.__code__ for frame in frames):
+        return False
+    is_ours = str(frames[-1].f_globals.get("__name__")).startswith(_OURS)
+    return not (is_ours and isinstance(error, ValueError))
