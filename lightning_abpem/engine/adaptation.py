@@ -36,9 +36,10 @@ from lightning_abpem.engine.traceless import comes_from_forward
 from lightning_abpem.engine.under_way import CallsUnderWay, CallUnderWay
 from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
+from lightning_abpem.modules.inference import without_inference_tensors
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.parameters import GradientFlags
-from lightning_abpem.modules.patches import Changes, adapt_once, check_eval, without_inference_tensors
+from lightning_abpem.modules.patches import Changes, adapt_once, check_eval
 from lightning_abpem.modules.stand_ins import StandIn, Uncopied
 
 __all__ = ["Adaptation"]

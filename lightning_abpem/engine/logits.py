@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_abpem.functional import widen
 
@@ -81,10 +82,12 @@ def broken_rows(logits: Tensor) -> Tensor:
 def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:
     """Find the (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's (B, C), or `how(output)`.
 
+    `how` gets copies of the output's containers, so that it may take them apart: the caller gets the output whole.
+
     Raises:
         ValueError: if there are none, or they are not two-dimensional floats of two classes or more.
     """
-    logits = _find_logits(output) if how is None else how(output)
+    logits = _find_logits(output) if how is None else how(tree_map(lambda leaf: leaf, output))
     if how is not None and not isinstance(logits, Tensor):
         raise ValueError(f"Expected `logits` to return a (batch, classes) tensor, but got a {type(logits).__name__}.")
     if not isinstance(logits, Tensor):

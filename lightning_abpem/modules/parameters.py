@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.modules.containers import SavedAttributes
-from lightning_abpem.modules.tensors import bit_sum
+from lightning_abpem.modules.tensors import bit_sum, same_bits
 
 __all__ = ["GradientFlags", "SavedParameters"]
 
 _flag, _gradient, _version, _attributes = map(attrgetter, ("requires_grad", "grad", "_version", "__dict__"))
 _hooks = attrgetter("_backward_hooks")
+_SMALL = 1024  # values of a parameter that is compared in every pass: a bias, a norm
 
 
 class GradientFlags:
@@ -70,6 +71,11 @@ class SavedParameters:
         self._flags, self._hooks = list(map(_flag, parameters)), list(map(_hooks, parameters))
         self._named = {id(p) for p in filter(_attributes, parameters)}
         self._sums: list[Tensor] = []
+        self._small: dict[torch.dtype, list[nn.Parameter]] = {}
+        for p in parameters:
+            if type(p) is nn.Parameter and p.device.type == "cpu" and p.numel() <= _SMALL:
+                self._small.setdefault(p.dtype, []).append(p)
+        self._copies = {dtype: _joined(own) for dtype, own in self._small.items()}
 
     def restore(self) -> set[int]:
         """Put flags, gradients, hooks and attributes back, but not values; return the ids of what had changed."""
@@ -98,8 +104,23 @@ class SavedParameters:
         self._sums = list(map(bit_sum, self._all))
 
     def edited(self) -> list[nn.Parameter]:
-        """Return the parameters that were edited in place."""
+        """Return the parameters that were edited in place.
+
+        An edit is seen by the version that it counts up. One that counts none up is seen in small parameters on a CPU,
+        whose values are compared every time, and in all of them after `sum`.
+        """
         edited = [p for p, version in zip(self._all, self._versions, strict=True) if p._version != version]
+        for dtype, own in self._small.items():
+            before, now = self._copies[dtype], _joined(own)
+            if not same_bits(now, before):
+                sizes = [p.numel() for p in own]
+                parts = zip(own, now.split(sizes), before.split(sizes), strict=True)
+                edited += [p for p, x, y in parts if not same_bits(x, y)]
         return edited + [
             p for p, before in zip(self._all, self._sums, strict=False) if not torch.equal(bit_sum(p), before)
         ]
+
+
+@torch.no_grad()
+def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in parameters])

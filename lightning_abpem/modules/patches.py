@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied, put_back
-from lightning_abpem.modules.tensors import normal_tensor
 
 __all__ = [
     "Changes",
@@ -20,7 +19,6 @@ __all__ = [
     "check_eval",
     "encoders_around",
     "watch_outputs",
-    "without_inference_tensors",
     "without_nested_tensors",
 ]
 
@@ -140,32 +138,6 @@ def adapt_once(changes: Changes, model: nn.Module) -> None:
         )
     changes.note(partial(_ADAPTING.difference_update, own))
     _ADAPTING.update(own)
-
-
-def without_inference_tensors(changes: Changes, model: nn.Module) -> None:
-    """Stand in normal copies for what an earlier run in inference mode left in the model.
-
-    These are parameters, buffers, and tensors cached in modules' attributes or in lists and dicts there.
-    """
-    places: list[Any] = [module.__dict__ for module in model.modules()]
-    places += [value for place in list(places) for value in place.values() if isinstance(value, dict | list)]
-    for place in places:
-        for name, value in _entries(place):
-            if isinstance(value, Tensor) and value.is_inference():
-                own = normal_tensor(value)
-                stand_in = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
-                changes.note(partial(_return, place, name, value, stand_in, stand_in._version))
-                place[name] = stand_in
-
-
-def _entries(place: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
-    return list(place.items() if isinstance(place, dict) else enumerate(place))
-
-
-def _return(place: Any, name: Any, value: Tensor, stand_in: Tensor, version: int) -> None:
-    """Put a tensor back, unless the run wrote something newer."""
-    if dict(_entries(place)).get(name) is stand_in and stand_in._version == version:
-        place[name] = value
 
 
 def watch_outputs(changes: Changes, model: nn.Module, names: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lightning_abpem.modules.refusals import ModelError
 __all__ = ["SavedTensor", "bit_sum", "normal_tensor", "reading_waits", "same_bits"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 15  # integers that are weighed at once, so that no copy of a large tensor is made
 
 
 def normal_tensor(x: Any) -> Any:
@@ -39,13 +40,22 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
 
 @torch.no_grad()
 def bit_sum(x: Tensor) -> Tensor:
-    """Return a number that changes if a bit of `x` does, on its device; 0 for what is not strided."""
+    """Return a number that changes if a bit of `x` does, or if values change places; 0 for what is not strided.
+
+    It is the sum of the bits as integers, each times an odd number of its place. It lies on the device of `x`.
+    """
     if x.layout != torch.strided or x.is_meta or x.is_quantized or hasattr(x, "full_tensor"):
         return torch.zeros(())
     x, size = x.detach(), x.element_size()
     if x.is_contiguous() and x.numel() * size % 8 == 0 and x.storage_offset() * size % 8 == 0:
-        return x.flatten().view(torch.int64).sum()  # torch copies narrower integers into those, to sum them
-    return x.view(_BITS[size]).sum() if size in _BITS else x.sum()
+        bits = x.flatten().view(torch.int64)  # narrower integers would be copied into those
+    else:
+        bits = (torch.view_as_real(x) if x.is_complex() else x).view(_BITS[min(size, 8)]).flatten()
+    odd = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=x.device)
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for chunk in bits.split(_CHUNK):
+        total = 31 * total + (chunk * odd[: len(chunk)]).sum()
+    return total
 
 
 class SavedTensor:

@@ -235,6 +235,7 @@ class Walk(Uncopied):
         for own in x.modules():
             self._own[id(own)] = own
             self._save(SavedScript(own))
+        self._parameters += [p for p in x.parameters() if not p.is_inference()]
 
     def _save_object(self, x: Any) -> None:
         """Save an object's attributes, and its items if it is a container besides."""

@@ -9,7 +9,7 @@ from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
 from lightning_abpem import ABPEM
 from lightning_abpem.engine.logits import check_head, read_logits, refuse_probabilities
-from tests.toy import MODALITIES, batches, make_toy
+from tests.toy import MODALITIES, Toy, batches, make_toy
 
 
 @pytest.mark.parametrize(
@@ -165,3 +165,14 @@ def test_probabilities_are_no_logits():
         ABPEM(**options, logits=lambda output: output.softmax(-1)).attach(model),
     ):
         model(*batches(1)[0])
+
+
+def test_a_function_that_takes_the_output_apart_leaves_the_callers_whole():
+    class Named(Toy):
+        def forward(self, *inputs):
+            return {"logits": super().forward(*inputs), "extra": [1, 2]}
+
+    model = Named().eval()
+    callback = ABPEM("fusion.*.attn", MODALITIES, k=2, logits=lambda output: output.pop("logits"))
+    with torch.no_grad(), callback.attach(model):
+        assert [list(model(*batch)) for batch in batches()] == 4 * [["logits", "extra"]]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_abpem.modules.inference import without_inference_tensors
 from lightning_abpem.modules.names import find_modules
-from lightning_abpem.modules.patches import Changes, without_inference_tensors
+from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.tensors import normal_tensor
 from tests.reference import same_state
 from tests.toy import TorchAttention, make_toy
@@ -130,3 +131,40 @@ def test_names_leave_out_what_compiling_adds():
     model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(3, 3))))
     assert list(find_modules(model, "0.*")) == list(find_modules(model, "0._orig_mod.*")) == ["0.0"]
     assert find_modules(torch.compile(model), "0")["0"] is model[0]._orig_mod
+
+
+def streaming_model():
+    """A model with a ring buffer and a view of it, and one tensor in two modules, all of inference mode."""
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    with torch.inference_mode():
+        model[0].ring = torch.arange(6.0)
+        model[0].newest = model[0].ring[4:]
+        model[0].shared = model[1].shared = torch.ones(2)
+    return model
+
+
+def test_inference_tensors_that_share_memory_have_copies_that_do():
+    model = streaming_model()
+    places = [(0, "ring"), (0, "newest"), (0, "shared"), (1, "shared")]
+    before = {(i, name): model[i].__dict__[name] for i, name in places}
+    with Changes() as changes:
+        without_inference_tensors(changes, model)
+        assert model[0].shared is model[1].shared
+        assert not model[0].ring.is_inference()
+        assert model[0].newest.data_ptr() == model[0].ring[4:].data_ptr()
+        assert torch.equal(model[0].newest, torch.tensor([4.0, 5.0]))
+    assert all(model[i].__dict__[name] is x for (i, name), x in before.items())
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_what_a_run_writes_stays_with_all_that_shares_it(counts):
+    model = streaming_model()
+    with Changes() as changes:
+        without_inference_tensors(changes, model)
+        ring = model[0].ring if counts else model[0].ring.data
+        ring[5] = 50
+        own = model[0].ring, model[0].newest
+    assert model[0].ring is own[0]
+    assert model[0].newest is own[1]
+    assert model[0].newest.tolist() == [4, 50]
+    assert model[0].shared.is_inference()  # nobody wrote into that

@@ -30,7 +30,14 @@ def test_every_bit_counts(dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_is_not_copied(dtype):
-    x = torch.nn.Parameter(torch.ones(64, 96, dtype=dtype))
+    x = torch.nn.Parameter(torch.ones(2048, 2048, dtype=dtype))
     with profile(profile_memory=True) as profiler:
         bit_sum(x)
     assert max(event.self_cpu_memory_usage for event in profiler.events()) < x.nbytes / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_places_count(dtype):
+    x = torch.arange(300 * 300).remainder(251).view(300, 300).to(dtype)
+    sums = {bit_sum(y).item() for y in (x, x.roll(1, 0), x.roll(1, 1), x.flip(0), x.mT.contiguous())}
+    assert len(sums) == 5
