@@ -160,6 +160,21 @@ def test_a_comparison_with_the_source():
             assert all(torch.equal(value, state[key]) for key, value in own[2].items())
 
 
+def with_a_broken_sample(rank):
+    own = [tuple(x[rank::WORLD].clone() for x in batch) for batch in stream()]
+    if rank == 1:
+        own[2][0][0, 0, 0] = torch.nan
+    callback, model = METHODS["abpem"](optimizer=ADAM), cut(make_toy().double(), CUTS["blocks"])
+    with torch.no_grad(), callback.attach(model):
+        logits = [model(*batch) for batch in own]
+    return callback.updates, callback.skipped_for, callback.left_out, torch.cat(logits).isnan().any(1).sum()
+
+
+def test_a_broken_sample_costs_the_step_in_all_processes():
+    for rank, result in enumerate(in_two_processes(with_a_broken_sample)):
+        assert result == (len(stream()) - 1, {"not finite": 1}, 0, rank)
+
+
 class Sharding(Toy):
     """Cuts itself as Lightning's ModelParallelStrategy asks for."""
 
