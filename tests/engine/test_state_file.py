@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import random
+import re
+import resource
 import signal
 import threading
 from multiprocessing import Pipe, get_context
@@ -261,6 +263,28 @@ def saves_on(pipe, states, path):
         for state in states:
             write_state(state, path)
             pipe.send(None)
+
+
+def saves_in_little_room(pipe, state, path):
+    """Save where the system refuses to let a file grow, after it took the first bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        write_state(state, path)
+    except OSError as error:
+        pipe.send(str(error))
+
+
+def test_a_file_that_may_not_grow(state, tmp_path):
+    """The system's own refusal in the middle of a file, where a full disk is simulated above."""
+    path = write_state(state, tmp_path / "state.pt")
+    ours, theirs = Pipe()
+    child = in_a_child(saves_in_little_room, theirs, made(2).state_dict(), path)
+    assert ours.poll(60)
+    assert re.search(r"The state is not saved: File too large: '.*state\.pt'", ours.recv())
+    child.join()
+    assert updates(path) == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(150, marks=pytest.mark.slow)])
