@@ -18,6 +18,7 @@ __all__ = ["Peers"]
 log = logging.getLogger(__name__)
 _NOTHING = -1  # the length of a message that does not come
 _RUNS = count()  # the same in all processes: a message that nobody took is no other run's
+_LEFT: list[Any] = []  # messages of runs that failed, which the others take when they come to their end
 
 
 class Peers:
@@ -38,7 +39,6 @@ class Peers:
         # Other backends block the device until the message is taken, or send tensors of their own device alone.
         self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self._tag = next(_RUNS)
-        self._sent: list[Any] = []  # messages under way, with what they hold
 
     def exchange(self, own: Any) -> dict[int, Any]:
         """Return what each process gives to its call of this, by process, without those that are lost."""
@@ -59,7 +59,8 @@ class Peers:
     def abandon(self) -> None:
         """Tell the others that this process fails; it does not wait for them."""
         for rank in self._others:
-            self._send(torch.tensor([_NOTHING]), rank)
+            message = torch.tensor([_NOTHING])
+            _LEFT.append((message, self._send(message, rank)))
 
     @property
     def _others(self) -> list[int]:
@@ -67,12 +68,10 @@ class Peers:
 
     def _send(self, x: Tensor, rank: int) -> list[Any]:
         try:
-            message = dist.isend(x, rank, self._group, self._tag)
+            return [dist.isend(x, rank, self._group, self._tag)]
         except RuntimeError as error:
             self._lose(rank, str(error))
             return []
-        self._sent.append((message, x))
-        return [message]
 
     def _receive(self, rank: int) -> Any:
         size = torch.empty(1, dtype=torch.long)
