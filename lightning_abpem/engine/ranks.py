@@ -43,6 +43,11 @@ class _Form(NamedTuple):
     layers: dict[Pair, int]
     is_double: bool
 
+    @classmethod
+    def of(cls, logits: Tensor, attention: Mapping[Pair, Sequence[Comparison]]) -> _Form:
+        layers = {pair: len(own) for pair, own in attention.items()}
+        return cls(logits.shape[1], layers, logits.dtype == torch.float64)
+
     @property
     def width(self) -> int:
         return self.classes + _COLUMNS * sum(self.layers.values())
@@ -129,42 +134,50 @@ class Ranks:
         if samples == 0:  # of an empty batch nothing is known, not even how many figures it has
             logits = None
         if logits is not None and self._form is None:
-            layers = {pair: len(own) for pair, own in attention.items()}
-            self._form = _Form(logits.shape[1], layers, logits.dtype == torch.float64)
+            self._form = _Form.of(logits, attention)
         stored = 0 if logits is None else logits.shape[0] - samples
         broken = None if logits is None else broken_rows(logits.detach()[stored:]).sum()
         header = self._exchange(status, samples, stored, self._form is not None, self.updates, broken)
-        statuses = [row[0] for row in header]
+        statuses = self._statuses(header)
+        self.broken, self.sizes = sum(row[5] for row in header), [(row[2], row[1]) for row in header]
+        self.is_idle, self.done = _BATCH not in statuses, max(statuses) <= _GONE
+        if self.is_idle:
+            return None
+        self.done = self.done or _EMPTY in statuses
+        refuse_empty([status != _EMPTY for status in statuses])
+        if not any(current for _, current in self.sizes):
+            return GlobalBatch(torch.empty(0, 0, device=self._device), 0, {})
+        self._in_step = True
+        if not all(row[3] for row in header):
+            self._share_form()
+        return self._joined(logits, attention)
+
+    def _joined(self, logits: Tensor | None, attention: Mapping[Pair, Sequence[Comparison]]) -> GlobalBatch:
+        """Return the batches of all processes, whose `sizes` are known, as one."""
+        assert self._form is not None
+        parts = self._gather(self._packed(logits, attention), [stored + current for stored, current in self.sizes])
+        remembered = [part[:stored] for part, (stored, _) in zip(parts, self.sizes, strict=True)]
+        own = [part[stored:] for part, (stored, _) in zip(parts, self.sizes, strict=True)]
+        rows = torch.cat([*remembered, *own])
+        samples = sum(current for _, current in self.sizes)
+        return GlobalBatch(rows[:, : self._form.classes], samples, self._unpacked(rows))
+
+    def _statuses(self, header: list[list[int]]) -> list[int]:
+        """Return what each process is; raise if one has failed, or they have taken different numbers of steps."""
+        statuses, updates = [row[0] for row in header], [row[4] for row in header]
         if _FAILED in statuses:
             self.done = True
             raise RuntimeError(
                 f"Process {statuses.index(_FAILED)} stopped with an error, which it has reported; the steps of this "
                 f'one, {self.rank}, need its batches. With sync="local" each process adapts on its own stream.'
             )
-        if len({row[4] for row in header}) > 1:
+        if len(set(updates)) > 1:
             self.done = True
             raise RuntimeError(
-                f"The processes have taken different numbers of steps, {[row[4] for row in header]}, so their weights "
-                "are not the same: were the states that they go on from saved at different times?"
+                f"The processes have taken different numbers of steps, {updates}, so their weights are not the same: "
+                "were the states that they go on from saved at different times?"
             )
-        self.broken, self.sizes = sum(row[5] for row in header), [(row[2], row[1]) for row in header]
-        self.is_idle, self.done = _BATCH not in statuses, max(statuses) <= _GONE
-        if self.is_idle:
-            return None
-        if _EMPTY in statuses:
-            self.done = True
-            refuse_empty([status != _EMPTY for status in statuses])
-        if not any(row[1] for row in header):
-            return GlobalBatch(torch.empty(0, 0, device=self._device), 0, {})
-        self._in_step = True
-        if not all(row[3] for row in header):
-            self._share_form()
-        assert self._form is not None
-        parts = self._gather(self._packed(logits, attention), [row[1] + row[2] for row in header])
-        remembered = [part[: row[2]] for part, row in zip(parts, header, strict=True)]
-        current = [part[row[2] :] for part, row in zip(parts, header, strict=True)]
-        rows = torch.cat([*remembered, *current])
-        return GlobalBatch(rows[:, : self._form.classes], sum(row[1] for row in header), self._unpacked(rows))
+        return statuses
 
     @property
     def is_in_step(self) -> bool:
