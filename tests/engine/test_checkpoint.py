@@ -95,7 +95,7 @@ def test_through_a_trainer_and_its_checkpoint(tmp_path):
     runner.save_checkpoint(path)
     third, again = made("abpem"), make_toy()
     third.load_state_dict(torch.load(path, weights_only=True)["callbacks"][third.state_key])
-    trainer(third).test(again, later, ckpt_path=path, verbose=False, weights_only=True)
+    trainer(third).test(again, later, ckpt_path=path, verbose=False)
     assert all(torch.equal(a, b) for a, b in zip(rest.seen, again.seen, strict=True))
 
 
@@ -112,7 +112,7 @@ def test_the_checkpoint_of_a_run_that_is_over_says_nothing_of_the_next(tmp_path,
     run(first, model).save_checkpoint(tmp_path / "model.ckpt")
     assert first.state_dict()["over"] is True
     caplog.clear()
-    run(second, again, ckpt_path=tmp_path / "model.ckpt", weights_only=True)
+    run(second, again, ckpt_path=tmp_path / "model.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(model.seen, again.seen, strict=True))
     assert second.updates == LENGTH
     assert caplog.text.count("To go on from it, give its state to `load_state_dict` before the run: torch.load") == 1
@@ -130,7 +130,7 @@ def test_the_checkpoint_of_a_run_that_broke_off_goes_on(tmp_path):
         runner.test(make_toy(), loader(LENGTH), verbose=False)
     assert first.state_dict()["over"] is False
     runner.save_checkpoint(tmp_path / "model.ckpt")
-    trainer(second).test(make_toy(), loader(1), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
+    trainer(second).test(make_toy(), loader(1), ckpt_path=tmp_path / "model.ckpt", verbose=False)
     assert second.updates == CUT + 1
 
 
@@ -153,9 +153,7 @@ def test_a_checkpoint_of_adapted_weights_is_no_source(tmp_path):
 
     trainer(made("abpem"), Writes()).test(make_toy(), loader(2), verbose=False)
     with pytest.raises(ValueError, match="Load the source model's checkpoint, not one that was written while"):
-        trainer(made("abpem")).test(
-            make_toy(), loader(2), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True
-        )
+        trainer(made("abpem")).test(make_toy(), loader(2), ckpt_path=tmp_path / "model.ckpt", verbose=False)
 
 
 def test_a_run_that_crashed_can_be_saved(tmp_path):

@@ -366,7 +366,7 @@ def test_weights_come_from_the_checkpoint(tmp_path):
     runner.strategy.connect(model)
     runner.save_checkpoint(path)
     fresh = make_toy()
-    trainer(abpem()).test(fresh, loader(), ckpt_path=path, verbose=False, weights_only=True)
+    trainer(abpem()).test(fresh, loader(), ckpt_path=path, verbose=False)
     expected = predictions(model, batches())
     assert all(torch.equal(a, b) for a, b in zip(fresh.seen, expected, strict=True))
 
