@@ -9,7 +9,7 @@ from torch import nn
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.loss_scale import LossScale, passes_float16
 from lightning_abpem.methods import READ, Tent
-from tests.engine.test_adaptation import abpem
+from tests.engine.attached import abpem
 from tests.toy import batches, make_toy
 
 SGD = partial(torch.optim.SGD, lr=1e3)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_abpem.methods import Tent
 from lightning_abpem.trainer.strategies import check_strategy
-from tests.engine.test_adaptation import abpem, fingerprint, predictions
+from tests.engine.attached import abpem, fingerprint, predictions
 from tests.golden_runs import Golden, both_runs
 from tests.reference import same_state
 from tests.toy import Toy, batches, loader, make_toy

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.engine.test_adaptation import abpem, fingerprint
+from tests.engine.attached import abpem, fingerprint
 from tests.reference import same_state
 from tests.toy import Toy, loader
 from tests.trainer.test_callback import trainer

@@ -9,7 +9,7 @@ import torch
 from lightning_abpem import ABPEM
 from lightning_abpem.methods import Tent
 from lightning_abpem.report.record import read_record
-from tests.engine.test_adaptation import fingerprint
+from tests.engine.attached import fingerprint
 from tests.toy import AUDIO, CLASSES, HEADS, MODALITIES, Toy, batches, heads_first, loader, make_toy
 from tests.trainer.test_callback import trainer
 from tests.trainer.test_several_processes import left_by, run

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.methods import Tent
-from tests.engine.test_adaptation import abpem, fingerprint, predictions
+from tests.engine.attached import abpem, fingerprint, predictions
 from tests.reference import same_state
 from tests.toy import Toy, batches, loader, make_toy
 from tests.trainer.test_callback import trainer
