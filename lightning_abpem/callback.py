@@ -5,24 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.checkpoint import check_form
-from lightning_abpem.engine.checks import shown
 from lightning_abpem.engine.describe import changed_options
 from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.method import Method, Record
@@ -30,14 +27,14 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.state_file import check_saved, read_state, write_state
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer import options
-from lightning_abpem.trainer.notices import Display
-from lightning_abpem.trainer.options import RunOptions, Stage, documented
-from lightning_abpem.trainer.reporting import RunReport, report_path
+from lightning_abpem.trainer.notices import Display, say_over
+from lightning_abpem.trainer.options import RunOptions, Stage, constructor_signature, documented, refuse_unknown
+from lightning_abpem.trainer.reporting import RunReport, report_path, reported
 from lightning_abpem.trainer.run import Outcome, Run
 from lightning_abpem.trainer.strategies import check_trainer
 from lightning_abpem.trainer.summary import Summary
 from lightning_abpem.tuning.result import Tuning, expression
-from lightning_abpem.tuning.runs import Labels
+from lightning_abpem.tuning.runs import Forward, Labels
 from lightning_abpem.tuning.search import RATES, tune
 
 if TYPE_CHECKING:
@@ -46,28 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["TestTimeAdaptation"]
 
 log = logging.getLogger(__name__)
-
-
-def _signature(cls: type) -> inspect.Signature:
-    """Return the signature of a class's constructor, which `__new__` would hide from `inspect.signature`."""
-    own = inspect.signature(cls.__init__)  # type: ignore[misc]
-    return own.replace(parameters=list(own.parameters.values())[1:])
-
-
-def _refuse_unknown(cls: type[TestTimeAdaptation], given: Mapping[str, Any]) -> None:
-    """Raise if a class is given options by names that its constructor does not have.
-
-    Raises:
-        TypeError: with the option, the value seen and the names that there are.
-    """
-    known = cls.__signature__.parameters
-    if any(own.kind is own.VAR_KEYWORD for own in known.values()):
-        return
-    for name in given:
-        if name not in known:
-            near = "".join(f" Did you mean `{other}`?" for other in get_close_matches(name, known, n=1))
-            words = f"Expected options of {cls.__name__}, {', '.join(known)}"
-            raise TypeError(f"{words}, but got `{name}` ({shown(given[name])}).{near}")
 
 
 @documented
@@ -108,10 +83,10 @@ class TestTimeAdaptation(Callback):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.__signature__ = _signature(cls)
+        cls.__signature__ = constructor_signature(cls)
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
-        _refuse_unknown(cls, given)
+        refuse_unknown(cls, given)
         self = super().__new__(cls)
         self._given = args, given  # of the subclass, as they were written: for the line of `tune`
         return self
@@ -213,13 +188,10 @@ class TestTimeAdaptation(Callback):
             )
         self._refuse_second_use()
         report = self._new_report("attach")
-        recorder = None
-        if report is not None:
-            if problem := report.problem():
-                raise ValueError(problem)
-            recorder = report.record(next((p.device for p in model.parameters()), torch.device("cpu")))
+        recorder = None if report is None else report.open(model)
         adaptation = Adaptation(model, self.settings, report=self.display.say, recorder=recorder)
-        with self._reported(report), Changes() as changes:  # which are undone at the latest when this frame is gone
+        # The changes are undone at the latest when this frame is gone.
+        with reported(report, self._write), Changes() as changes:
             changes.note(partial(self._detach, adaptation))
             adaptation.__enter__()
             try:
@@ -246,51 +218,22 @@ class TestTimeAdaptation(Callback):
         anchors: Sequence[float] | None = None,
         batches: int = 80,
         stage: Stage | None = None,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
+        forward: Forward | None = None,
         labels: Labels | None = None,
     ) -> Tuning:
         """Find the learning rate for a stream, without labels: each candidate adapts to its first batches.
 
         The source meets them first, then each candidate, from the source on, in a copy of the model: the model, the
-        random number generators and this callback stay as they are. See docs/tune for the rule, and how good it is.
-
-        Args:
-            model: a LightningModule, whose own step runs in a Trainer, or any module, which is called.
-            data: a loader or another iterable of batches, of which the first are kept in memory; or a
-                LightningDataModule, which makes them anew for each candidate, from the same random numbers.
-            rates: candidates of `learning_rate`.
-            anchors: candidates of `anchor`, each with all rates; None for this callback's own.
-            batches: how many of the stream; of each dataloader, if the LightningDataModule has several.
-            stage: whose step of a LightningModule runs; None for the first of `stages`.
-            forward: calls the model with a batch. Default: the LightningModule's step; of another module
-                ``model(*batch)``, by name if a batch is a dict, on the model's device.
-            labels: from a batch to its (B,) classes; with it there is an accuracy in the table. It decides nothing.
-
-        Returns:
-            Rows, the best one, and its line. Printed it is a table.
-
-        Raises:
-            ValueError: an argument is out of its range, the model cannot be copied, the source itself fails, or no
-                candidate can adapt. What stops some candidates alone is in their rows.
+        random number generators and this callback stay as they are. `lightning_abpem.tuning.search.tune` documents
+        the arguments; see docs/tune for the rule, and how good it is.
         """
         self._refuse_second_use()
-        if self.settings.steps == 0:
-            raise ValueError("Expected `steps` >= 1 to tune a learning rate, but got 0, which moves no weight.")
-        return tune(
-            self._candidate,
-            self._line,
-            model,
-            data,
-            rates=rates,
-            anchors=[self.settings.anchor] if anchors is None else anchors,
-            batches=batches,
-            stage=self.stages[0] if stage is None else stage,
-            forward=forward,
-            labels=labels,
-        )
+        stage = self.stages[0] if stage is None else stage
+        anchors = [self.settings.anchor] if anchors is None else anchors
+        return tune(self, model, data, rates, anchors, batches, stage, forward, labels)
 
-    def _candidate(self, rate: float, anchor: float, stage: Stage) -> TestTimeAdaptation:
-        """This callback as it began, with another learning rate and anchor."""
+    def candidate(self, rate: float, anchor: float, stage: Stage) -> TestTimeAdaptation:
+        """Return this callback as it began, with another learning rate and anchor, for `tune`."""
         own = copy.copy(self)
         own._report_path = None  # a candidate's run is none of the user's
         own.settings = replace(self.settings, learning_rate=rate, anchor=anchor, sync="local")
@@ -299,10 +242,10 @@ class TestTimeAdaptation(Callback):
         own._forget()
         return own
 
-    def _line(self, changed: Mapping[str, float]) -> str:
-        """The expression for this callback with some options changed."""
-        args, options = self._given
-        return expression(type(self).__name__, args, {**options, **changed})
+    def line(self, **changed: float) -> str:
+        """Return the expression for this callback with some options changed."""
+        args, given = self._given
+        return expression(type(self).__name__, args, {**given, **changed})
 
     def _detach(self, adaptation: Adaptation) -> None:
         """Keep what an `attach` has come to, and close its adaptation; it can be called again."""
@@ -320,18 +263,7 @@ class TestTimeAdaptation(Callback):
         """Return what is to be written of a run that begins; None for nothing."""
         return None if self._report_path is None else RunReport(self._report_path, self.settings, stage)
 
-    @contextmanager
-    def _reported(self, report: RunReport | None) -> Iterator[None]:
-        """Write the report of an `attach` when the block ends, also by an error."""
-        try:
-            yield
-        except BaseException as error:
-            self._write(report, {}, error)
-            raise
-        self._write(report, {})
-
     def _write(self, report: RunReport | None, metrics: Mapping[str, Any], error: BaseException | None = None) -> None:
-        """Write a report, if one is wanted."""
         if report is not None:
             report.write(self.updates, self.skipped_for, metrics, error)
 
@@ -361,11 +293,7 @@ class TestTimeAdaptation(Callback):
         if states.get(self.state_key, {}).get("over"):
             del states[self.state_key]
             if trainer.state.fn in self.stages:
-                rank_zero_info(
-                    f"{self.settings.method.name} begins at the source: the stream whose state the checkpoint holds is "
-                    "over. To go on from it, give its state to `load_state_dict` before the run: "
-                    f'torch.load(PATH, weights_only=True)["callbacks"]["{self.state_key}"].'
-                )
+                say_over(self.settings.method.name, self.state_key)
 
     def save(self, path: str | Path, memory: bool = True) -> Path:
         """Write `state_dict` to a file, all of it or nothing.
@@ -529,4 +457,4 @@ class TestTimeAdaptation(Callback):
                 self._run = None
 
 
-TestTimeAdaptation.__signature__ = _signature(TestTimeAdaptation)
+TestTimeAdaptation.__signature__ = constructor_signature(TestTimeAdaptation)

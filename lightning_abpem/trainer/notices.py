@@ -16,7 +16,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.trainer.options import Chosen, Verbose
 from lightning_abpem.trainer.summary import Summary
 
-__all__ = ["Display", "log_options"]
+__all__ = ["Display", "log_options", "say_over"]
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ class Display:
 @rank_zero_only
 def _print(summary: Summary) -> None:
     show(summary)
+
+
+def say_over(method: str, key: str) -> None:
+    """Say that the stream of a checkpoint's state is over, and how to go on from it."""
+    rank_zero_info(
+        f"{method} begins at the source: the stream whose state the checkpoint holds is over. To go on from it, give "
+        f'its state to `load_state_dict` before the run: torch.load(PATH, weights_only=True)["callbacks"]["{key}"].'
+    )
 
 
 def log_options(settings: Settings, loggers: Iterable[Any]) -> None:

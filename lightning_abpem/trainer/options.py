@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -28,7 +29,18 @@ from lightning_abpem.engine.options import OptimizerFactory as OptimizerFactory
 from lightning_abpem.engine.options import Reset as Reset
 from lightning_abpem.engine.options import Sync as Sync
 
-__all__ = ["SHARED", "Chosen", "Page", "RunOptions", "Stage", "Verbose", "documented", "shared"]
+__all__ = [
+    "SHARED",
+    "Chosen",
+    "Page",
+    "RunOptions",
+    "Stage",
+    "Verbose",
+    "constructor_signature",
+    "documented",
+    "refuse_unknown",
+    "shared",
+]
 
 Stage = Literal["test", "predict", "validate"]
 Verbose = Literal[0, 1, 2]
@@ -87,6 +99,28 @@ SHARED: dict[str, dataclasses.Field[Any]] = {
 def shared(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that all methods share out of what a constructor was given, its `locals()`."""
     return {name: given[name] for name in SHARED}
+
+
+def constructor_signature(cls: type) -> inspect.Signature:
+    """Return the signature of a class's constructor, which `__new__` would hide from `inspect.signature`."""
+    own = inspect.signature(cls.__init__)  # type: ignore[misc]
+    return own.replace(parameters=list(own.parameters.values())[1:])
+
+
+def refuse_unknown(cls: type, given: Mapping[str, Any]) -> None:
+    """Raise if a class is given options by names that its constructor does not have.
+
+    Raises:
+        TypeError: with the option, the value seen and the names that there are.
+    """
+    known = inspect.signature(cls).parameters
+    if any(own.kind is own.VAR_KEYWORD for own in known.values()):
+        return
+    for name in given:
+        if name not in known:
+            near = "".join(f" Did you mean `{other}`?" for other in get_close_matches(name, known, n=1))
+            words = f"Expected options of {cls.__name__}, {', '.join(known)}"
+            raise TypeError(f"{words}, but got `{name}` ({shown(given[name])}).{near}")
 
 
 def documented(cls: _Class) -> _Class:

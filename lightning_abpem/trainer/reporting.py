@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.engine.describe import options_of, package_version
@@ -23,7 +25,7 @@ from lightning_abpem.report.page import run_page
 from lightning_abpem.report.record import FORMAT, VERSION, check_writable, write_text
 from lightning_abpem.trainer.options import Page
 
-__all__ = ["RunReport", "report_path"]
+__all__ = ["RunReport", "report_path", "reported"]
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,16 @@ class RunReport:
         except ValueError as error:
             return str(error)
         return None
+
+    def open(self, model: nn.Module) -> Recorder | None:
+        """Return what gathers, for an `attach` that begins.
+
+        Raises:
+            ValueError: the files cannot be written.
+        """
+        if problem := self.problem():
+            raise ValueError(problem)
+        return self.record(next((p.device for p in model.parameters()), torch.device("cpu")))
 
     def record(self, device: torch.device) -> Recorder | None:
         """Return what gathers, for an adaptation that begins; None in processes that do not write."""
@@ -130,6 +142,22 @@ class RunReport:
             "processes": process()[1],
             "sync": self._settings.sync,
         }
+
+
+@contextmanager
+def reported(report: RunReport | None, write: Callable[..., None]) -> Iterator[None]:
+    """Write the report of an `attach` when the block ends, also by an error.
+
+    Args:
+        report: None for none.
+        write: called with the report, no metrics of the user's, and the error.
+    """
+    try:
+        yield
+    except BaseException as error:
+        write(report, {}, error)
+        raise
+    write(report, {})
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
+from lightning_abpem.engine.checks import check_integer
 from lightning_abpem.engine.guard import harm
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.functional import entropy_of
@@ -47,6 +48,14 @@ class Adapter(Protocol):
     def attach(self, model: nn.Module) -> Any: ...
 
 
+class Tunable(Adapter, Protocol):
+    """A callback that makes candidates of itself, and can say how it is written."""
+
+    def candidate(self, rate: float, anchor: float, stage: Stage) -> Adapter: ...
+
+    def line(self, **changed: float) -> str: ...
+
+
 @dataclass(frozen=True)
 class _Stream:
     """The batches, and how they enter the model."""
@@ -59,11 +68,9 @@ class _Stream:
 
 
 def tune(
-    make: Callable[[float, float, Stage], Adapter],
-    line: Callable[[Mapping[str, float]], str],
+    own: Tunable,
     model: nn.Module,
     data: Any,
-    *,
     rates: Sequence[float],
     anchors: Sequence[float],
     batches: int,
@@ -71,17 +78,34 @@ def tune(
     forward: Forward | None,
     labels: Labels | None,
 ) -> Tuning:
-    """Run the source and all candidates; `TestTimeAdaptation.tune` documents the arguments.
+    """Run the source and all candidates on the first batches of a stream.
 
     Args:
-        make: from a rate, an anchor and a stage to a callback of its own.
-        line: from the options that were chosen to the callback's expression.
+        own: the callback whose learning rate is looked for.
+        model: a LightningModule, whose own step runs in a Trainer, or any module, which is called.
+        data: a loader or another iterable of batches, of which the first are kept in memory; or a
+            LightningDataModule, which makes them anew for each candidate, from the same random numbers.
+        rates: candidates of `learning_rate`.
+        anchors: candidates of `anchor`, each with all rates; None for this callback's own.
+        batches: how many of the stream; of each dataloader, if the LightningDataModule has several.
+        stage: whose step of a LightningModule runs; None for the first of `stages`.
+        forward: calls the model with a batch. Default: the LightningModule's step; of another module
+            ``model(*batch)``, by name if a batch is a dict, on the model's device.
+        labels: from a batch to its (B,) classes; with it there is an accuracy in the table. It decides nothing.
+
+    Returns:
+        Rows, the best one, and its line. Printed it is a table.
+
+    Raises:
+        ValueError: an argument is out of its range, the model cannot be copied, the source itself fails, or no
+            candidate can adapt. What stops some candidates alone is in their rows.
     """
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise ValueError(f"Expected `batches` to be an integer >= 1, but got {batches!r}.")
+    if own.settings.steps == 0:
+        raise ValueError("Expected `steps` >= 1 to tune a learning rate, but got 0, which moves no weight.")
+    check_integer("batches", batches, 1)
     if isinstance(rates, str) or not rates or not anchors:
         raise ValueError(f"Expected `rates` and `anchors` to hold numbers, but got {rates!r} and {anchors!r}.")
-    candidates = [(rate, anchor, make(rate, anchor, stage)) for anchor, rate in product(anchors, rates)]
+    candidates = [(rate, anchor, own.candidate(rate, anchor, stage)) for anchor, rate in product(anchors, rates)]
     if forward is None and not isinstance(model, LightningModule):
         forward = plain_forward
     stream = _Stream(_kept(data, batches, forward), batches, stage, forward, labels)
@@ -102,7 +126,7 @@ def tune(
     if best.learning_rate is None:
         return Tuning(rows, best, None, tally.batches, notes)
     changed = {"learning_rate": best.learning_rate} | ({"anchor": best.anchor} if len(set(anchors)) > 1 else {})
-    return Tuning(rows, best, line(changed), tally.batches, notes)
+    return Tuning(rows, best, own.line(**changed), tally.batches, notes)
 
 
 def _kept(data: Any, batches: int, forward: Forward | None) -> Any:

@@ -164,7 +164,7 @@ def test_a_callback_is_copied_and_pickled_with_its_line():
     tent = Tent(steps=0, reset="640 samples")
     for other in (copy.copy(tent), copy.deepcopy(tent), pickle.loads(pickle.dumps(tent))):
         assert repr(other) == repr(tent) == "Tent(steps=0, reset='640 samples')"
-        assert other._line({}) == "Tent(steps=0, reset='640 samples')"
+        assert other.line() == "Tent(steps=0, reset='640 samples')"
 
 
 class Odd:

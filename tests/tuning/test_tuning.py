@@ -184,13 +184,13 @@ def test_the_rule():
 def test_the_line_runs():
     given = {"modalities": {"audio": 6, "video": 4}, "memory_batches": 2, "target": None}
     abpem = ABPEM([FUSION], **given)
-    line = abpem._line({"learning_rate": 0.1, "anchor": 0.01})
+    line = abpem.line(learning_rate=0.1, anchor=0.01)
     again = eval(line, {"ABPEM": ABPEM})
     assert again.settings == replace(abpem.settings, learning_rate=0.1, anchor=0.01)
-    assert copy.copy(abpem)._line({}) == abpem._line({})
+    assert copy.copy(abpem).line() == abpem.line()
     published = ABPEM.published(FUSION, {"audio": 6, "video": 4}, "kinetics50-audio")
-    assert eval(published._line({}), {"ABPEM": ABPEM}).settings == published.settings
-    assert EATA(learning_rate=1e-3)._line({"learning_rate": 1.0}) == "EATA(learning_rate=1.0)"
+    assert eval(published.line(), {"ABPEM": ABPEM}).settings == published.settings
+    assert EATA(learning_rate=1e-3).line(learning_rate=1.0) == "EATA(learning_rate=1.0)"
 
 
 def test_what_has_no_form_in_python_is_an_ellipsis():
