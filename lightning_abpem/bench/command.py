@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_abpem.bench.benchmark import Benchmark
+from lightning_abpem.bench.cells import Cell
 from lightning_abpem.bench.output import note_on, published_beside, read_lines, write_results
 from lightning_abpem.bench.protocols import POOLED, Kinds, chosen_kinds
 from lightning_abpem.bench.results import Averaging, compare
@@ -22,6 +23,7 @@ from lightning_abpem.bench.settings import check_comparable, check_settings, poo
 from lightning_abpem.bench.tables import comparison_markdown, terminal
 from lightning_abpem.bench.variants import METHODS, Variant, find_variants
 from lightning_abpem.display import literal, visible
+from lightning_abpem.engine.checks import check_integer
 
 __all__ = ["SEEDS", "compare_runs", "run_benchmark"]
 
@@ -76,38 +78,75 @@ def run_benchmark(
     console = console or Console()
     own = _variants(variants or {})
     chosen = find_variants(list({**METHODS, **own}) if methods is None else _words("methods", methods), own)
-    if workers is not None and workers < 1:
-        raise ValueError(f"Expected `workers` to be an integer >= 1, but got {workers}.")
-    bound = inspect.signature(benchmark).bind_partial(**arguments)
-    bound.apply_defaults()
-    arguments = bound.arguments
-    data = benchmark(**arguments)
-    every = data.kinds
-    some = None if kinds is None else chosen_kinds(every, _words("kinds", kinds))
-    make = partial(_make, benchmark, arguments, some)
-    data.kinds = every if some is None else some
+    processes = _processes(workers, device)
+    on = _On(benchmark, arguments, None if kinds is None else _words("kinds", kinds))
     asked: dict[str, Any] = {
         "protocols": _words("protocol", protocol),
         "severities": _numbers("severity", severity),
         "seeds": _seeds(seeds),
-        "sources": list(data.sources) if sources is None else _words("sources", sources),
-        "batch_sizes": _numbers("batch_size", data.batch_size if batch_size is None else batch_size),
+        "sources": list(on.data.sources) if sources is None else _words("sources", sources),
+        "batch_sizes": _numbers("batch_size", on.data.batch_size if batch_size is None else batch_size),
         "methods": list(chosen),
     }
-    cells = list_cells(data, **asked)
-    _try_out(data, chosen, device)
-    data.load(faults_of(data, cells))
-    data.prepare(asked["sources"])
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    pooled = pooled_kinds(data.kinds, every, {cell.protocol for cell in cells if cell.condition == POOLED})
-    check_settings(out, {**settings_of(data, arguments, asked["sources"], chosen), **pooled})
-    processes = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
+    cells = list_cells(on.data, **asked)
+    _try_out(on.data, chosen, device)
+    _prepare(on, cells, asked["sources"], chosen, out)
     with _progress(console) as progress:
         done = len(finished(out / "cells", cells))
-        bar = progress.add_task(visible(data.name), total=len(cells), completed=done)
-        run_cells(make, cells, chosen, out / "cells", processes, device, lambda: progress.advance(bar))
-    run = {"benchmark": data.name, "arguments": arguments, "kinds": data.kinds, **asked}
-    run |= {"averaging": averaging, "device": device}
+        bar = progress.add_task(visible(on.data.name), total=len(cells), completed=done)
+        run_cells(on.make, cells, chosen, out / "cells", processes, device, lambda: progress.advance(bar))
+    run = {"benchmark": on.data.name, "arguments": on.arguments, "kinds": on.data.kinds, **asked}
+    _show(console, out, cells, on.data, averaging, run | {"averaging": averaging, "device": device})
+
+
+class _On:
+    """A run's benchmark.
+
+    Attributes:
+        data: the benchmark, with the chosen kinds of corruption alone.
+        every: all of its kinds.
+        arguments: of its constructor, the defaults included.
+        make: makes it again in any process.
+    """
+
+    def __init__(self, benchmark: type[Benchmark], arguments: Mapping[str, Any], kinds: Sequence[str] | None) -> None:
+        bound = inspect.signature(benchmark).bind_partial(**arguments)
+        bound.apply_defaults()
+        self.arguments: Mapping[str, Any] = bound.arguments
+        self.data = benchmark(**self.arguments)
+        self.every = self.data.kinds
+        some = None if kinds is None else chosen_kinds(self.every, kinds)
+        self.make = partial(_make, benchmark, self.arguments, some)
+        self.data.kinds = self.every if some is None else some
+
+
+def _processes(workers: int | None, device: str) -> int:
+    if workers is None:
+        return os.cpu_count() or 1 if device == "cpu" else 1
+    check_integer("workers", workers, 1)
+    return workers
+
+
+def _prepare(
+    on: _On, cells: Sequence[Cell], sources: Sequence[str], variants: Mapping[str, Variant], out: Path
+) -> None:
+    """Load what the cells need, and hold the folder against what its finished cells were computed with."""
+    on.data.load(faults_of(on.data, cells))
+    on.data.prepare(sources)
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    pooled = pooled_kinds(on.data.kinds, on.every, {cell.protocol for cell in cells if cell.condition == POOLED})
+    check_settings(out, {**settings_of(on.data, on.arguments, sources, variants), **pooled})
+
+
+def _show(
+    console: Console,
+    out: Path,
+    cells: Sequence[Cell],
+    data: Benchmark,
+    averaging: Averaging,
+    run: Mapping[str, Any],
+) -> None:
+    """Write the results of finished cells, and show them."""
     for summary in write_results(out, load_cells(out / "cells", cells), data, averaging, run):
         console.print(terminal(summary, published_beside(summary, data)))
     console.print(literal(note_on(data, averaging)))
