@@ -131,6 +131,9 @@ def _prepare(
     on: _On, cells: Sequence[Cell], sources: Sequence[str], variants: Mapping[str, Variant], out: Path
 ) -> None:
     """Load what the cells need, and hold the folder against what its finished cells were computed with."""
+    for name in ("cells", "figures"):
+        if (out / name).is_symlink():
+            raise ValueError(f"Expected '{out / name}' to be a folder of the run's own, but it is a link. Remove it.")
     on.data.load(faults_of(on.data, cells))
     on.data.prepare(sources)
     (out / "cells").mkdir(parents=True, exist_ok=True)

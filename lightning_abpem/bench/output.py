@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 import subprocess
@@ -19,6 +20,7 @@ from lightning_abpem.bench.figures import accuracy_figure, gap_figure, reliabili
 from lightning_abpem.bench.results import Averaging, Summary, flatten, summarise
 from lightning_abpem.bench.settings import plain
 from lightning_abpem.bench.tables import latex, markdown, title
+from lightning_abpem.data.published_layout import write
 
 __all__ = ["note_on", "published_beside", "read_lines", "write_results"]
 
@@ -40,21 +42,30 @@ def write_results(
     lines = flatten(cells)
     summaries = summarise(lines, averaging)
     names = list(dict.fromkeys(name for line in lines for name in line))
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(lines)
+    _write_text(folder / "results.csv", _csv(names, lines))
     record = {**_circumstances(), "run": plain(run), "provenance": plain(benchmark.provenance())}
     averages = [_averages(summary) for summary in summaries]
-    (folder / "results.json").write_text(
-        json.dumps({**record, "hyper_parameters": _hyper_parameters(cells), "averages": averages}, indent=2) + "\n"
-    )
+    record |= {"hyper_parameters": _hyper_parameters(cells), "averages": averages}
+    _write_text(folder / "results.json", json.dumps(record, indent=2) + "\n")
     note = note_on(benchmark, averaging)
     tables = [markdown(s, published_beside(s, benchmark), note) for s in summaries]
-    (folder / "tables.md").write_text("\n".join(tables))
-    (folder / "tables.tex").write_text("\n".join(latex(s, note) for s in summaries))
+    _write_text(folder / "tables.md", "\n".join(tables))
+    _write_text(folder / "tables.tex", "\n".join(latex(s, note) for s in summaries))
     _write_figures(folder / "figures", cells, summaries)
     return summaries
+
+
+def _csv(names: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:
+    words = io.StringIO(newline="")
+    writer = csv.DictWriter(words, names)
+    writer.writeheader()
+    writer.writerows(lines)
+    return words.getvalue()
+
+
+def _write_text(path: Path, words: str) -> None:
+    """Put a file in the place of what has its name, be it a link."""
+    write(path, words.encode())
 
 
 def published_beside(summary: Summary, benchmark: Benchmark) -> Mapping[str, Mapping[str, float]]:

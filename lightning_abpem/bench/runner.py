@@ -165,7 +165,9 @@ def _compute(cell: Cell, variant: Variant, folder: Path) -> None:
     result = run_cell(_BENCHMARK, cell, variant, _source(cell.source))
     path = _path(folder, cell)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(result))
+    partial.unlink(missing_ok=True)  # which may be a link to a file elsewhere
+    with partial.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(result))
     partial.replace(path)
 
 

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 parser.exit(2, f"abpem {name}: {error}; pip install 'lightning_abpem[cli,bench]'\n")
             module.add_arguments(command)
     options, rest = parser.parse_known_args(argv)
-    sys.path.insert(0, "")  # as `python -m` does: modules of the working directory can be imported
+    if "" not in sys.path:
+        sys.path.append("")  # modules of the working directory can be imported; installed ones go before them
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -646,3 +646,31 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path):
 def test_find_variants_prefers_ones_own():
     own = {"abpem": Variant("abpem", {"k": 1})}
     assert find_variants(["source", "abpem"], own)["abpem"].options == {"k": 1}
+
+
+RESULTS = ("results.csv", "results.json", "tables.md", "tables.tex", "settings.json", "figures/reliability.png")
+
+
+def test_results_take_the_place_of_links(tmp_path):
+    """A folder from elsewhere may hold links under the names of results: what they lead to stays as it is."""
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    (out / "figures").mkdir(parents=True)
+    for name in RESULTS:
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text("{}")
+        (out / name).symlink_to(theirs / name)
+    run(out)
+    for name in RESULTS:
+        assert (theirs / name).read_text() == "{}"
+        assert not (out / name).is_symlink()
+        assert (out / name).stat().st_size > 2
+
+
+@pytest.mark.parametrize("name", ["cells", "figures"])
+def test_a_folder_of_results_that_is_a_link_is_refused(tmp_path, name):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "theirs", target_is_directory=True)
+    with pytest.raises(ValueError, match=f"Expected '.*{name}' to be a folder of the run's own, but it is a link"):
+        run(tmp_path / "out")
+    assert not list((tmp_path / "theirs").iterdir())

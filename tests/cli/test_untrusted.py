@@ -298,3 +298,17 @@ def test_the_projects_own_configs_are_taken():
     assert len(paths) > 5
     for path in paths:
         assert _read_options(path, DigitsAVC) == yaml.safe_load(path.read_text())
+
+
+def test_a_file_of_the_working_directory_stands_in_for_no_library(tmp_path, monkeypatch):
+    """While a package of the directory itself can be imported."""
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('run')\n")
+    (tmp_path / "of_the_project.py").write_text("import colorsys\nWHERE = colorsys.__file__\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    for name in ("colorsys", "of_the_project"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "of_the_project.WHERE", "--batch", "none.pt"])
+    assert ended.value.code == 2  # for that is no LightningModule
+    assert not sys.modules.pop("of_the_project").WHERE.startswith(str(tmp_path))
