@@ -14,6 +14,7 @@ from lightning_abpem import metrics
 from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.bench.variants import METHODS
 from lightning_abpem.cli import main
+from tests import landing
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -168,3 +169,14 @@ def test_every_message_is_on_the_page_of_troubles():
     missing = [(file, words) for file, words in said if not any(p.match(words) for p in patterns.values())]
     assert missing == []
     assert [entry for entry, pattern in patterns.items() if not any(pattern.match(words) for _, words in said)] == []
+
+
+def test_the_landing_page_has_the_readmes_program():
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert blocks("index.md") == re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+
+
+def test_the_landing_pages_figure_is_that_of_the_table():
+    drawn = landing.FIGURE.read_text(encoding="utf-8")
+    assert drawn == landing.figure(text("method.md"))
+    assert drawn.count("<circle") == 2 + 2 * 10
