@@ -16,7 +16,8 @@ __all__ = ["SavedModules"]
 _TABLES = (
     *("_modules", "_buffers", "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_state_dict_hooks", "_load_state_dict_pre_hooks", "_parameters"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    "_parameters",
 )
 _EMPTY: dict[Any, Any] = {}
 _attributes_of = attrgetter("__dict__")

@@ -14,6 +14,7 @@ __all__ = ["SavedTensor", "bit_sum", "normal_tensor", "reading_waits", "same_bit
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 15  # integers that are weighed at once, so that no copy of a large tensor is made
+_LARGER = 4  # times as large as a tensor is its storage at most, to be saved with it
 
 
 def normal_tensor(x: Any) -> Any:
@@ -30,11 +31,11 @@ def reading_waits(x: Tensor) -> bool:
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Return True if two tensors of one shape, dtype and device hold the same bits; NaN equals itself."""
-    if x.dtype.is_floating_point or x.dtype.is_complex:
-        integers = _BITS.get(x.element_size())
-        if integers is None or x.is_conj() or x.is_neg() or y.is_conj() or y.is_neg():
-            return torch.equal(x, y)
-        x, y = x.view(integers), y.view(integers)
+    if x.dtype.is_complex:  # whose bits of conjugation turn a sign over, and lose none
+        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
+    if x.dtype.is_floating_point:
+        integers = _BITS[x.element_size()]
+        x, y = x.resolve_neg().view(integers), y.resolve_neg().view(integers)
     return torch.equal(x, y)
 
 
@@ -61,6 +62,8 @@ def bit_sum(x: Tensor) -> Tensor:
 class SavedTensor:
     """A tensor's values, shape and flags before a pass.
 
+    The values of a part of a larger storage are those of all of it, if that is at most four times as large.
+
     On a CPU `restore` compares values, because not every edit counts a tensor's version up: those of batch
     normalisation and through `.data` do not. On other devices a comparison would wait for the device; there the values
     are always written back. Neither way counts the version up by itself.
@@ -70,7 +73,7 @@ class SavedTensor:
         key: the id of the tensor that it stands for.
     """
 
-    __slots__ = ("_alias", "_before", "_flags", "_is_told", "_layout", "_part", "_tensor", "_version", "key")
+    __slots__ = ("_alias", "_before", "_flags", "_is_told", "_layout", "_part", "_size", "_tensor", "_version", "key")
 
     def __init__(self, tensor: Tensor, key: int) -> None:
         self._tensor, self.key, self._version = tensor, key, tensor._version
@@ -83,7 +86,8 @@ class SavedTensor:
                 if plain.layout == torch.strided and not (plain.is_meta or plain.is_quantized or plain.is_nested):
                     self._alias = plain.data  # the same memory; the shape, the version and the history are its own
                     self._layout = _layout(tensor)
-                    self._part = _without_repeats(self._alias)
+                    self._size = self._alias.untyped_storage().nbytes()
+                    self._part = _memory(self._alias, self._size)
                     self._before = self._part.clone()
 
     def restore(self, name: Callable[[int], str], counts: bool = False) -> bool:
@@ -119,7 +123,9 @@ class SavedTensor:
             self._restore_flags(x)
         moved = _layout(x) != self._layout
         if moved:
+            _resize(alias, self._size)
             x.data = alias
+            self._layout = _layout(x)  # memory that was freed comes back at another place
         part = self._part
         waits = reading_waits(alias)
         changed = x._version != version if waits else not same_bits(part, self._before)
@@ -148,7 +154,22 @@ class SavedTensor:
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg()
+
+
+def _resize(x: Tensor, size: int) -> None:
+    """Give the storage of a tensor its size in bytes back, which a forward may have freed or made longer."""
+    storage = x.untyped_storage()
+    if storage.nbytes() != size:
+        storage.resize_(size)
+
+
+def _memory(x: Tensor, size: int) -> Tensor:
+    """Return the bytes of a tensor's storage, which has this size, or the tensor's own part if that is far smaller."""
+    own = x.numel() * x.element_size()
+    if own < size <= _LARGER * own:
+        return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+    return _without_repeats(x)
 
 
 def _without_repeats(x: Tensor) -> Tensor:
