@@ -189,12 +189,12 @@ def test_the_landing_pages_figure_is_that_of_the_table():
 def sentences(page):
     """The sentences of a page: of its paragraphs, list items and table cells, without code."""
     prose = re.sub(r"^---\n.*?\n---\n|```.*?```", "", text(page), flags=re.DOTALL)
-    for part in re.split(r"\n\s*\n|\n(?=[-|#]|\d+\. )|\|", prose):
+    for part in re.split(r"\n\s*\n|\n(?= *[-|#]| *\d+\. )|\|", prose):
         yield from re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[])", " ".join(part.split()))
 
 
 @pytest.mark.parametrize("page", sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")))
 def test_no_sentence_is_long(page):
-    if page in {"results.md", "performance.md", "method.md", "models.md"}:
+    if page in {"results.md", "performance.md"}:
         pytest.skip("not rewritten yet")
     assert [sentence for sentence in sentences(page) if len(sentence.split()) > 32] == []
