@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -136,6 +137,11 @@ class Recorder:
         except Exception as error:  # a figure of the report is no reason to lose the run
             self._no_blocks = f"The first batch could not be run again: {error}"
             log.warning("The report will have no attention blocks. %s", self._no_blocks)
+
+    def pictures(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return how often each class was predicted, as `Points.classes` has it, and the blocks; None without."""
+        self.flush()
+        return self._points.classes(_PARTS, sys.maxsize), self._blocks
 
     def result(self) -> dict[str, Any]:
         """Return all that was gathered, as a report's record has it: plain numbers, lists and names."""

@@ -21,6 +21,7 @@ from lightning_abpem.modules.patches import Changes
 from lightning_abpem.trainer.figures import Figures
 from lightning_abpem.trainer.notices import Display, log_options
 from lightning_abpem.trainer.options import Stage
+from lightning_abpem.trainer.pictures import log_pictures
 from lightning_abpem.trainer.reporting import RunReport
 from lightning_abpem.trainer.streams import Streams
 from lightning_abpem.trainer.summary import Summary
@@ -88,6 +89,7 @@ class Run:
         self.adaptation: Adaptation | None = None
         self.figures = Figures(trainer, settings.method.name.lower(), stage, logged, display.figures)
         self.outcome: Outcome | None = None
+        self._first = logged
         self.phase: Literal["running", "closing", "closed"] = "running"
         self._peers: Peers | None = None  # where each process adapts on its own stream
         self._streams = Streams(getattr(trainer, f"{stage}_loop"), trainer.world_size)
@@ -190,9 +192,13 @@ class Run:
         return self.figures.averages()
 
     def see_blocks(self) -> None:
-        """Look at the fusion's attention for the report."""
-        if self.report is not None:
-            self.report.see_blocks(self.adaptation)
+        """Look at the fusion's attention for the report, and show loggers what was gathered for it."""
+        if self.report is None or self.report.recorder is None:
+            return
+        self.report.see_blocks(self.adaptation)
+        classes, blocks = self.report.recorder.pictures()
+        prefix = f"{self._settings.method.name.lower()}/{self.stage}"
+        log_pictures(self.trainer.loggers, prefix, classes, blocks, self._first)
 
     def log_averages(self) -> None:
         """Hand the averages that Lightning does not log to the loggers: in predict, where it has no results, all."""
