@@ -1,19 +1,30 @@
-"""Running a function in two real processes that share a gloo process group."""
+"""Running a function in two real processes that share a gloo process group.
+
+The two are kept for the next function: to import torch and Lightning takes longer than most of what they are asked.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 WORLD = 2
+TIMEOUT = 240
+"""Seconds in which both must have answered."""
 
 
 def free_port() -> int:
@@ -23,30 +34,100 @@ def free_port() -> int:
 
 
 def in_two_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(rank, *args)` returns in each, by rank; an exception is returned as such."""
-    context = get_context("spawn")
-    port, queue = free_port(), context.Queue()
-    workers = [context.Process(target=_work, args=(queue, port, rank, function, args)) for rank in range(WORLD)]
-    for worker in workers:
-        worker.start()
-    results = dict(torch.load(io.BytesIO(queue.get(timeout=240)), weights_only=False) for _ in workers)
-    for worker in workers:
-        worker.join()
-    return [results[rank] for rank in range(WORLD)]
+    """Return what `function(rank, *args)` returns in each, by rank; an exception is returned as such.
 
-
-def _work(queue: Any, port: int, rank: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
+    Raises:
+        RuntimeError: if one of them dies or does not answer.
+    """
+    pool = _kept.pop() if _kept else Pool()
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-        queue.put(_packed(rank, function(rank, *args)))
-        dist.barrier()
-        dist.destroy_process_group()
+        results = pool.run(function, args, TIMEOUT)
+    except BaseException:
+        pool.close()
+        raise
+    if any(isinstance(result, Exception) for result in results):
+        pool.close()  # who knows what they are like
+    else:
+        _kept.append(pool)
+    return results
+
+
+class Pool:
+    """Two processes that wait for functions. They end with this one."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        pipes = [context.Pipe() for _ in range(WORLD)]
+        self._ends = [ours for ours, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(theirs, rank), daemon=True) for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self._processes, pipes, strict=True):
+            process.start()
+            theirs.close()  # or else its death would not be seen
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        end = time.monotonic() + timeout
+        with TemporaryDirectory() as folder:  # where they meet: a port that is free may not be so for long
+            for own in self._ends:
+                own.send((function, args, Path(folder) / "store"))
+            return [self._answer(rank, end) for rank in range(WORLD)]
+
+    def _answer(self, rank: int, end: float) -> Any:
+        if not self._ends[rank].poll(max(0, end - time.monotonic())):
+            for process in self._processes:
+                os.kill(process.pid, signal.SIGABRT)  # at which they write where they are
+                process.join()
+            raise RuntimeError(f"Expected process {rank} to answer, but it hangs; stderr has the lines of both.")
+        try:
+            content = self._ends[rank].recv_bytes()
+        except EOFError:
+            self._processes[rank].join()
+            code = self._processes[rank].exitcode
+            raise RuntimeError(f"Expected process {rank} to answer, but it died with exit code {code}.") from None
+        return torch.load(io.BytesIO(content), weights_only=False)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+_kept: list[Pool] = []
+
+
+def _serve(end: Connection, rank: int) -> None:
+    """Answer one function after the other, each in a process group of its own, until the parent is gone."""
+    faulthandler.enable()
+    environment = dict(os.environ)
+    while True:
+        try:
+            function, args, store = end.recv()
+        except EOFError:
+            return
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK=str(rank), WORLD_SIZE=str(WORLD))
+        torch.manual_seed(0)
+        result = _result(function, args, store, rank)
+        os.environ.clear()
+        os.environ.update(environment)
+        end.send_bytes(_packed(result))
+
+
+def _result(function: Callable[..., Any], args: tuple[Any, ...], store: Path, rank: int) -> Any:
+    limit = timedelta(seconds=60)
+    try:
+        dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=WORLD, timeout=limit)
+        try:
+            result = function(rank, *args)
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
     except Exception as error:  # what a test looks at
-        queue.put(_packed(rank, error))
+        return error
+    return result
 
 
-def _packed(*result: Any) -> bytes:
+def _packed(result: Any) -> bytes:
     """By value: tensors in shared memory would go with their process."""
     buffer = io.BytesIO()
     torch.save(result, buffer)

@@ -171,6 +171,7 @@ def test_an_interrupt_loses_nothing_that_was_finished(tmp_path):
     assert kept.items() <= files(tmp_path).items()
 
 
+@pytest.mark.slow
 def test_processes_agree(tmp_path):
     cells = list_cells(ToyBench(), ["iid", "skewed-1"], [5], [1], ["one", "two"], [8], ["source", "abpem"])
     found = []
@@ -182,6 +183,7 @@ def test_processes_agree(tmp_path):
         assert one["figures"] == pytest.approx(two["figures"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_all_processes(tmp_path):
     """What is under way is finished, what waits is not begun."""
     cells = list_cells(ToyBench(), ["iid"], [5], range(40), ["one"], [8], ["source"])
@@ -199,7 +201,7 @@ def test_names_that_files_cannot_have():
         list_cells(ToyBench(), ["iid"], [5], [1], ["one"], [8], ["source", "a/b", "a b", "a_b+1.e-3"])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_error_in_a_cell_is_shown_and_the_rest_kept(tmp_path, workers):
     cells = list_cells(ToyBench(), ["iid"], [5], [1], ["one"], [8], ["source"])
     with pytest.raises(ValueError, match="sample 3 is broken"):
