@@ -42,7 +42,8 @@ class Golden(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         return (audio, video), torch.zeros(size, dtype=torch.long)
 
     def loader(self, labels: bool) -> DataLoader[Any]:
-        return DataLoader(self, batch_size=None) if labels else DataLoader([x for x, _ in self], batch_size=None)
+        data: Any = self if labels else [self[step][0] for step in range(len(self))]
+        return DataLoader(data, batch_size=None)
 
     def expected(self, name: str) -> Tensor:
         return torch.from_numpy(self.record[name])

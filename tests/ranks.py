@@ -76,6 +76,7 @@ class Pool:
     def _answer(self, rank: int, end: float) -> Any:
         if not self._ends[rank].poll(max(0, end - time.monotonic())):
             for process in self._processes:
+                assert process.pid is not None  # it is started
                 os.kill(process.pid, signal.SIGABRT)  # at which they write where they are
                 process.join()
             raise RuntimeError(f"Expected process {rank} to answer, but it hangs; stderr has the lines of both.")

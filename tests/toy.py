@@ -171,8 +171,8 @@ def make_toy(attention: nn.Module | None = None, depth: int = 1) -> Toy:
 
 def batches(count: int = 4, size: int = 4, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((size, AUDIO, 3), (size, VIDEO, 3))
-    return [tuple(torch.randn(shape, generator=generator) for shape in shapes) for _ in range(count)]
+    audio, video = ((size, AUDIO, 3), (size, VIDEO, 3))
+    return [(torch.randn(audio, generator=generator), torch.randn(video, generator=generator)) for _ in range(count)]
 
 
 def loader(count: int = 4, size: int = 4, seed: int = 1) -> DataLoader[Any]:

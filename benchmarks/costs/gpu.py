@@ -189,7 +189,9 @@ def _in_short(entry: Mapping[str, Any]) -> str:
 def plan(machine: Machine) -> list[Task]:
     """Return all tasks, the most important first; a dry run has fewer of those that come after the checks."""
     assert set(BY_IMPORTANCE) == set(PRECISIONS)
-    most, memories, tokens = BY_IMPORTANCE, (1, 4), TOKENS
+    most: Sequence[str] = BY_IMPORTANCE
+    memories: Sequence[int] = (1, 4)
+    tokens: Sequence[int] = TOKENS
     if machine.tiny:
         most, memories, tokens = ("float32",), (1,), (*TOKENS[:2], TOKENS[-1])
     rows = [

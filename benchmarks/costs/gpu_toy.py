@@ -43,8 +43,9 @@ def require(holds: bool, what: str) -> str:
 
 def abpem(**changes: Any) -> ABPEM:
     """Return the callback for the tests' toy model, with the published loss."""
-    options = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "optimizer": partial(torch.optim.Adam, lr=1e-3)}
-    return ABPEM(**(options | PAPER | changes))
+    options: dict[str, Any] = {"fusion": "fusion.*.attn", "modalities": MODALITIES}
+    adam = partial(torch.optim.Adam, lr=1e-3)
+    return ABPEM(**(options | {"optimizer": adam} | PAPER | changes))
 
 
 def predictions(model: nn.Module, stream: Stream, device: str, **changes: Any) -> list[Tensor]:

@@ -55,8 +55,8 @@ class _Block:
     """A pre-norm transformer block taken apart: x + out(attention(norm1(x))), then x + mlp(norm2(x))."""
 
     norm1: nn.Module
-    weight: nn.Parameter
-    bias: nn.Parameter
+    weight: Tensor
+    bias: Tensor
     out: nn.Module
     norm2: nn.Module
     mlp: Callable[[Tensor], Tensor]
@@ -253,7 +253,7 @@ def published_way(model: nn.Module, batches: Iterable[Inputs], memory: int) -> I
             yield own.head(output)
 
 
-def only_moving(model: nn.Module, block: _Block) -> list[nn.Parameter]:
+def only_moving(model: nn.Module, block: _Block) -> list[Tensor]:
     """Freeze all but the block's q, k and v projections, and return those."""
     model.requires_grad_(False)
     moving = [block.weight, block.bias]

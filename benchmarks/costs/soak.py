@@ -183,7 +183,9 @@ def soak(way: str, updates: int, every: int, processes: int = 1, rank: int = 0, 
                 reader.on_test_batch_end()
         return reader.readings
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(minutes=5)) if processes > 1 else "auto"
-    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    off: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+    )
     trainer = Trainer(accelerator="cpu", devices=processes, strategy=strategy, callbacks=[abpem, reader], **off)
     trainer.test(model, DataLoader(batches, batch_size=None), verbose=False)
     return reader.readings

@@ -47,7 +47,7 @@ class Setting:
 
     def build(self) -> LightningModule:
         torch.manual_seed(0)
-        model = CAVMAE(50) if self.model == "cavmae" else DigitsModel()
+        model: Any = CAVMAE(50) if self.model == "cavmae" else DigitsModel()
         if self.compiled:
             encoders = (model.blocks_a, model.blocks_v) if self.model == "cavmae" else (model.audio, model.image)
             for encoder in encoders:

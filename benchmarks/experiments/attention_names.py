@@ -56,7 +56,8 @@ class _Made(dict[str, dict[str, str]]):
         self.texts = {match[1]: match[0] for match in re.finditer(r"^class (\w+)(?:.*\n)+?(?=^[\w@]|\Z)", source, re.M)}
 
     def __missing__(self, name: str) -> dict[str, str]:
-        self[name] = made = {}
+        made: dict[str, str] = {}
+        self[name] = made
         [node] = ast.parse(self.texts[name]).body
         assert isinstance(node, ast.ClassDef)
         for base in node.bases:

@@ -113,7 +113,7 @@ def streams(split: Split) -> dict[str, list[Batch]]:
     hostile = {
         "one class": batches(audio, image, one),
         "a frozen frame": batches(audio, image, first),
-        "noise": batches(*noise, drawn()),
+        "noise": batches(noise[0], noise[1], drawn()),
         "zeros": batches(*zeros, drawn()),
         "labels sorted": batches(audio, image, by_label),
         "labels sorted, fog": batches(audio, pairs.images(Corruption("image", "fog", 5)), by_label),
