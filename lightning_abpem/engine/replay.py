@@ -1,54 +1,46 @@
 """Running the frozen part of a model once per batch: record, match, return.
 
 The adapting pass and the prediction get the same arguments, and everything ahead of the fusion is frozen. So its
-outputs are the same: they are recorded in the first pass and returned in the others.
+outputs are the same: they are recorded in the first pass, and the others get copies of them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from operator import is_not
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch import nn
 
+from lightning_abpem.engine.recorded import (
+    LEAF,
+    RecordedCall,
+    editable,
+    flat,
+    in_transform,
+    is_constant,
+    parameters_of,
+)
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.parameters import GradientFlags
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.stand_ins import Uncopied, hides_attribute
 from lightning_abpem.modules.state import reachable
-from lightning_abpem.modules.tensors import reading_waits, same_bits
 
 __all__ = ["FrozenReplay"]
 
 log = logging.getLogger(__name__)
-_LEAF = tree_flatten(0)[1]
-_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, slice)
-
-
-@dataclass
-class _Recorded:
-    """One call of a frozen module: its inputs, its outputs, and by which flags and precision torch computed."""
-
-    inputs: list[Any]
-    input_versions: list[int | None]
-    input_spec: TreeSpec
-    outputs: list[Any]
-    output_versions: list[int | None]
-    output_spec: TreeSpec
-    precision: tuple[Any, ...]
-    flags: list[bool]
 
 
 class FrozenReplay(Uncopied):
     """Runs the frozen modules of a model once per batch, however many passes there are.
 
     Every outermost call of a module without adapted parameters, ahead of the first module with some, is recorded in the
-    first pass. A later pass gets the recorded output if the same call comes with the same arguments: the same
-    unchanged tensors, or equal ones, under the same flags of its parameters. In any doubt the module simply runs.
+    first pass. A later pass gets a copy of its output if the same call comes with equal arguments, under the same flags
+    of its parameters, to modules whose state is the same. In any doubt the module simply runs, and so it does inside
+    transforms of torch.func.
 
     A module that does more than to give an output runs in every pass, and what it calls is replayed in its place:
     one with hooks on others inside it, one that edits its arguments, one in training mode, one whose state a pass has
@@ -62,7 +54,7 @@ class FrozenReplay(Uncopied):
             in every pass.
         varying: modules that get other inputs in every pass; they and what is in them run in every pass.
         audited_batches: number of batches in which what is replayed is audited, and so is the first replay of a call
-            that comes later; 0 for no audit at all.
+            that comes later, in every mode of autograd; 0 for no audit at all.
     """
 
     def __init__(
@@ -88,10 +80,10 @@ class FrozenReplay(Uncopied):
         self._audited_batches = self._unaudited = audited_batches
         self._mode: str | None = None
         self._inside = self._audits = self._is_behind = False
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
-        self._replayed: set[tuple[int, int]] = set()
+        self._recorded: dict[tuple[int, int], RecordedCall] = {}
+        self._replayed: set[tuple[tuple[int, int], bool, bool]] = set()  # calls, with autograd's modes
         self._call_index: dict[int, int] = {}
-        self._parameters = {key: list(m.parameters()) for key, m in self._modules.items()}
+        self._parameters: dict[int, list[nn.Parameter]] = {}
         self._flags = GradientFlags(nn.Module(), ())
 
     def attach(self, changes: Changes, flags: GradientFlags | None = None) -> None:
@@ -103,6 +95,7 @@ class FrozenReplay(Uncopied):
         """
         changes.note(self.end_batch)
         self._flags = self._flags if flags is None else flags
+        self._parameters = {key: parameters_of(inner) for key, inner in self._inner.items()}
         self._leave_out_what_reaches_adapted()
         for module in self._moved:
             # Its plain forward is known by what stands there, or a property stands ahead of it.
@@ -170,7 +163,9 @@ class FrozenReplay(Uncopied):
         self._is_behind = True
 
     def _call(self, key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._mode is None or self._inside or self._is_behind or key not in self._recording or self._is_watched(key):
+        if self._mode is None or self._inside or self._is_behind or key not in self._recording:
+            return forward(*args, **kwargs)
+        if in_transform() or self._is_watched(key) or self._has_other_parameters(key):
             return forward(*args, **kwargs)
         call = (key, self._call_index.get(key, 0))
         self._call_index[key] = call[1] + 1
@@ -178,20 +173,14 @@ class FrozenReplay(Uncopied):
         try:
             if self._mode == "record":
                 return self._record(call, forward, args, kwargs)
-            recorded = self._recorded.get(call)
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters[key]):
-                return forward(*args, **kwargs)  # the user wants the gradients of a prediction
-            if recorded is None or recorded.flags != self._flags_of(key):
-                return forward(*args, **kwargs)
-            if not self._matches(recorded, *_flat(args, kwargs), key in self._heavy):
-                return forward(*args, **kwargs)
-            if self._unaudited > 0 or (self._audited_batches and call not in self._replayed):
-                self._audit(key, recorded, forward)
-            self._replayed.add(call)
-            alone = recorded.output_spec == _LEAF
-            return recorded.outputs[0] if alone else tree_unflatten(recorded.outputs, recorded.output_spec)
+            return self._replay(call, forward, args, kwargs)
         finally:
             self._inside = False
+
+    def _has_other_parameters(self, key: int) -> bool:
+        """Return True if others stand in the place of the module's parameters, as in `functional_call`."""
+        now, before = parameters_of(self._inner[key]), self._parameters[key]
+        return len(now) != len(before) or any(map(is_not, now, before))
 
     def _is_watched(self, key: int) -> bool:
         """Return True if somebody's hooks are on modules inside, or one of them is in training mode."""
@@ -202,87 +191,65 @@ class FrozenReplay(Uncopied):
         )
 
     def _record(self, call: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
-        inputs, spec = _flat(args, kwargs)
-        if not all(map(_is_constant, inputs)):
+        inputs, spec = flat(args, kwargs)
+        if not all(map(is_constant, inputs)):
             return forward(*args, **kwargs)
-        before, flags = _versions(inputs), self._flags_of(call[0])
+        recorded = RecordedCall(inputs, spec, self._inner[call[0]], self._flags_of(call[0]))
         output = self._run(call[0], forward, args, kwargs)
-        if spec != _LEAF and not _is_same_tree(inputs, spec, *_flat(args, kwargs)):
+        if spec != LEAF and not _is_same_tree(inputs, spec, *flat(args, kwargs)):
             self._recording.discard(call[0])  # it edits the containers that it gets
-            return output
-        outputs, output_spec = ([output], _LEAF) if isinstance(output, Tensor) else tree_flatten(output)
-        if all(map(_is_constant, outputs)) and before == _versions(inputs) and not _share_memory(outputs):
-            self._recorded[call] = _Recorded(
-                inputs, before, spec, outputs, _versions(outputs), output_spec, _precision(outputs), flags
-            )
+        elif recorded.keep(output, inputs):
+            self._recorded[call] = recorded
         return output
 
-    def _run(self, key: int, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Run a frozen module on constants as in a prediction: by the user's flags, without gradients."""
+    def _replay(self, call: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
+        key, recorded = call[0], self._recorded.get(call)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters[key]):
+            return forward(*args, **kwargs)  # the user wants the gradients of a prediction
+        if recorded is None or recorded.flags != self._flags_of(key):
+            return forward(*args, **kwargs)
+        if not recorded.matches(*flat(args, kwargs), key in self._heavy):
+            return forward(*args, **kwargs)
+        moded = (call, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if self._unaudited > 0 or (self._audited_batches and moded not in self._replayed):
+            output = self._audited(key, recorded, forward)
+        else:
+            output = recorded.output
+        self._replayed.add(moded)
+        return output
+
+    def _run(self, key: int, forward: Any, args: Any, kwargs: Any, is_audit: bool = False) -> Any:
+        """Run a frozen module on constants as in a prediction: by the user's flags, without gradients.
+
+        An audit in the prediction itself has its mode, for a module may ask for that.
+        """
         frozen = [p for p in self._parameters[key] if id(p) in self._flags.frozen and not p.requires_grad]
         try:
             for p in frozen:
                 p.requires_grad_(True)
-            with torch.no_grad():
+            with torch.set_grad_enabled(is_audit and not frozen and torch.is_grad_enabled()):
                 output = forward(*args, **kwargs)
         finally:
             for p in frozen:
                 p.requires_grad_(False)
-        if isinstance(output, Tensor):
-            return _editable(output)
-        return tree_map_only(Tensor, _editable, output)
+        return editable(output)
 
     def _flags_of(self, key: int) -> list[bool]:
         """Return the flags by which `_run` would run a module now."""
         return [p.requires_grad or id(p) in self._flags.frozen for p in self._parameters[key]]
 
-    def _audit(self, key: int, recorded: _Recorded, forward: Callable[..., Any]) -> None:
+    def _audited(self, key: int, recorded: RecordedCall, forward: Callable[..., Any]) -> Any:
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""
         self._audits = True
-        spec = recorded.input_spec
-        args, kwargs = (recorded.inputs, {}) if spec == _LEAF else tree_unflatten(recorded.inputs, spec)
-        outputs, spec = tree_flatten(self._run(key, forward, args, kwargs))
-        if spec != recorded.output_spec or not all(map(_identical, outputs, recorded.outputs)):
-            recorded.outputs, recorded.output_spec = outputs, spec
+        args, kwargs = recorded.arguments
+        output = self._run(key, forward, args, kwargs, is_audit=True)
+        if not recorded.gave(output):
             self.disable("A frozen module gave another output for the same input")
-
-    def _matches(self, recorded: _Recorded, inputs: list[Any], spec: TreeSpec, may_wait: bool) -> bool:
-        """Return True if a call is the recorded one.
-
-        On a GPU a comparison of values waits for the device. That pays for a module with a matrix, not for a norm.
-        """
-        if spec != recorded.input_spec or _precision(recorded.outputs) != recorded.precision:
-            return False
-        if _versions(recorded.outputs) != recorded.output_versions:
-            return False  # something edited them in place
-        if _versions(recorded.inputs) != recorded.input_versions:
-            return False
-        return all(_identical(x, y, may_wait) for x, y in zip(inputs, recorded.inputs, strict=True))
+            return output
+        return recorded.output
 
     def _name(self, key: int) -> str:
         return next(name for name, module in self._model.named_modules() if id(module) == key)
-
-
-def _editable(x: Tensor) -> Tensor:
-    """Return a tensor that may be edited under autograd, which refuses that for a view made without it."""
-    return x.data if x._is_view() and not x.is_nested else x
-
-
-def _share_memory(leaves: list[Any]) -> bool:
-    """Return True if two tensors lie in the same memory: an edit of one would be an edit of the other."""
-    places = [x.untyped_storage().data_ptr() for x in leaves if isinstance(x, Tensor) and x.layout == torch.strided]
-    return len(set(places)) < len(places)
-
-
-def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
-    """Return the leaves and the structure of a call's arguments; that of a single tensor, the usual case, is known."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-        return list(args), _LEAF
-    return tree_flatten((args, kwargs))
-
-
-def _is_same_tree(leaves: list[Any], spec: TreeSpec, others: list[Any], other_spec: TreeSpec) -> bool:
-    return spec == other_spec and all(x is y for x, y in zip(leaves, others, strict=True))
 
 
 def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
@@ -290,42 +257,5 @@ def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
     return bool(parameters) and not any(id(p) in moving for p in parameters)
 
 
-def _is_constant(x: Any) -> bool:
-    if isinstance(x, Tensor):
-        return not x.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return isinstance(x, _PLAIN)
-
-
-def _versions(leaves: list[Any]) -> list[int | None]:
-    """Return how often each tensor was edited in place; None for one that does not count, and for other leaves."""
-    return [x._version if isinstance(x, Tensor) and not x.is_inference() else None for x in leaves]
-
-
-def _precision(leaves: list[Any]) -> tuple[Any, ...]:
-    """Return in which precision torch computes now, on the device of the first tensor."""
-    device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return autocast, torch.get_default_dtype()
-
-
-def _identical(x: Any, y: Any, may_wait: bool = True) -> bool:
-    """Return True if two leaves are known to be the same.
-
-    Values are compared only if that takes no waiting for a device, or `may_wait` says that it may.
-    """
-    if x is y:
-        return True
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return type(x) is type(y) and bool(x == y)
-    if x.is_nested or y.is_nested or x.requires_grad or x.layout != y.layout:
-        return False
-    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
-        return False
-    if _is_same_view(x, y):
-        return True
-    return x.layout == torch.strided and (may_wait or not reading_waits(x)) and same_bits(x, y)
-
-
-def _is_same_view(x: Tensor, y: Tensor) -> bool:
-    """Return True if two views show the same part of one tensor, so that they cannot differ."""
-    return x._base is not None and x._base is y._base and x.data_ptr() == y.data_ptr() and x.stride() == y.stride()
+def _is_same_tree(leaves: list[Any], spec: Any, others: list[Any], other_spec: Any) -> bool:
+    return spec == other_spec and all(x is y for x, y in zip(leaves, others, strict=True))

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from lightning_abpem.modules.refusals import ModelError
 
-__all__ = ["SavedTensor", "bit_sum", "normal_tensor", "reading_waits", "same_bits"]
+__all__ = ["SavedTensor", "bit_sum", "copy_as_it_lies", "normal_tensor", "reading_waits", "same_bits"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 15  # integers that are weighed at once, so that no copy of a large tensor is made
 _LARGER = 4  # times as large as a tensor is its storage at most, to be saved with it
+_LINE = 64  # bytes
 
 
 def normal_tensor(x: Any) -> Any:
     """Return `x` as a constant that autograd accepts: out of inference mode, without history. Others as they are."""
     if not isinstance(x, Tensor):
         return x
-    return _copy(x) if x.is_inference() else x.detach() if x.requires_grad else x
+    return copy_as_it_lies(x) if x.is_inference() else x.detach() if x.requires_grad else x
 
 
 def reading_waits(x: Tensor) -> bool:
@@ -57,6 +58,25 @@ def bit_sum(x: Tensor) -> Tensor:
     for chunk in bits.split(_CHUNK):
         total = 31 * total + (chunk * odd[: len(chunk)]).sum()
     return total
+
+
+@torch.no_grad()
+def copy_as_it_lies(x: Tensor) -> Tensor:
+    """Return a copy that lies in memory as `x` does, so that kernels round alike.
+
+    Gaps, repeats and the place within a cache line are the same.
+    """
+    if type(x) is not Tensor or x.layout != torch.strided or x.is_nested or x.is_quantized:
+        return x.clone()
+    offset = x.data_ptr() % _LINE // x.element_size()
+    if not offset:
+        own = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    else:
+        extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+        whole = torch.empty(offset + extent, dtype=x.dtype, device=x.device)
+        own = whole.as_strided(x.shape, x.stride(), offset).data  # no view: autograd refuses edits of one made here
+    _without_repeats(own).copy_(_without_repeats(x))
+    return own
 
 
 class SavedTensor:
@@ -180,12 +200,3 @@ def _without_repeats(x: Tensor) -> Tensor:
             if stride == 0 and size > 1:
                 x = x.narrow(dim, 0, 1)
     return x
-
-
-def _copy(x: Tensor) -> Tensor:
-    """Return a copy that lies in memory as `x` does, gaps and repeats included, so that kernels round alike."""
-    if type(x) is not Tensor or x.layout != torch.strided or x.is_nested or x.is_quantized:
-        return x.clone()
-    own = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    _without_repeats(own).copy_(_without_repeats(x))
-    return own

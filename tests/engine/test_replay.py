@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.modules.patches import Changes
@@ -103,26 +104,185 @@ def test_new_inputs_are_computed():
     assert (model.audio.runs, model.video.runs) == (2, 1)
 
 
-class InPlace(nn.Module):
-    """Edits what its frozen part gave it."""
+class Using(nn.Module):
+    """Does something with what its frozen part gave it, or to it, ahead of its head."""
 
-    def __init__(self):
+    def __init__(self, use, encoder=None):
         super().__init__()
-        self.encoder, self.head = Encoder(), nn.Linear(12, 2)
+        self.encoder, self.head, self.use = encoder or Encoder(), nn.Linear(12, 2), use
+        self.encoder.requires_grad_(False)
 
     def forward(self, x):
-        tokens = self.encoder(x)
-        tokens += 1
-        return self.head(tokens)
+        return self.head(self.use(self, x))
 
 
-def test_outputs_edited_in_place_are_computed_again():
+def edits_in_place(model, x):
+    y = model.encoder(x)
+    y += 1
+    return y
+
+
+def edits_by_data(model, x):
+    y = model.encoder(x)
+    y.data.mul_(0.5)
+    return y
+
+
+def edits_by_numpy(model, x):
+    y = model.encoder(x)
+    y.detach().numpy()[...] += 1
+    return y
+
+
+def sets_an_attribute(model, x):
+    y = model.encoder(x)
+    y.looks = getattr(y, "looks", 0) + 1
+    return y * y.looks
+
+
+def has_gradients(model, x):
+    y = model.encoder(x)
+    with torch.enable_grad():
+        y.requires_grad_()
+        y.square().sum().backward()
+    return y.detach() + y.grad
+
+
+@pytest.mark.parametrize("use", [edits_in_place, edits_by_data, edits_by_numpy, sets_an_attribute, has_gradients])
+def test_nothing_that_is_done_to_an_output_is_on_that_of_another_pass(use):
     torch.manual_seed(0)
-    model = InPlace().eval()
-    with attached(model, model.head, audited_batches=0) as replay, torch.no_grad():
-        first, second = passes(model, replay, torch.randn(2, 6, 3))
-    assert torch.equal(first, second)
-    assert model.encoder.runs == 2
+    model, x = Using(use).eval(), torch.randn(2, 6, 3)
+    with torch.no_grad():
+        expected, runs = model(x), model.encoder.runs
+        with attached(model, model.head, audited_batches=0) as replay:
+            for output in passes(model, replay, x, count=3):
+                assert torch.equal(output, expected)
+    assert model.encoder.runs == runs + 1
+
+
+def test_an_input_edited_by_data_before_the_prediction_is_computed_again():
+    model = make_toy()
+    audio, video = batches(1)[0]
+    with attached(model, model.fusion[0].attn, audited_batches=0) as replay, torch.no_grad():
+        replay.start_pass()
+        model(audio, video)
+        audio.data.add_(1)
+        replay.start_pass()
+        assert torch.equal(model(audio, video), make_toy()(audio, video))
+        replay.end_batch()
+
+
+class Halves(Encoder):
+    def forward(self, x):
+        x.data.mul_(0.5)
+        return super().forward(x)
+
+
+def test_an_input_that_a_frozen_module_edits_by_data_is_edited_in_every_pass():
+    model = Using(lambda model, x: model.encoder(x) + x.mean(), Halves()).eval()
+    x = torch.randn(2, 6, 3)
+    with torch.no_grad():
+        expected = model(x.clone())
+        with attached(model, model.head, audited_batches=0) as replay:
+            for output in passes(model, replay, x):
+                assert torch.equal(output, expected)
+
+
+class Branches(Encoder):
+    """Has one way for each of autograd's modes, such as an exact and a fast kernel."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.is_grad_enabled() else 1)
+
+
+def test_a_branch_on_the_grad_mode_is_that_of_the_prediction():
+    model = Using(lambda model, x: model.encoder(x), Branches()).eval().requires_grad_(False)
+    with attached(model, model.head) as replay:
+        for batch in range(6):  # a mode that comes later is audited too
+            x = torch.randn(2, 6, 3)
+            with torch.set_grad_enabled(batch > 3):
+                assert torch.equal(passes(model, replay, x)[-1], model(x))
+
+
+def by_forward_ad(model, x):
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(model.encoder(forward_ad.make_dual(x, torch.ones_like(x))))
+        return y.primal + y.tangent
+
+
+def by_vmap(model, x):
+    weights = {name: torch.stack([p, 2 * p]) for name, p in model.encoder.named_parameters()}
+    return torch.vmap(lambda own: torch.func.functional_call(model.encoder, own, (x,)))(weights).mean(0)
+
+
+def by_other_weights(model, x):
+    scale = model.head.weight.detach().mean()
+    weights = {name: p * scale for name, p in model.encoder.named_parameters()}
+    return torch.func.functional_call(model.encoder, weights, (x,))
+
+
+@pytest.mark.parametrize("use", [by_forward_ad, by_vmap, by_other_weights])
+def test_transforms_and_other_weights_are_computed(use):
+    torch.manual_seed(0)
+    model, x = Using(use).eval(), torch.randn(2, 6, 3)
+    with torch.no_grad(), attached(model, model.head) as replay:
+        for _ in range(4):
+            assert torch.equal(passes(model, replay, x)[-1], model(x))
+            model.head.weight += 1
+
+
+def test_other_weights_that_move_between_the_passes_are_computed():
+    """The very same tensors in both passes, edited in between as by a step."""
+    torch.manual_seed(0)
+    model = Using(by_other_weights).eval()
+    other = {name: p.clone() for name, p in model.encoder.named_parameters()}
+    model.use = lambda model, x: torch.func.functional_call(model.encoder, other, (x,))
+    x = torch.randn(2, 6, 3)
+    with torch.no_grad(), attached(model, model.head, audited_batches=0) as replay:
+        replay.start_pass()
+        model(x)
+        for weight in other.values():
+            weight += 1
+        replay.start_pass()
+        output = model(x)
+        replay.end_batch()
+        assert torch.equal(output, model(x))
+
+
+class Gated(Encoder):
+    def __init__(self):
+        super().__init__()
+        self.gate = 0
+        self.register_buffer("level", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.gate) * self.level
+
+
+def sets_an_attribute_of_the_encoder(model, x):
+    model.encoder.gate = int(model.head.weight[0, 0] > 10)
+    return model.encoder(x)
+
+
+def sets_a_buffer_of_the_encoder(model, x):
+    model.encoder.level.fill_(1 + (model.head.weight[0, 0] > 10))
+    return model.encoder(x)
+
+
+@pytest.mark.parametrize("use", [sets_an_attribute_of_the_encoder, sets_a_buffer_of_the_encoder])
+def test_a_module_that_the_prediction_sets_otherwise_is_computed_again(use):
+    torch.manual_seed(0)
+    model, x = Using(use, Gated()).eval(), torch.randn(2, 6, 3)
+    with torch.no_grad(), attached(model, model.head, audited_batches=0) as replay:
+        replay.start_pass()
+        snapshot = Snapshot(model, (x,))
+        model(x)
+        replay.forget(snapshot.restore(), snapshot.drew)
+        model.head.weight += 100  # a step
+        replay.start_pass()
+        output = model(x)
+        replay.end_batch()
+        assert torch.equal(output, model(x))
 
 
 def test_inputs_edited_in_place_are_computed_again():
@@ -227,9 +387,9 @@ def test_what_moves_is_computed():
 
 def test_views_of_the_same_memory_are_not_compared(monkeypatch):
     """On a GPU a comparison of values would wait for the device."""
-    for module in ("engine.replay", "modules.tensors"):
+    for module in ("engine.recorded", "modules.tensors"):
         monkeypatch.setattr(f"lightning_abpem.{module}.reading_waits", lambda x: True)
-    monkeypatch.setattr("lightning_abpem.engine.replay.same_bits", None)
+    monkeypatch.setattr("lightning_abpem.engine.recorded.same_bits", None)
 
     class Sliced(Glued):
         def forward(self, x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from tests.zoo.nets import Block, Call, Encoder, Net, entry
 
@@ -79,6 +80,29 @@ def borrowed_later() -> Net:
     attention = net.fusion[0].attn
     net.audio.weight = lambda: attention.q.weight.detach()
     return net
+
+
+@entry("an ensemble by torch.func, as torch's recipe has it")
+class Ensemble(Net):
+    def build(self):
+        self.members = nn.ModuleList(Encoder() for _ in range(3))
+
+    def encode(self, audio, video):
+        weights, buffers = torch.func.stack_module_state(list(self.members))
+
+        def member(weights, buffers):
+            return torch.func.functional_call(self.members[0], (weights, buffers), (audio,))
+
+        return torch.cat((torch.vmap(member)(weights, buffers).mean(0), self.video(video)), 1)
+
+
+@entry("an output of an encoder is edited through .data, not in the audited batches")
+class EditedByData(_FromTheThird):
+    def forward(self, audio, video, on):
+        x = self.audio(audio)
+        if on:
+            x.data.mul_(0.5)
+        return self.classify(torch.cat((x, self.video(video)), 1))
 
 
 class Settings:
