@@ -31,7 +31,7 @@ fuzz-forwards: .venv/test.done
 
 # Runs put together at random: models, batches, options, methods, 10,000 of them in ten minutes. `make test` tries 50, `make test-all` 500.
 fuzz: .venv/test.done
-	FUZZ=10000 $(BIN)/python -m pytest tests/engine/test_fuzz.py -s
+	FUZZ=10000 $(BIN)/python -m pytest tests/engine/test_fuzz.py -s -o faulthandler_timeout=7200
 
 # 50,000 updates each, attached and in a Trainer, in one process and in two: nothing grows. `make test-all` takes 1,000 in all.
 soak: .venv/test.done
