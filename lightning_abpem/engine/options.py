@@ -78,7 +78,7 @@ class EngineOptions:
             ("off"). It costs a forward of what is not frozen.
         guard: what to do when the comparison says that adapting does harm: "rollback" puts the last good weights back
             and goes on with less of the learning rate, "reset" puts the source's back, "freeze" does so and takes no
-            more steps, "warn" says so and does nothing, "off" does not judge.
+            more steps, "warn" says so if there is a comparison and does nothing, "off" does not judge.
         on_error: what to do with a batch that cannot be adapted, for instance because it lacks a modality: "predict" by
             the weights as they are, count it in `skipped_for` and go on; or "raise". Before a batch has adapted every
             error is raised, but for too little memory: it may be the configuration's.
@@ -101,8 +101,8 @@ class EngineOptions:
     clip_gradients: float | None = None
     anchor: float = 0.0
     max_drift: float | None = None
-    monitor: Monitor = "off"
-    guard: GuardAction = "off"
+    monitor: Monitor = 8
+    guard: GuardAction = "warn"
     on_error: OnError = "predict"
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class EngineOptions:
             raise ValueError(
                 f'Expected `monitor` to be "source", "off" or a number of batches >= 1, but got {shown(monitor)}.'
             )
-        if self.guard != "off" and monitor == "off":
+        if self.guard not in ("off", "warn") and monitor == "off":
             raise ValueError(
                 f'Expected `monitor` to be "source" or a number of batches with guard={self.guard!r}, which judges by '
                 'it, but got "off".'

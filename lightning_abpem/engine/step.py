@@ -338,7 +338,7 @@ class Stepper:
         The guard judges by them. What it says is read at the next batch.
         """
         every, self._batches = self._settings.monitored_batches, self._batches + 1
-        if not every or (self._batches - 1) % every:
+        if not every or self._batches % every:
             return computed
         ranks, own, source = self._forward.ranks, batch.logits, batch.logits
         if batch.is_own and not self.weights.are_source:

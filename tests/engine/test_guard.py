@@ -98,7 +98,7 @@ def same(a, b):
 def test_reset_brings_the_source_back(make):
     data = batches(40, 8)
     logits, _, events, _ = adapt(make, data, monitor="source", guard="reset")
-    ruined, _, none, _ = adapt(make, data)
+    ruined, _, none, _ = adapt(make, data, guard="off")
     assert events
     assert not none
     first = events[0].batch  # judged after this many batches, and taken back at the next one
@@ -127,7 +127,7 @@ def test_a_warning_changes_nothing(make, caplog):
     data = batches(40, 8)
     with caplog.at_level(logging.WARNING):
         warned, _, events, _ = adapt(make, data, monitor="source", guard="warn")
-    plain, _, _, _ = adapt(make, data)
+    plain, _, _, _ = adapt(make, data, guard="off")
     assert same(warned, plain)
     assert 1 <= len(events) <= 5
     assert caplog.text.count("Adapting does harm") == len(events)
@@ -267,3 +267,10 @@ def test_two_processes_decide_together():
     for a, b, c in zip(weights, own, alone, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+def test_harm_is_warned_of_by_default(make, caplog):
+    with caplog.at_level(logging.WARNING):
+        _, _, events, _ = adapt(make, batches(80, 8))
+    assert [event.action for event in events] == caplog.text.count("Adapting does harm") * ["warn"] != []

@@ -136,7 +136,7 @@ def test_the_source_is_the_model_as_it_was(make):
 
 def test_every_third_batch():
     _, _, records = run(make_toy(), Tent, batches(7), monitor=3)
-    assert ["flip_rate" in record for record in records] == [True, False, False, True, False, False, True]
+    assert ["flip_rate" in record for record in records] == [False, False, True, False, False, True, False]
 
 
 def test_the_encoders_run_once_per_batch_all_the_same():
@@ -184,3 +184,8 @@ def test_the_source_itself_is_compared_too():
         model(*batches(1)[0])
     assert adaptation.record["drift"] == adaptation.record["flip_rate"] == 0
     assert adaptation.record["information"].isfinite()
+
+
+def test_every_eighth_batch_by_default():
+    _, _, records = run(make_toy(), Tent, batches(17))
+    assert [i for i, record in enumerate(records) if "flip_rate" in record] == [7, 15]
