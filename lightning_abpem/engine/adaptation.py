@@ -103,8 +103,7 @@ class Adaptation(Uncopied):
         check_entry(model, self.target)
         check_eval(model)
         self.calls = 0
-        device = next((p.device for p in self.params.values()), torch.device("cpu"))
-        self._clock = Clock(device) if recorder is None else recorder.clock
+        self._clock = Clock(_device_of(self.params)) if recorder is None else recorder.clock
         self._under_way = CallsUnderWay(type(self.target).__name__)
         self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
@@ -416,6 +415,10 @@ class Adaptation(Uncopied):
         except Exception:
             self._has_observer_failed = True  # no fault of the batch: its step was taken
             raise
+
+
+def _device_of(params: Mapping[str, nn.Parameter]) -> torch.device:
+    return next((p.device for p in params.values()), torch.device("cpu"))
 
 
 def _entry(target: nn.Module) -> str:

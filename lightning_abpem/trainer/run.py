@@ -216,6 +216,7 @@ class Run:
             updates=own.updates,
             skipped_for=own.skipped_for,
             left_out=own.left_out,
+            monitored=self._settings.monitored_batches,
             seconds=own.seconds,
             total=time.perf_counter() - self._began,
             events=own.events,

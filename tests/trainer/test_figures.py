@@ -153,6 +153,16 @@ def test_the_table_at_the_end(stage, capsys):
     means = callback.averages[0]
     line = next(line for line in out.splitlines() if line.startswith(" entropy of a prediction"))
     assert line.split()[-3:] == [f"{means['source_entropy']:.3f}", "→", f"{means['entropy']:.3f}"]
+
+
+def test_the_table_has_no_source_of_other_batches(capsys):
+    """Of one batch in two it would stand beside an average over all."""
+    callback = abpem(monitor=2)
+    trainer(callback).test(make_toy(), loader(2))
+    out = capsys.readouterr().out
+    assert "source_entropy" in callback.averages[0]
+    assert "→" not in out
+    assert "in one of 2 batches" in out
     assert plain_text(callback.summary).splitlines()[0] in out
 
 
@@ -184,8 +194,8 @@ def test_how_much_is_said_at_the_start(caplog):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"verbose": 3}, "`verbose` to be 0, 1 or 2, but got 3"),
-        ({"verbose": True}, "`verbose` to be 0, 1 or 2, but got True"),
+        ({"verbose": 3}, "`verbose` to be one of 0, 1, 2, but got 3"),
+        ({"verbose": True}, "`verbose` to be one of 0, 1, 2, but got True"),
         ({"figures": "entropy"}, "`figures` to be .* but got 'entropy'"),
         ({"figures": [1]}, r"`figures` to be .* but got \[1\]"),
     ],
