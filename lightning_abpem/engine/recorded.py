@@ -155,10 +155,10 @@ def _has_own_memory(outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
 
 def _state_of(modules: Sequence[nn.Module]) -> tuple[list[Any], list[int | None]]:
     """Return attributes, submodules, parameters and buffers, and how often each buffer was edited in place."""
-    tables = [module.__dict__ for module in modules]
-    buffers = list(chain.from_iterable(own["_buffers"].values() for own in tables if own["_buffers"]))
+    tables = [module.__dict__ for module in modules]  # scripted modules have fewer in it
+    buffers = list(chain.from_iterable(own["_buffers"].values() for own in tables if own.get("_buffers")))
     own = chain.from_iterable(map(dict.values, tables))
-    inner = chain.from_iterable(own["_modules"].values() for own in tables if own["_modules"])
+    inner = chain.from_iterable(own["_modules"].values() for own in tables if own.get("_modules"))
     return [*own, *inner, *parameters_of(modules), *buffers], _versions(buffers)
 
 
