@@ -7,6 +7,7 @@ from traceback import walk_tb
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.shards import gathers_weights
@@ -54,8 +55,12 @@ class TracelessCalls:
         return self._snapshot is not None and self._snapshot.drew
 
     def begin(self, args: Any, kwargs: Any) -> None:
-        """Begin a call with these arguments: save all that it can reach."""
+        """Begin a call with these arguments: save all that it can reach.
+
+        What `parametrize.cached()` keeps is of weights before a step, or with a graph of another call.
+        """
         self._snapshot = snapshot = Snapshot(self._target, args, kwargs, self._is_sharded)
+        parametrize._cache.clear()
         self._calls += 1
         if self._calls & (self._calls - 1) == 0:  # reads every weight: in calls 1, 2, 4, 8, ...
             snapshot.sum_parameters()
@@ -96,6 +101,7 @@ class TracelessCalls:
         self.changes.close()
         if self._snapshot is not None:
             changed = self._snapshot.restore(has_graphs)
+            parametrize._cache.clear()
             self._replay.forget(changed, self._snapshot.drew)
         self._snapshot = None
 

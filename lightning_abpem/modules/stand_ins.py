@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import WRAPPER_ASSIGNMENTS, partial, update_wrapper
 from typing import Any, NoReturn
 
-__all__ = ["MISSING", "StandIn", "Uncopied", "hides_attribute", "log_nothing", "put_back"]
+__all__ = ["MISSING", "StandIn", "Uncopied", "hides_attribute", "log_nothing", "put_back", "state_without"]
 
 MISSING: Any = object()
 
@@ -80,6 +80,10 @@ class StandIn(Uncopied, partial):  # type: ignore[type-arg]
     def is_in_place(self) -> bool:
         return self._owner.__dict__.get(self._attribute) is self
 
+    def is_of(self, owner: Any, attribute: str) -> bool:
+        """Return True if it stands in the place of this attribute, and for no other stand-in."""
+        return self._owner is owner and self._attribute == attribute and not isinstance(self.original.own, StandIn)
+
     def place(self) -> None:
         """Put it into the place of the attribute."""
         self._owner.__dict__[self._attribute] = self
@@ -91,6 +95,19 @@ class StandIn(Uncopied, partial):  # type: ignore[type-arg]
 
     def __reduce__(self) -> Any:
         return (getattr, (self._owner, self._attribute)) if self._is_over else self._refuse()
+
+
+def state_without(owner: Any, original: Callable[[], Any]) -> Any:
+    """Return an object's state for a copy of it, which has no stand-ins: they would call the original object.
+
+    It stands in for the object's `__getstate__`, by which `copy` and `pickle` get the state.
+    """
+    state = original()
+    if not isinstance(state, dict):
+        return state
+    own = {name: value for name, value in state.items() if isinstance(value, StandIn) and value.is_of(owner, name)}
+    kept = {name: own[name].original.own if name in own else value for name, value in state.items()}
+    return {name: value for name, value in kept.items() if value is not MISSING}
 
 
 def put_back(place: dict[str, Any], name: str, ours: Any, before: Any) -> None:

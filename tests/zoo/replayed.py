@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -103,6 +105,37 @@ class EditedByData(_FromTheThird):
         if on:
             x.data.mul_(0.5)
         return self.classify(torch.cat((x, self.video(video)), 1))
+
+
+class Gain(Encoder):
+    gain = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+@entry("a shallow and a deep copy of an encoder, made in the call, have settings of their own")
+class Copies(Net):
+    def build(self):
+        self.audio = Gain()
+
+    def encode(self, audio, video):
+        loud, deep = copy.copy(self.audio), copy.deepcopy(self.audio)
+        loud.gain, deep.gain = 3.0, -2.0
+        assert not any("forward" in vars(own) for own in (loud, *deep.modules()))
+        x = self.audio(audio) + loud(audio) + deep(audio)
+        return torch.cat((x, self.video(video)), 1)
+
+
+@entry("an encoder is copied in the third call, and the copy goes on in its place")
+class CopiedLater(_FromTheThird):
+    def build(self):
+        self.teacher = None
+
+    def forward(self, audio, video, on):
+        if on and self.teacher is None:
+            self.teacher = copy.deepcopy(self.audio)
+        return self.classify(torch.cat(((self.teacher or self.audio)(audio), self.video(video)), 1))
 
 
 class Settings:
