@@ -75,7 +75,7 @@ def write_dict(own: dict[Any, Any], items: dict[Any, Any]) -> None:
         base.__delitem__(own, key)
     for key, value in items.items():
         base.__setitem__(own, key, value)
-    if list(base.__iter__(own)) != list(items):  # their order
+    if any(map(is_not, base.__iter__(own), items)):  # in their order, and none that only equals one
         for key, value in items.items():
             base.__delitem__(own, key)
             base.__setitem__(own, key, value)
@@ -241,8 +241,10 @@ class SavedCell(Saved):
         return _cell_value(self.owner)
 
     def _write(self, items: dict[Any, Any]) -> None:
-        for value in items.values():
-            self.owner.cell_contents = value
+        if items:
+            self.owner.cell_contents = items["variable"]
+        elif _cell_value(self.owner):
+            del self.owner.cell_contents
 
 
 _SLOTS: dict[type, dict[str, Any]] = {}

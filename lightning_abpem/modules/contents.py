@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import sys
 from mmap import mmap
 from typing import Any
@@ -18,6 +20,7 @@ __all__ = [
     "SavedStream",
     "SavedValues",
     "is_locked",
+    "unbounded_items",
 ]
 
 
@@ -39,7 +42,7 @@ class SavedValues(Saved):
 
 
 class SavedArray(Saved):
-    """The values, shape and write lock of NumPy's arrays."""
+    """The values, shape, dtype and write lock of NumPy's arrays."""
 
     __slots__ = ("_before", "_form")
 
@@ -50,7 +53,9 @@ class SavedArray(Saved):
     def restore(self) -> bool:
         """Put all of it back; return True if the pass had changed something."""
         owner, (shape, lock) = self.owner, self._form
-        changed = owner.shape != shape or owner.flags.writeable is not lock
+        changed = owner.shape != shape or owner.flags.writeable is not lock or owner.dtype != self._before.dtype
+        if owner.dtype != self._before.dtype:
+            owner.dtype = self._before.dtype
         if owner.shape != shape:
             if owner.size == self._before.size:
                 owner.shape = shape
@@ -111,8 +116,10 @@ class SavedStream(Saved):
         self._before = owner.getvalue(), owner.tell()
 
     def restore(self) -> bool:
-        """Put content and position back; return True if the pass had changed them."""
-        changed = not self.owner.closed and (self.owner.getvalue(), self.owner.tell()) != self._before
+        """Put content and position back; return True if the pass had changed them, or closed the file."""
+        if self.owner.closed:
+            (io.BytesIO if isinstance(self.owner, io.BytesIO) else io.StringIO).__init__(self.owner, self._before[0])
+        changed = (self.owner.getvalue(), self.owner.tell()) != self._before
         if changed:
             self.owner.seek(0)
             self.owner.truncate()
@@ -122,7 +129,7 @@ class SavedStream(Saved):
 
 
 class SavedCache(Saved):
-    """The content of a `functools.lru_cache`: only an empty one can be put back."""
+    """The content of a `functools.lru_cache` of limited size: only an empty one can be put back."""
 
     __slots__ = ("_before",)
 
@@ -136,6 +143,13 @@ class SavedCache(Saved):
         if changed and not self._before.currsize:
             self.owner.cache_clear()
         return changed
+
+
+def unbounded_items(cache: Any) -> dict[Any, Any] | None:
+    """Return the dict of results in a `functools.cache`, which may be edited; None for one of limited size."""
+    if cache.cache_parameters()["maxsize"] is not None:
+        return None
+    return next((own for own in gc.get_referents(cache) if type(own) is dict and own is not cache.__dict__), None)
 
 
 class SavedScript(Saved):

@@ -1,12 +1,16 @@
-"""Iterators, which a pass of the engine would use up: copies of those that have some, refusals in place of others."""
+"""Iterators and the like, which a pass of the engine would use up: copies where there are some, else refusals."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+import sys
 from typing import Any, NoReturn
 
-__all__ = ["Refusing", "copied"]
+__all__ = ["ONE_SHOT_MANAGER", "Refusing", "copied", "parts"]
+
+ONE_SHOT_MANAGER = type(contextlib.contextmanager(lambda: iter(()))())  # it can be entered once
 
 _EXAMPLES: list[Any] = [
     [],
@@ -46,6 +50,12 @@ class Refusing:
     def __next__(self) -> NoReturn:
         raise ValueError(self._message)
 
+    def __enter__(self) -> NoReturn:
+        raise ValueError(self._message)
+
+    def __exit__(self, *args: object) -> NoReturn:
+        raise ValueError(self._message)
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -54,4 +64,24 @@ class Refusing:
 
 def copied(x: Any) -> Any:
     """Return a copy of an iterator that moves by itself; None for one that would move others, such as `zip`'s."""
-    return copy.copy(x) if type(x) in _INDEPENDENT else None
+    if type(x) in _INDEPENDENT:
+        return copy.copy(x)
+    if isinstance(x, ONE_SHOT_MANAGER) and hasattr(x, "args"):  # nobody has entered it
+        return type(x)(x.func, x.args, x.kwds)
+    if _is_flat(x):
+        own = x.base.flat
+        for _ in itertools.islice(own, x.index):
+            pass
+        return own
+    return None
+
+
+def parts(x: Any) -> tuple[Any, ...]:
+    """Return what an object that has a copy reads."""
+    if isinstance(x, ONE_SHOT_MANAGER):
+        return x.func, x.args, x.kwds
+    return (x.base,) if _is_flat(x) else x.__reduce__()[1]
+
+
+def _is_flat(x: Any) -> bool:
+    return "numpy" in sys.modules and isinstance(x, sys.modules["numpy"].flatiter)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.modules.containers import slots_of
+from lightning_abpem.modules.iterators import ONE_SHOT_MANAGER
 from lightning_abpem.modules.stand_ins import StandIn, Uncopied
 
 __all__ = ["PLAIN", "is_stateless", "saver_of"]
@@ -30,8 +31,19 @@ PLAIN = frozenset(
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 _LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "tensorboard"}
 _OPAQUE = {*_LIBRARIES, *_LOGGERS, *sys.stdlib_module_names}  # their objects hold no state of a forward
-_WALKED = {"types", "collections", "argparse", "functools", "weakref", "_weakrefset", "queue"}  # UserDict, Queue, ...
+_WALKED = {
+    "types",
+    "collections",
+    "argparse",
+    "functools",
+    "weakref",
+    "_weakrefset",
+    "queue",
+    "contextlib",
+}  # UserDict, Queue, ...
 _STATELESS = {*_OPAQUE, "torchmetrics", "transformers", "timm", "torchvision", "torchaudio"}  # their classes
+_OWN = ("distributions.", "optim.", "quasirandom", "utils.data.dataloader", "utils.data.sampler")
+_WALKED_MODULES = (*(f"torch.{name}" for name in _OWN), "asyncio.queues", "configparser")  # of opaque packages
 _IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
 _STANDARD_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
 
@@ -50,6 +62,8 @@ _EXACT: dict[type, str] = {
     weakref.ProxyType: "_save_proxy",
     contextvars.ContextVar: "_save_variable",
     type(functools.cache(len)): "_save_cache",
+    **dict.fromkeys((type({}.keys()), type({}.values()), type({}.items())), "_save_frozen"),
+    ONE_SHOT_MANAGER: "_iterator",
     threading.Event: "_save_object",
     threading.Semaphore: "_save_object",
 }
@@ -60,6 +74,7 @@ _BY_BASE: dict[type, str] = {
     nn.Module: "_save_module",
     type: "_class",
     threading.local: "_save_object",
+    BaseException: "_save_object",
     torch.optim.Optimizer: "_save_optimizer",
 }
 _BY_CONTENTS: dict[type, str] = {
@@ -99,20 +114,25 @@ def _saver_of_others(kind: type) -> str | None:
     package = _package(kind)
     if kind is dict or kind is list:
         return f"_save_{kind.__name__}"
-    if issubclass(kind, dict | list | set | deque) or str(kind.__module__).startswith("torch.distributions."):
+    if issubclass(kind, dict | list | set | deque):
         return "_save_object"
     if package == "numpy":
         return None
     if hasattr(kind, "__next__") and (package in _OPAQUE or not kind.__flags__ & _IN_PYTHON):
         return None if issubclass(kind, io.IOBase) else "_iterator"
-    if package in _OPAQUE and package not in _WALKED:
+    if kind.__name__ == "Trainer" and package in _LIBRARIES:
+        return "_save_trainer"
+    if package in _OPAQUE and package not in _WALKED and not str(kind.__module__).startswith(_WALKED_MODULES):
         return None
     return "_save_object" if kind.__dictoffset__ or slots_of(kind) else None
 
 
 def _of_numpy() -> dict[type, str]:
     numpy, numpy_random = sys.modules.get("numpy"), sys.modules.get("numpy.random")
-    kinds = {} if numpy is None else {numpy.ndarray: "_save_array"}
+    kinds = {}
+    if numpy is not None:
+        kinds = {numpy.ndarray: "_save_array", numpy.void: "_save_record"}
+        kinds |= {numpy.flatiter: "_iterator", numpy.nditer: "_iterator", numpy.ndenumerate: "_save_object"}
     if numpy_random is not None:
         for name in ("Generator", "RandomState", "BitGenerator", "SeedSequence"):
             kinds[getattr(numpy_random, name)] = "_save_generator"

@@ -51,6 +51,7 @@ class Snapshot(Walk):
         super().__init__(target, is_sharded)
         self._held = SavedParameters([])
         self._random, self._dtype = RandomState(target), torch.get_default_dtype()
+        self._threads = torch.get_num_threads()
         self.drew = False
         try:
             self._find(target, None, "the target")
@@ -90,6 +91,9 @@ class Snapshot(Walk):
             changed |= self._restore_items()  # what died with the pass may have edited them in its `__del__`
         if torch.get_default_dtype() != self._dtype:
             torch.set_default_dtype(self._dtype)
+            changed.update(self._own)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
             changed.update(self._own)
         failure: ValueError | None = None
         for saved in self._tensors:

@@ -41,8 +41,9 @@ from lightning_abpem.modules.contents import (
     SavedStream,
     SavedValues,
     is_locked,
+    unbounded_items,
 )
-from lightning_abpem.modules.iterators import Refusing, copied
+from lightning_abpem.modules.iterators import Refusing, copied, parts
 from lightning_abpem.modules.kinds import PLAIN, is_stateless, saver_of
 from lightning_abpem.modules.saved_modules import SavedModules
 from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied, log_nothing
@@ -52,6 +53,7 @@ __all__ = ["Walk"]
 
 _STANDARD = list(nn.Module().__dict__)  # attributes of every module, most often its first
 _COUNT = len(_STANDARD)
+_DEFAULTS = {name: FunctionType.__dict__[name] for name in ("__defaults__", "__kwdefaults__")}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -115,6 +117,8 @@ class Walk(Uncopied):
 
     def _tensor(self, x: Tensor) -> Tensor:
         own = x if x.is_leaf and not x.is_inference() else normal_tensor(x)
+        if type(x) is not Tensor:
+            self._todo.append((Walk._save_kind, x))
         self._save(SavedAttributes(x))
         if x.is_leaf and x.grad is not None:
             self._find_fixed(x.grad, x, "its gradient")
@@ -131,6 +135,7 @@ class Walk(Uncopied):
 
     def _tuple(self, x: tuple[Any, ...]) -> Any:
         items, kind = tuple.__iter__(x), type(x)
+        self._find_classes(kind)
         own = tuple([self._find(item, x, i) for i, item in enumerate(items)])
         if not any(map(is_not, own, tuple.__iter__(x))):
             return x
@@ -152,7 +157,7 @@ class Walk(Uncopied):
         if own is None:
             return Refusing(self._name(id(x)), type(x))
         self._used.add(id(x))  # nobody can tell whether the copy was
-        for part in x.__reduce__()[1]:
+        for part in parts(x):
             self._find(part, x, "its items")
         return own
 
@@ -249,6 +254,9 @@ class Walk(Uncopied):
             self._save(SavedSet(x))
         if type(x).__dictoffset__ or isinstance(x, threading.local):
             self._save(SavedObject(x))
+        self._save_kind(x)
+
+    def _save_kind(self, x: Any) -> None:
         if slots := slots_of(type(x)):
             self._save(SavedSlots(x, slots))
         self._find_classes(type(x))
@@ -263,16 +271,26 @@ class Walk(Uncopied):
         for part in parts:
             self._find_fixed(part, x, "one of its keys")
 
-    def _save_frozen(self, x: frozenset[Any]) -> None:
-        self._find_parts(x, frozenset.__iter__(x))
+    def _save_frozen(self, x: Iterable[Any]) -> None:
+        self._find_parts(x, frozenset.__iter__(x) if isinstance(x, frozenset) else x)
 
     def _save_mapping(self, x: MappingProxyType[Any, Any]) -> None:
         self._find_parts(x, x.values())
 
     def _save_optimizer(self, x: torch.optim.Optimizer) -> None:
-        """Save an optimizer, but not that of parameters, which no forward may move: its state is as large as they."""
-        if not all(isinstance(p, nn.Parameter) for group in x.param_groups for p in group["params"]):
+        """Save an optimizer; of that of parameters, which no forward may move, options alone: it is as large."""
+        if all(isinstance(p, nn.Parameter) for group in x.param_groups for p in group["params"]):
+            self._saved += [SavedDict(x, group) for group in x.param_groups]
+        else:
             self._save_object(x)
+
+    def _save_trainer(self, x: Any) -> None:
+        """Save the attributes of a user's data module, and nothing in them: they hold whole sets of data."""
+        data: Any = getattr(x, "datamodule", None)
+        kind: type = type(data)
+        if data is not None and not is_stateless(kind):
+            self._own[id(data)] = data
+            self._saved.append(SavedObject(data))
 
     def _save_list(self, x: list[Any]) -> None:
         self._save(SavedSequence(x))
@@ -293,9 +311,14 @@ class Walk(Uncopied):
     def _save_array(self, x: Any) -> None:
         if not is_locked(x):
             self._saved.append(SavedArray(x))
-        if x.dtype.hasobject:
+        for name in (x.dtype.names or ()) if x.dtype.hasobject else ():
+            self._find_fixed(x[name], x, f"its field '{name}'")
+        if x.dtype == object:
             for item in x.flat:
                 self._find_fixed(item, x, "one of its items")
+
+    def _save_record(self, x: Any) -> None:
+        self._find_fixed(x.base, x, "its array")
 
     def _save_map(self, x: mmap) -> None:
         if not x.closed and not memoryview(x).readonly:
@@ -318,8 +341,10 @@ class Walk(Uncopied):
             return
         for cell in x.__closure__ or ():
             self._find(cell, x, "its closure")
-        for default in (*(x.__defaults__ or ()), x.__kwdefaults__):
-            self._find_fixed(default, x, "its defaults")
+        if x.__defaults__ or x.__kwdefaults__:
+            self._saved.append(SavedSlots(x, _DEFAULTS))
+            for default in (*(x.__defaults__ or ()), x.__kwdefaults__):
+                self._find_fixed(default, x, "its defaults")
         self._save(SavedDict(x, x.__dict__))
 
     def _save_method(self, x: Any) -> None:
@@ -339,7 +364,10 @@ class Walk(Uncopied):
             self._find_fixed(part, x, "its arguments")
 
     def _save_cache(self, x: Any) -> None:
-        self._saved.append(SavedCache(x))
+        if (items := unbounded_items(x)) is None:
+            self._saved.append(SavedCache(x))
+        else:
+            self._find_fixed(items, x, "its results")
         self._find(x.__wrapped__, x, "its function")
 
     def _save_reference(self, x: Any) -> None:
