@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -118,7 +119,7 @@ def check_eval(model: nn.Module) -> None:
             f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
             f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
         )
-    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+    if lazy := [name for name, x in chain(model.named_parameters(), model.named_buffers()) if is_lazy(x)]:
         raise ValueError(f"Expected weights with a shape, but '{lazy[0]}' has none. Run the model on one batch first.")
 
 

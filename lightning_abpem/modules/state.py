@@ -60,6 +60,13 @@ class Snapshot(Walk):
             self._save_all()
             self._held = SavedParameters(self._parameters)
             self._own.update((id(p), p) for p in self._parameters)
+        except RecursionError:
+            self.restore()
+            name = self._name(id(self._alive[-1])).partition(", ")[0]
+            raise ModelError(
+                f"Expected state that can be saved, but {name} holds tuples in tuples, too deep for Python's recursion "
+                "limit. Keep them in a list, or raise the limit by sys.setrecursionlimit."
+            ) from None
         except BaseException:
             self.restore()
             raise

@@ -90,3 +90,11 @@ def test_every_table_of_a_module_is_put_back(name):
     assert id(model) in snapshot.restore()
     assert dict.fromkeys(model.__dict__[name]) == before
     assert "new" not in model.linear.__dict__[name]
+
+
+def test_too_deep_a_chain_of_tuples_is_named():
+    model = Holds()
+    for i in range(2000):
+        model.history = (getattr(model, "history", None), i)
+    with pytest.raises(ValueError, match="'history' of module 'Holds' holds tuples in tuples, too deep"):
+        Snapshot(model)
