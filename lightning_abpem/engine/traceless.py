@@ -62,8 +62,8 @@ class TracelessCalls:
         self._snapshot = snapshot = Snapshot(self._target, args, kwargs, self._is_sharded)
         parametrize._cache.clear()
         self._calls += 1
-        if self._calls & (self._calls - 1) == 0:  # reads every weight: in calls 1, 2, 4, 8, ...
-            snapshot.sum_parameters()
+        if self._calls & (self._calls - 1) == 0:  # reads every weight: in calls 1, 2, 4, 8, ...; a GPU's in the first
+            snapshot.sum_parameters(may_wait=self._calls == 1)
         for module in self._logging:  # in a pass nothing is logged
             self.changes.set(module, "log", log_nothing)
             self.changes.set(module, "log_dict", log_nothing)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.modules.containers import SavedAttributes
-from lightning_abpem.modules.tensors import bit_sum, same_bits
+from lightning_abpem.modules.tensors import bit_sum, reading_waits, same_bits
 
 __all__ = ["GradientFlags", "SavedParameters"]
 
@@ -70,10 +70,10 @@ class SavedParameters:
         self._versions, self._gradients = list(map(_version, parameters)), list(map(_gradient, parameters))
         self._flags, self._hooks = list(map(_flag, parameters)), list(map(_hooks, parameters))
         self._named = {id(p) for p in filter(_attributes, parameters)}
-        self._sums: list[Tensor] = []
+        self._sums: list[tuple[nn.Parameter, Tensor]] = []
         self._small: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in parameters:
-            if type(p) is nn.Parameter and p.device.type == "cpu" and p.numel() <= _SMALL:
+            if type(p) is nn.Parameter and p.numel() <= _SMALL and not (p.is_meta or reading_waits(p)):
                 self._small.setdefault(p.dtype, []).append(p)
         self._copies = {dtype: _joined(own) for dtype, own in self._small.items()}
 
@@ -99,9 +99,13 @@ class SavedParameters:
                 changed.add(id(p))
         return changed
 
-    def sum(self) -> None:
-        """Let `edited` compare all bits too, for edits that do not count a version up."""
-        self._sums = list(map(bit_sum, self._all))
+    def sum(self, may_wait: bool) -> None:
+        """Let `edited` compare all bits too, for edits that do not count a version up.
+
+        Args:
+            may_wait: also of parameters on a device for which the host would have to wait.
+        """
+        self._sums = [(p, bit_sum(p)) for p in self._all if may_wait or not reading_waits(p)]
 
     def edited(self) -> list[nn.Parameter]:
         """Return the parameters that were edited in place.
@@ -116,9 +120,7 @@ class SavedParameters:
                 sizes = [p.numel() for p in own]
                 parts = zip(own, now.split(sizes), before.split(sizes), strict=True)
                 edited += [p for p, x, y in parts if not same_bits(x, y)]
-        return edited + [
-            p for p, before in zip(self._all, self._sums, strict=False) if not torch.equal(bit_sum(p), before)
-        ]
+        return edited + [p for p, before in self._sums if not torch.equal(bit_sum(p), before)]
 
 
 @torch.no_grad()

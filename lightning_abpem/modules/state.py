@@ -127,9 +127,13 @@ class Snapshot(Walk):
             if moved and not self._is_compiled:  # the compiler sets variables of its own
                 self._used.update(self._own)  # any module may have set them
 
-    def sum_parameters(self) -> None:
-        """Let `check_parameters` hold all their bits too, for edits that do not count a version up."""
-        self._held.sum()
+    def sum_parameters(self, may_wait: bool) -> None:
+        """Let `check_parameters` hold all their bits too, for edits that do not count a version up.
+
+        Args:
+            may_wait: also of parameters on a device for which the host would have to wait.
+        """
+        self._held.sum(may_wait)
 
     def check_parameters(self) -> None:
         """Hold the parameters against their versions: a forward that edits them would do so in every pass.

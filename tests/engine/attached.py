@@ -37,5 +37,5 @@ def fingerprint(model):
 
 def as_on_a_gpu(monkeypatch):
     """Nobody looks at a value before the next batch."""
-    for module in ("engine.healthy", "engine.recorded", "engine.weights", "modules.tensors"):
+    for module in ("engine.healthy", "engine.recorded", "engine.weights", "modules.parameters", "modules.tensors"):
         monkeypatch.setattr(f"lightning_abpem.{module}.reading_waits", lambda x: True)
