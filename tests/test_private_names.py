@@ -12,6 +12,7 @@ import torchmetrics
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -195,6 +196,12 @@ def models_know_their_trainer():
     return model._trainer is trainer
 
 
+def dual_levels_are_counted():
+    with forward_ad.dual_level():
+        inside = forward_ad._current_level
+    return (inside, forward_ad._current_level) == (0, -1)
+
+
 TABLE = {
     "_version": versions_rise,
     "_base": views_know_their_base,
@@ -213,7 +220,12 @@ TABLE = {
         "_forward_pre_hooks_with_kwargs", "register_forward_pre_hook", with_kwargs=True
     ),
     "_state_dict_hooks": hooks_of_modules("_state_dict_hooks", "register_state_dict_post_hook"),
+    "_state_dict_pre_hooks": hooks_of_modules("_state_dict_pre_hooks", "register_state_dict_pre_hook"),
     "_load_state_dict_pre_hooks": hooks_of_modules("_load_state_dict_pre_hooks", "register_load_state_dict_pre_hook"),
+    "_load_state_dict_post_hooks": hooks_of_modules(
+        "_load_state_dict_post_hooks", "register_load_state_dict_post_hook"
+    ),
+    "_current_level": dual_levels_are_counted,
     "_modules": modules_keep(
         "_modules", lambda own: own.add_module("a", nn.Identity()), lambda own: list(own) == ["a"]
     ),

@@ -185,7 +185,7 @@ class Program:
     def __init__(self, out: Path, strategy: str, devices: int, nodes: int) -> None:
         self.out = out
         start = {"ddp": "popen", "ddp_spawn": "spawn"}[strategy]
-        self.strategy = partial(DDPStrategy, start_method=start, timeout=timedelta(seconds=60))
+        self.strategy = partial(DDPStrategy, start_method=start, timeout=timedelta(seconds=150))
         self.places = {"devices": devices, "num_nodes": nodes}
 
     def trainer(self, run: str, *callbacks: Callback, method: Any = None, **options: Any) -> Trainer:

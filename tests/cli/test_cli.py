@@ -174,7 +174,7 @@ def test_tune_takes_the_target_that_inspect_finds(folder, capsys):
         ("mine.Model --data mine.Data --labels 7", "Expected `--labels` to be in a batch, but '7' is in no"),
         ("mine.Model --data mine.Data --callback READ(", "Expected `--callback` to call one of ABPEM, EATA"),
         ("mine.Model --data mine.Data --callback print()", "ABPEM(\"fusion.*.attn\"), but got 'print()'"),
-        ("mine.Model --data mine.Data --callback Tent(speed=1)", "unexpected keyword argument 'speed'"),
+        ("mine.Model --data mine.Data --callback Tent(speed=1)", "but got `speed` (1)"),
         ("mine.Model --data mine.Data --callback READ('no')", "No candidate could adapt: Expected `fusion` to match"),
         ("mine.Model --data mine.Data --checkpoint no.ckpt", "Expected no.ckpt to be a file of weights, but there is"),
         ("mine.Model --data mine.Data --checkpoint own.yaml", "Expected own.yaml to be a checkpoint of Lightning or"),

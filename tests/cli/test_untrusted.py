@@ -65,7 +65,7 @@ def options(words):
     ("config", "words"),
     [
         (options(f"{{optimizer: {CLASS}}}"), "`variants.x`: .*`options.optimizer.class_path` .*got 'evil.run'"),
-        (options("{optimizer: evil.run}"), "Expected `optimizer` to be a function .*, but got 'evil.run'"),
+        (options("{optimizer: evil.run}"), "Expected `optimizer` to be None or a function .*, but got 'evil.run'"),
         (options("{optimizer: {class_path: torch.optim.Evil}}"), "but got 'torch.optim.Evil'"),
         (options("{optimizer: {class_path: torch.optim.lr_scheduler.StepLR}}"), "but got 'torch.optim.lr_scheduler"),
         (options("{optimizer: {class_path: torch.optim.Optimizer}}"), "but got 'torch.optim.Optimizer'"),
@@ -294,7 +294,7 @@ def test_the_projects_own_configs_are_taken():
     from lightning_abpem.bench.digits import DigitsAVC
     from lightning_abpem.cli.bench import _read_options
 
-    paths = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.yaml"))
+    paths = sorted((Path(__file__).parents[2] / "benchmarks" / "experiments").glob("*.yaml"))
     assert len(paths) > 5
     for path in paths:
         assert _read_options(path, DigitsAVC) == yaml.safe_load(path.read_text())

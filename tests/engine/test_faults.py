@@ -163,7 +163,7 @@ def test_raise_on_request():
         with pytest.raises(ValueError, match="but got 10 .* and 9 tokens"):
             model(second[0], second[1][:, 1:])
     assert (callback.updates, callback.skipped) == (1, 0)
-    with pytest.raises(ValueError, match='`on_error` to be "predict" or "raise", but got True'):
+    with pytest.raises(ValueError, match='`on_error` to be one of "predict", "raise", but got True'):
         abpem(on_error=True)
 
 

@@ -268,7 +268,7 @@ class Unreachable(Ranks):
     """The other processes, as they look to one that fails after they are gone."""
 
     def __init__(self):
-        self.done, self.updates, self._in_step = False, 0, False
+        self.done, self.updates, self._in_step, self.broken = False, 0, False, 0
 
     def global_batch(self, logits, samples, attention):
         return GlobalBatch(logits, samples, attention)
