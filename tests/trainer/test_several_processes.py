@@ -1,5 +1,6 @@
 """A Trainer with two real processes, however they are launched: what one process gives with the whole batch."""
 
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +31,9 @@ from tests.trainer_program import (
     weights_of,
 )
 
+LAUNCHERS = {"LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
+LAUNCHERS |= {"MASTER_PORT", "TORCHELASTIC_RUN_ID"}  # as a test before may have left them
+
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-9)
 close_float32 = partial(torch.testing.assert_close, rtol=0, atol=1e-6)  # averages and results are rounded to it
 
@@ -39,7 +43,9 @@ def command(*words):
 
 
 def start(words):
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Start a program that knows of no other launch: by LOCAL_RANK, say, Lightning takes its peers for started."""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def finish(process):
