@@ -175,7 +175,7 @@ def every_program(setting: Setting, memories: Iterable[int]) -> dict[str, tuple[
             f"ABPEM in a Trainer, memory {memory}": (trainer, (setting, memory)),
             f"ABPEM in a Trainer that logs, memory {memory}": (trainer, (setting, memory, True)),
             f"ABPEM attached, memory {memory}": (loop, (setting, memory, {})),
-            f"ABPEM attached that compares each batch, memory {memory}": (loop, (setting, memory, {"monitor": "source"})),
+            f"ABPEM attached, comparing each batch, memory {memory}": (loop, (setting, memory, {"monitor": "source"})),
             f"defaults attached, memory {memory}": (loop, (setting, memory, defaults)),
             f"by hand, memory {memory}": (written, (setting, by_hand, memory)),
             f"published way, memory {memory}": (written, (setting, published_way, memory)),

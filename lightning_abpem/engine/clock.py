@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["Clock"]
 
-_PENDING = 256  # blocks whose time has not been read
+_PENDING = 64  # blocks whose time has not been read
 
 
 class Clock:

@@ -36,13 +36,24 @@ class Figures:
         stage: what follows it, as "test".
         logged: steps handed to the loggers so far.
         chosen: names of the figures that go to Lightning's results; the others' averages go to the loggers alone.
+        compares_all: every batch is compared with the source. If not, a process may never come to a comparison, and
+            the headline has no `flip_rate`: all processes need the same names.
 
     Attributes:
         logged: the same, with this run's.
     """
 
-    def __init__(self, trainer: Any, method: str, stage: str, logged: int, chosen: options.Chosen = "headline") -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        method: str,
+        stage: str,
+        logged: int,
+        chosen: options.Chosen = "headline",
+        compares_all: bool = True,
+    ) -> None:
         self.logged = logged
+        self._headline = HEADLINE if compares_all else tuple(name for name in HEADLINE if name != "flip_rate")
         self._trainer, self._method, self._prefix, self._chosen = trainer, method, f"{method}/{stage}", chosen
         self._means: dict[int, RecordMean] = {}
         self._pending: list[_Logged] = []
@@ -174,7 +185,7 @@ class Figures:
             raise failure
 
     def _is_chosen(self, name: str) -> bool:
-        names = HEADLINE if self._chosen == "headline" else self._chosen
+        names = self._headline if self._chosen == "headline" else self._chosen
         return self._chosen == "all" or name in names
 
     def _names_of(self, dataloader: int) -> list[str]:

@@ -87,7 +87,8 @@ class Run:
         self._display, self._without_call, self._began = display, 0, time.perf_counter()
         self.report = report
         self.adaptation: Adaptation | None = None
-        self.figures = Figures(trainer, settings.method.name.lower(), stage, logged, display.figures)
+        compares_all = settings.monitored_batches == 1
+        self.figures = Figures(trainer, settings.method.name.lower(), stage, logged, display.figures, compares_all)
         self.outcome: Outcome | None = None
         self._first = logged
         self.phase: Literal["running", "closing", "closed"] = "running"
