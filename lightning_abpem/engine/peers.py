@@ -1,4 +1,4 @@
-"""What processes that adapt on streams of their own tell each other, which is not to wait for one that is gone."""
+"""Messages between processes that adapt on streams of their own: none waits for a process that is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an earlier run in inference mode left in a model: autograd refuses it, so that copies stand in for it."""
+"""Copies that stand in for tensors which an earlier run in inference mode left in a model: autograd refuses those."""
 
 from __future__ import annotations
 
@@ -69,13 +69,14 @@ def without_inference_tensors(changes: Changes, model: nn.Module) -> None:
 
 def _copy(x: Tensor, memories: dict[int, Any]) -> Tensor:
     """Return a copy of a tensor of inference mode, in a copy of its memory that others share."""
-    own = normal_tensor(x)
     is_plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
     if is_plain and not (x.is_quantized or x.is_nested or x.is_meta or x.is_conj() or x.is_neg()):
         if _memory(x) not in memories:
             memories[_memory(x)] = x.untyped_storage().clone()
         own = torch.empty(0, dtype=x.dtype, device=x.device)
         own.set_(memories[_memory(x)], x.storage_offset(), x.shape, x.stride())
+    else:
+        own = normal_tensor(x)
     return nn.Parameter(own, x.requires_grad) if isinstance(x, nn.Parameter) else own
 
 
