@@ -38,7 +38,7 @@ from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
 from lightning_abpem.modules.inference import without_inference_tensors
 from lightning_abpem.modules.names import named_module
-from lightning_abpem.modules.parameters import GradientFlags
+from lightning_abpem.modules.parameters import GradientFlags, device_of
 from lightning_abpem.modules.patches import Changes, adapt_once, check_eval
 from lightning_abpem.modules.stand_ins import StandIn, Uncopied
 
@@ -103,7 +103,7 @@ class Adaptation(Uncopied):
         check_entry(model, self.target)
         check_eval(model)
         self.calls = 0
-        self._clock = Clock(_device_of(self.params)) if recorder is None else recorder.clock
+        self._clock = Clock(device_of(self.params.values())) if recorder is None else recorder.clock
         self._under_way = CallsUnderWay(type(self.target).__name__)
         self._plain_call = plain_forward(self.target)
         self._scale = LossScale() if scale is None else scale
@@ -415,10 +415,6 @@ class Adaptation(Uncopied):
         except Exception:
             self._has_observer_failed = True  # no fault of the batch: its step was taken
             raise
-
-
-def _device_of(params: Mapping[str, nn.Parameter]) -> torch.device:
-    return next((p.device for p in params.values()), torch.device("cpu"))
 
 
 def _entry(target: nn.Module) -> str:

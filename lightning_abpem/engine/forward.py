@@ -29,6 +29,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import has_shards
 from lightning_abpem.engine.traceless import TracelessCalls
+from lightning_abpem.modules.parameters import device_of
 from lightning_abpem.modules.patches import watch_outputs
 
 __all__ = ["Forward", "Pass"]
@@ -116,7 +117,7 @@ class Forward:
                 "Expected `modalities` to give the tokens, for the model is cut into shards, so that every forward "
                 f'needs all processes, also the one that "auto" reads them off, but got {self._settings.modalities!r}.'
             )
-        self.ranks = Ranks(next((p.device for p in self._model.parameters()), torch.device("cpu")))
+        self.ranks = Ranks(device_of(self._model.parameters()))
 
     @property
     def can_leave_out(self) -> bool:

@@ -35,6 +35,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.watch import Watch
 from lightning_abpem.engine.weights import AdaptedWeights
+from lightning_abpem.modules.parameters import device_of
 
 __all__ = ["Stepper"]
 
@@ -101,7 +102,7 @@ class Stepper:
         self._settings, self._method, self._params = settings, settings.method, params
         self.weights, self._memory, self._forward, self._replay = weights, memory, forward, replay
         self._scale, self._on_step = scale, on_step
-        self._device = next((p.device for p in params.values()), torch.device("cpu"))
+        self._device = device_of(params.values())
         self.record: Record = {}
         self._state: dict[str, Any] = {}
         self._source: Mapping[str, Any] | None = None  # what the method measured on the source model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import attrgetter, is_not
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from lightning_abpem.modules.containers import SavedAttributes
 from lightning_abpem.modules.tensors import bit_sum, reading_waits, same_bits
 
-__all__ = ["GradientFlags", "SavedParameters"]
+__all__ = ["GradientFlags", "SavedParameters", "device_of"]
 
 _flag, _gradient, _version, _attributes = map(attrgetter, ("requires_grad", "grad", "_version", "__dict__"))
 _hooks = attrgetter("_backward_hooks")
 _SMALL = 1024  # values of a parameter that is compared in every pass: a bias, a norm
+
+
+def device_of(parameters: Iterable[Tensor]) -> torch.device:
+    """Return the device of the first parameter; the CPU if there is none."""
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 class GradientFlags:

@@ -20,6 +20,7 @@ from lightning_abpem.engine.describe import options_of, package_version
 from lightning_abpem.engine.ranks import process
 from lightning_abpem.engine.recording import Recorder
 from lightning_abpem.engine.settings import Settings
+from lightning_abpem.modules.parameters import device_of
 from lightning_abpem.report.charts import check_matplotlib
 from lightning_abpem.report.page import run_page
 from lightning_abpem.report.record import FORMAT, VERSION, check_writable, write_text
@@ -80,7 +81,7 @@ class RunReport:
         """
         if problem := self.problem():
             raise ValueError(problem)
-        return self.record(next((p.device for p in model.parameters()), torch.device("cpu")))
+        return self.record(device_of(model.parameters()))
 
     def record(self, device: torch.device) -> Recorder | None:
         """Return what gathers, for an adaptation that begins; None in processes that do not write."""

@@ -21,6 +21,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.watch import Means
 from lightning_abpem.functional import entropy, widen
 from lightning_abpem.modules.names import named_module
+from lightning_abpem.modules.parameters import device_of
 from lightning_abpem.trainer.options import Stage
 
 __all__ = [
@@ -121,7 +122,7 @@ def first_batches(data: Iterable[Any], count: int) -> list[Any]:
 
 def plain_forward(model: nn.Module, batch: Any) -> Any:
     """Call a model with a batch: a tuple or list as its arguments, a dict as those by name, else as the only one."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model.parameters())
     batch = move_data_to_device(batch, device)
     if isinstance(batch, dict):
         return model(**batch)
