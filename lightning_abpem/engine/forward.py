@@ -22,7 +22,7 @@ from lightning_abpem.attention.statistics import Comparison, Pair
 from lightning_abpem.attention.trace import trace_attention
 from lightning_abpem.engine.batch import Batch
 from lightning_abpem.engine.healthy import select_rows
-from lightning_abpem.engine.logits import broken_rows, read_logits, refuse_probabilities
+from lightning_abpem.engine.logits import has_broken_rows, read_logits, refuse_probabilities
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.ranks import Ranks, several_processes
 from lightning_abpem.engine.replay import FrozenReplay
@@ -245,7 +245,7 @@ class Forward:
             if self._fusion is not None:
                 attention = self._compare(calls, tokens, logits, batch)
             self._check_logits(logits)
-        if batch.rows is not None and not bool(broken_rows(logits[stored:]).any()):
+        if batch.rows is not None and not has_broken_rows(logits[stored:]):
             logits, attention = select_rows(batch.rows, stored, logits, attention)
             samples = logits.shape[0] - stored
             if self._memory is not None:

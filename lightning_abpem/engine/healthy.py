@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_abpem.attention.statistics import Comparison, Pair
 from lightning_abpem.engine.batch import Batch
 from lightning_abpem.engine.faults import NOT_FINITE, Skips
-from lightning_abpem.engine.logits import broken_rows
+from lightning_abpem.engine.logits import broken_rows, has_broken_rows
 from lightning_abpem.engine.method import Step
 from lightning_abpem.engine.ranks import Ranks
 from lightning_abpem.modules.tensors import reading_waits
@@ -83,7 +83,7 @@ class HealthySamples:
             return self._ranks.broken > 0
         if reading_waits(step.logits) and NOT_FINITE not in self._skips.counts:
             return False
-        return bool(broken_rows(step.logits[-step.samples :]).any())
+        return has_broken_rows(step.logits[-step.samples :])
 
     def _count(self, samples: int) -> None:
         self.left_out_now = samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_abpem.functional import widen
 
-__all__ = ["broken_rows", "check_head", "read_logits", "refuse_probabilities"]
+__all__ = ["broken_rows", "check_head", "has_broken_rows", "read_logits", "refuse_probabilities"]
 
 _ONE_LABEL = (nn.CrossEntropyLoss, nn.NLLLoss)
 _OTHER_HEADS = {
@@ -77,6 +78,13 @@ def broken_rows(logits: Tensor) -> Tensor:
     Logits of -inf beside finite ones are those of classes that cannot be.
     """
     return ~widen(logits).logsumexp(1).isfinite()
+
+
+def has_broken_rows(logits: Tensor) -> bool:
+    """Return True if any sample of (B, C) logits has no prediction; this waits for the device."""
+    if math.isfinite(logits.sum().item()):
+        return False  # as every logit is then
+    return bool(broken_rows(logits).any())
 
 
 def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:

@@ -79,8 +79,9 @@ def passes_float16(output: Tensor) -> bool:
         return False
     nodes, seen = [output.grad_fn], {output.grad_fn}
     for node in nodes:  # which grows
-        if any(made.dtype == torch.float16 for made in node._input_metadata):  # of what the node gave in the forward
-            return True
+        for made in node._input_metadata:  # of what the node gave in the forward
+            if made.dtype is torch.float16:
+                return True
         for before, _ in node.next_functions:
             if before is not None and before not in seen:
                 seen.add(before)

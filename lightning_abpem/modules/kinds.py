@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from lightning_abpem.modules.containers import slots_of
 from lightning_abpem.modules.iterators import ONE_SHOT_MANAGER
-from lightning_abpem.modules.stand_ins import StandIn, Uncopied
+from lightning_abpem.modules.stand_ins import StandIn, StandInForOwn, Uncopied
 
 __all__ = ["PLAIN", "is_stateless", "saver_of"]
 
 PLAIN = frozenset(
-    {int, float, complex, bool, str, bytes, type(None), range, slice, torch.dtype, torch.device, torch.Size}
+    {int, float, complex, bool, str, bytes, type(None), range, slice, torch.dtype, torch.device, torch.Size, StandIn}
 )
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 _LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "tensorboard"}
@@ -48,7 +48,7 @@ _IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
 _STANDARD_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
 
 _EXACT: dict[type, str] = {
-    StandIn: "_save_stand_in",
+    StandInForOwn: "_save_stand_in",
     FunctionType: "_save_function",
     MethodType: "_method",
     BuiltinMethodType: "_save_method",

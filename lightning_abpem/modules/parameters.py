@@ -78,7 +78,7 @@ class SavedParameters:
         self._sums: list[tuple[nn.Parameter, Tensor]] = []
         self._small: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in parameters:
-            if type(p) is nn.Parameter and p.numel() <= _SMALL and not (p.is_meta or reading_waits(p)):
+            if type(p) is nn.Parameter and p.numel() <= _SMALL and not reading_waits(p):
                 self._small.setdefault(p.dtype, []).append(p)
         self._copies = {dtype: _joined(own) for dtype, own in self._small.items()}
 
@@ -130,4 +130,4 @@ class SavedParameters:
 
 @torch.no_grad()
 def _joined(parameters: Sequence[nn.Parameter]) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in parameters])
+    return torch.cat([p if p.dim() == 1 else p.flatten() for p in parameters])

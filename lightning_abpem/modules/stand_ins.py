@@ -6,7 +6,16 @@ from collections.abc import Callable
 from functools import WRAPPER_ASSIGNMENTS, partial, update_wrapper
 from typing import Any, NoReturn
 
-__all__ = ["MISSING", "StandIn", "Uncopied", "hides_attribute", "log_nothing", "put_back", "state_without"]
+__all__ = [
+    "MISSING",
+    "StandIn",
+    "StandInForOwn",
+    "Uncopied",
+    "hides_attribute",
+    "log_nothing",
+    "put_back",
+    "state_without",
+]
 
 MISSING: Any = object()
 
@@ -67,7 +76,8 @@ class StandIn(Uncopied, partial):  # type: ignore[type-arg]
 
     def __new__(cls, owner: Any, attribute: str, wrapper: Callable[..., Any], *first: Any) -> StandIn:
         original = _Original(owner, attribute)
-        self = super().__new__(cls, wrapper, *first, original)
+        kind = cls if original.own is MISSING else StandInForOwn
+        self = super().__new__(kind, wrapper, *first, original)
         update_wrapper(self, getattr(owner, attribute), [*WRAPPER_ASSIGNMENTS], [])
         self.original, self._owner, self._attribute, self._is_over = original, owner, attribute, False
         return self
@@ -95,6 +105,10 @@ class StandIn(Uncopied, partial):  # type: ignore[type-arg]
 
     def __reduce__(self) -> Any:
         return (getattr, (self._owner, self._attribute)) if self._is_over else self._refuse()
+
+
+class StandInForOwn(StandIn):
+    """One for an attribute that was the object's own: what that holds can be reached in a call."""
 
 
 def state_without(owner: Any, original: Callable[[], Any]) -> Any:

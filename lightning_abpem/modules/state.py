@@ -102,16 +102,20 @@ class Snapshot(Walk):
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
             changed.update(self._own)
-        failure: ValueError | None = None
-        for saved in self._tensors:
-            try:
-                if saved.restore(self._name, counts):
-                    changed.add(saved.key)
-            except ValueError as error:  # the others first
-                failure = failure or error
+        return changed | self._restore_tensors(counts) | self._used
+
+    def _restore_tensors(self, counts: bool) -> set[int]:
+        changed, failure = set(), None
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for saved in self._tensors:
+                try:
+                    if saved.restore(self._name, counts):
+                        changed.add(saved.key)
+                except ValueError as error:  # the others first
+                    failure = failure or error
         if failure is not None:
             raise failure
-        return changed | self._used
+        return changed
 
     def _restore_items(self) -> set[int]:
         return {id(saved.owner) for saved in self._saved if saved.restore()} | self._modules.restore()

@@ -27,17 +27,19 @@ def normal_tensor(x: Any) -> Any:
 
 def reading_waits(x: Tensor) -> bool:
     """Return True if reading `x` on the host synchronises with its device."""
-    return x.device.type != "cpu"
+    return not x.is_cpu
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Return True if two tensors of one shape, dtype and device hold the same bits; NaN equals itself."""
     if x.dtype.is_complex:  # whose bits of conjugation turn a sign over, and lose none
         x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
-    if x.dtype.is_floating_point:
-        integers = _BITS[x.element_size()]
-        x, y = x.resolve_neg().view(integers), y.resolve_neg().view(integers)
-    return torch.equal(x, y)
+    return torch.equal(_bits(x.resolve_neg()), _bits(y.resolve_neg()))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Return the memory of a real tensor as integers, so that NaN equals itself; others as they are."""
+    return x.view(_BITS[x.element_size()]) if x.dtype.is_floating_point and not x.is_neg() else x
 
 
 @torch.no_grad()
@@ -60,15 +62,17 @@ def bit_sum(x: Tensor) -> Tensor:
     return total
 
 
-@torch.no_grad()
 def copy_as_it_lies(x: Tensor) -> Tensor:
-    """Return a copy that lies in memory as `x` does, so that kernels round alike.
+    """Return a copy without history that lies in memory as `x` does, so that kernels round alike.
 
     Gaps, repeats and the place within a cache line are the same.
     """
+    x = x.detach()
     if type(x) is not Tensor or x.layout != torch.strided or x.is_nested or x.is_quantized:
         return x.clone()
     offset = x.data_ptr() % _LINE // x.element_size()
+    if not offset and x.is_contiguous():
+        return x.clone()
     if not offset:
         own = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     else:
@@ -107,11 +111,11 @@ class SavedTensor:
                     self._alias = plain.data  # the same memory; the shape, the version and the history are its own
                     self._layout = _layout(tensor)
                     self._size = self._alias.untyped_storage().nbytes()
-                    self._part = _memory(self._alias, self._size)
+                    self._part = _bits(_memory(self._alias, self._size))
                     self._before = self._part.clone()
 
     def restore(self, name: Callable[[int], str], counts: bool = False) -> bool:
-        """Put the values back; return True if the pass had changed them.
+        """Put the values back, without gradients and functions of subclasses; return True if the pass had changed them.
 
         Args:
             name: from `key` to the tensor's name, for an error.
@@ -121,11 +125,10 @@ class SavedTensor:
             ValueError: if another kind of tensor was edited in place: its values were not saved. If a view has a
                 history now, which stays. Both are said once.
         """
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            changed = self._restore(name)
-            if changed and counts:
-                torch.autograd.graph.increment_version(self._tensor)
-            return changed
+        changed = self._restore(name)
+        if changed and counts:
+            torch.autograd.graph.increment_version(self._tensor)
+        return changed
 
     def _restore(self, name: Callable[[int], str]) -> bool:
         x, alias = self._tensor, self._alias

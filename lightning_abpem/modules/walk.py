@@ -12,6 +12,7 @@ import io
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from mmap import mmap
 from operator import is_not
 from types import CellType, FunctionType, MappingProxyType, MethodType
@@ -46,7 +47,7 @@ from lightning_abpem.modules.contents import (
 from lightning_abpem.modules.iterators import Refusing, copied, parts
 from lightning_abpem.modules.kinds import PLAIN, is_stateless, saver_of
 from lightning_abpem.modules.saved_modules import SavedModules
-from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied, log_nothing
+from lightning_abpem.modules.stand_ins import StandInForOwn, Uncopied, log_nothing
 from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
 
 __all__ = ["Walk"]
@@ -216,17 +217,11 @@ class Walk(Uncopied):
             self._find_classes(kind)
 
     def _find_in_module(self, x: nn.Module, place: int) -> None:
-        stand_ins, attributes = {}, x.__dict__
+        attributes = x.__dict__
         names = list(attributes)
         is_usual = names[:_COUNT] == _STANDARD
-        for name in names[_COUNT:] if is_usual else names:
-            value = attributes[name]
-            if type(value) not in PLAIN and (is_usual or name not in _STANDARD):
-                own = self._find(value, x, name)
-                if own is not value:
-                    stand_ins[name] = own
-        if stand_ins:
-            self._modules.replace(place, stand_ins)
+        if not (is_usual and PLAIN.issuperset(map(type, islice(attributes.values(), _COUNT, None)))):
+            self._find_attributes(x, place, names[_COUNT:] if is_usual else set(names).difference(_STANDARD))
         if own := attributes["_parameters"]:
             self._parameters += [p for p in own.values() if p is not None and not p.is_inference()]
         for name in _HOOKS:
@@ -235,6 +230,16 @@ class Walk(Uncopied):
                     self._find(value, x, key)
         if own := attributes["_buffers"]:
             self._save(SavedDict(x, own))
+
+    def _find_attributes(self, x: nn.Module, place: int, names: Iterable[str]) -> None:
+        stand_ins = {}
+        for name in names:
+            value = x.__dict__[name]
+            own = self._find(value, x, name)
+            if own is not value:
+                stand_ins[name] = own
+        if stand_ins:
+            self._modules.replace(place, stand_ins)
 
     def _save_script(self, x: torch.jit.ScriptModule) -> None:
         for own in x.modules():
@@ -355,9 +360,8 @@ class Walk(Uncopied):
         for name in ("fget", "fset", "fdel", "__func__"):
             self._find(getattr(x, name, None), x, "its function")
 
-    def _save_stand_in(self, x: StandIn) -> None:
-        if x.original.own is not MISSING:
-            self._find_fixed(x.original.own, x, "its function")
+    def _save_stand_in(self, x: StandInForOwn) -> None:
+        self._find_fixed(x.original.own, x, "its function")
 
     def _save_partial(self, x: functools.partial[Any]) -> None:
         for part in (x.func, *x.args, x.keywords):
