@@ -1,4 +1,4 @@
-"""`abpem bench` in a process that is interrupted; for test_bench.
+"""`abpem bench` in a process that is interrupted; for tests/bench/test_command.
 
     python -m tests.interrupted FOLDER WORKERS
 

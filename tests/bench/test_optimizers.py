@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_abpem.bench.cells import Cell, run_cell
+from lightning_abpem.bench.cells import run_cell
 from lightning_abpem.bench.optimizers import named_optimizer, refuse_code
 from lightning_abpem.bench.variants import Variant
+from tests.bench.runs import CELL
 from tests.toybench import ToyBench
-
-CELL = Cell("iid", 3, "image: fog", 111, "one", 8, "abpem")
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ COMMANDS = {
 
 
 def typeset(cell):
-    """What LaTeX shows for a cell, as far as these tables go; anything else is an error."""
+    """Return the text that LaTeX shows for a cell of these tables; anything else is an error."""
     found, rest = "", cell
     while rest:
         command = next((command for command in COMMANDS if rest.startswith(command)), None)

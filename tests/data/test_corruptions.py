@@ -1,4 +1,4 @@
-"""What names a fault, and the random numbers that belong to a sample."""
+"""Names of faults, and the random numbers that belong to a sample."""
 
 import numpy as np
 import pytest

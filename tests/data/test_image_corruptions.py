@@ -242,7 +242,7 @@ def test_zoom_blur_against_a_loop():
 
 
 def test_plasma_is_rougher_by_its_decay():
-    """What diamond-square adds at one level, against the level below: ImageNet-C's wibble decays by the square."""
+    """Compare the offsets of one level with those of the level below: ImageNet-C's wibble decays by the square."""
     for decay in (2, 1.4):
         field = weather.plasma(256, decay, np.random.default_rng(0))
         assert (field.min(), field.max()) == (0, 1)
