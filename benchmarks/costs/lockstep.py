@@ -108,45 +108,58 @@ def in_lockstep(
     Raises:
         RuntimeError: if the process of a program ends before its turns do.
     """
-    context = get_context("spawn")
     seconds: dict[str, list[float]] = {label: [] for label in programs}
-    ends: dict[str, Connection] = {}
-    processes: dict[str, Any] = {}
+    running: dict[str, _Program] = {}
+    with ExitStack() as stack:
+        for label, (run, arguments) in programs.items():
+            running[label] = program = _Program(label, device, run, arguments)
+            stack.callback(program.stop)
+            program.receive()  # built
+            program.take_turn(warmup if isinstance(warmup, int) else warmup[label])
+        for _ in progress(range(rounds)):
+            for label, program in running.items():
+                seconds[label].append(program.take_turn(batches) / batches)
+        operations = {label: program.take_turn(_COUNT) for label, program in running.items()}
+        peaks = {label: program.take_turn(0) for label, program in running.items()}
+    return {label: Measured(seconds[label], peaks[label], operations[label]) for label in programs}
 
-    def answer(label: str) -> Any:
+
+class _Program:
+    """The caller's side of one program: its process, and the connection to it."""
+
+    def __init__(self, label: str, device: str, run: Callable[..., None], arguments: Sequence[Any]) -> None:
+        context = get_context("spawn")
+        self._label = label
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, device, run, arguments), daemon=True)
+        self._process.start()
+        theirs.close()  # so that a program that fails ends the run
+
+    def take_turn(self, batches: int) -> Any:
+        """Let the program run so many batches; return its seconds, with `_COUNT` its operations, with 0 its peak."""
+        self._connection.send(batches)
+        return self.receive()
+
+    def receive(self) -> Any:
+        """Wait for what the program sends.
+
+        Raises:
+            RuntimeError: its process ended.
+        """
         try:
-            return ends[label].recv()
+            return self._connection.recv()
         except (EOFError, ConnectionError) as error:
-            processes[label].join()
+            self._process.join()
             raise RuntimeError(
-                f"The process of the program {label!r} ended early, with exit code {processes[label].exitcode}. "
+                f"The process of the program {self._label!r} ended early, with exit code {self._process.exitcode}. "
                 "Minus 9 is what the system gives where memory runs out: run fewer programs at once."
             ) from error
 
-    with ExitStack() as stack:
-        for label, (run, arguments) in programs.items():
-            ends[label], theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, device, run, arguments), daemon=True)
-            process.start()
-            theirs.close()  # so that a program that fails ends the run
-            stack.callback(process.join)
-            stack.callback(process.terminate)
-            processes[label] = process
-            answer(label)  # built
-            ends[label].send(warmup if isinstance(warmup, int) else warmup[label])
-            answer(label)
-        for _ in progress(range(rounds)):
-            for label, end in ends.items():
-                end.send(batches)
-                seconds[label].append(answer(label) / batches)
-        operations, peaks = {}, {}
-        for label, end in ends.items():
-            end.send(_COUNT)
-            operations[label] = answer(label)
-            end.send(0)
-            peaks[label] = answer(label)
-            end.close()
-    return {label: Measured(seconds[label], peaks[label], operations[label]) for label in programs}
+    def stop(self) -> None:
+        """End the process and the connection."""
+        self._process.terminate()
+        self._process.join()
+        self._connection.close()
 
 
 def _work(connection: Connection, device: str, run: Callable[..., None], arguments: Sequence[Any]) -> None:
