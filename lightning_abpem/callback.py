@@ -129,7 +129,7 @@ class TestTimeAdaptation(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        """Be as before the first run."""
+        """Set the state that the callback has before its first run."""
         self.summary: Summary | None = None
         self.averages: dict[int, dict[str, Tensor]] = {}
         self._unshown: Summary | None = None

@@ -54,7 +54,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 
 def start_worker() -> None:
-    """In a process that starts: ignore Ctrl-C, which is the parent's to handle; end when the parent does."""
+    """Make the starting process ignore Ctrl-C, which the parent handles, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
 
@@ -65,7 +65,7 @@ def _start(start: Callable[..., None], *args: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers, which would wait for work forever."""
+    """Wait for the parent's end, and end; a parent that is killed cannot tell workers, which would wait forever."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""What is shown: tables as text, figures as pictures."""
+"""Tables as text, figures as pictures."""
 
 import io
 

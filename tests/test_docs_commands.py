@@ -54,7 +54,7 @@ class Model(LightningModule):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What the pages take for granted."""
+    """Make the names and files that the pages take for granted."""
     monkeypatch.chdir(tmp_path)
     stream = [(torch.randn(2, 512, 8), torch.randn(2, 196, 8)) for _ in range(2)]
     own = {"model": Model(), "stream": stream, "data": DataLoader(stream, batch_size=None)}

@@ -190,7 +190,7 @@ class Question(nn.Module):
 
 
 def test_padded_queries_are_told_by_their_own_attention():
-    """What the line makes of a padded question is what it makes of each question without its padding."""
+    """A padded question gets the predictions of each question without its padding."""
     torch.manual_seed(0)
     model = Question().eval()
     words, frames = torch.tensor([[4, 7, 9, 3], [6, 2, 0, 0]]), torch.randn(2, 5, 3)

@@ -1,7 +1,8 @@
-"""The house: who imports whom, the public names, the code in the README."""
+"""The house: who imports whom, the public names, the shape of functions and docstrings, the code in the README."""
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -38,15 +39,30 @@ APART = {
     "metrics": {"functional", "modules", "attention", "metrics"},
 }
 STDLIB = __import__("sys").stdlib_module_names
+QUESTIONS = {"How", "Of", "What", "When", "Where", "Whether", "Which", "Who", "Whose", "Why"}
+NO_SUBJECT = {"As", "At", "Be", "By", "For", "From", "If", "In", "It", "Its", "On", "Only", "That", "To", "With"}
 
 
 def modules():
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
 
 
+@cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+def definitions(*folders):
+    """Yield every module, class and function in folders of the project, each with its place."""
+    for path in sorted(path for folder in folders for path in (ROOT.parent / folder).rglob("*.py")):
+        for node in nodes(path):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{path.relative_to(ROOT.parent)}:{getattr(node, 'lineno', 1)}", node
+
+
 def imports(path):
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,7 +101,7 @@ def test_files_of_torch_are_loaded_without_code():
     """Every call of `torch.load` and `load_from_checkpoint` in the package has weights_only=True."""
     found = []
     for path in modules().values():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("torch.load", ".load_from_checkpoint")):
                 found.append({k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only"))
     assert len(found) >= 4
@@ -107,6 +123,28 @@ def test_nothing_imports_in_circles():
         for name, path in modules().items()
     }
     TopologicalSorter({name: own & set(found) for name, own in found.items()}).prepare()  # raises on a circle
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [(("lightning_abpem", "benchmarks"), QUESTIONS | NO_SUBJECT), (("tests",), QUESTIONS)],
+)
+def test_docstrings_begin_with_a_noun_or_a_verb(folders, words):
+    docstrings = [(place, ast.get_docstring(node)) for place, node in definitions(*folders)]
+    first = {place: re.match(r"\w*", text)[0] for place, text in docstrings if text}
+    assert len(first) > 100
+    assert {place: word for place, word in first.items() if word in words} == {}
+
+
+def test_functions_have_at_most_40_lines():
+    """Docstrings do not count."""
+    lengths = {}
+    for place, node in definitions("lightning_abpem", "benchmarks"):
+        if isinstance(node, ast.FunctionDef):
+            words = node.body[0] if ast.get_docstring(node) else None
+            lengths[place] = node.end_lineno - node.lineno + 1 - (words.end_lineno - words.lineno + 1 if words else 0)
+    assert len(lengths) > 1000
+    assert {place: length for place, length in lengths.items() if length > 40} == {}
 
 
 def test_public_names_are_frozen():

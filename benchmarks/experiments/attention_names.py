@@ -46,7 +46,7 @@ def count() -> tuple[dict[str, bool], list[str]]:
 
 
 class _Made(dict[str, dict[str, str]]):
-    """By class of a file, the source text of each value that `__init__` assigns, by the attribute's name.
+    """Source text of each value that a class's `__init__` assigns: by class of a file, then by attribute.
 
     A class is parsed when it is first looked up, since most of a file is never needed.
     """

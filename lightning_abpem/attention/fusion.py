@@ -50,7 +50,7 @@ class JointFusion:
         return self.watched
 
     def compare(self, calls: Iterable[AttentionCall], tokens: Mapping[str, Tokens]) -> dict[Pair, list[Comparison]]:
-        """By (query, key) modality, for each call, the statistics of the cross block and of the key's self block."""
+        """Return statistics of the cross block and of the key's self block: by (query, key) modality, for each call."""
         pairs = [(m, n) for m in tokens for n in tokens if m != n]
         compared: dict[Pair, list[Comparison]] = {pair: [] for pair in pairs}
         for call in _at(calls, self.places):
@@ -101,7 +101,7 @@ class SeparateFusion:
     places: dict[Pair, list[_Place]]
 
     def compare(self, calls: Sequence[AttentionCall], tokens: Mapping[str, Tokens]) -> dict[Pair, list[Comparison]]:
-        """By (query, key) modality, for each call, the statistics of the cross block and of the key's self block."""
+        """Return statistics of the cross block and of the key's self block: by (query, key) modality, for each call."""
         own = {pair: _at(calls, places) for pair, places in self.places.items()}
         shown = dict(tokens)
         for (_, n), own_calls in own.items():

@@ -1,4 +1,4 @@
-"""From finished cells to numbers: one line per cell and row, means and deviations over seeds, paired comparisons."""
+"""Numbers of finished cells: one line per cell and row, means and deviations over seeds, paired comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the last demo kept what it promises. Run ``make check-demo``."""
+"""Check of what the last demo promised. Run ``make check-demo``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["broken_promises"]
 
 
 def broken_promises(rows: Iterable[Mapping[str, str]]) -> list[str]:
-    """What results.csv falls short of: accurate on clean data, better under corruption, no worse on clean data."""
+    """Return the promises that results.csv breaks: accurate and no worse on clean data, better under corruption."""
     rows = list(rows)
 
     def accuracy(method: str, severity: int) -> float:

@@ -1,4 +1,4 @@
-"""What every part of the demo needs: where it writes, and Trainers that say nothing."""
+"""Parts that the demo's steps share: the folder of its output, and Trainers that say nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def silent_trainer(**options: Any) -> Trainer:
 
 
 def quiet() -> None:
-    """Only the demo's own output: Lightning's advice on workers and devices is not about it."""
+    """Silence Lightning's advice on workers and devices, which is not about the demo."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

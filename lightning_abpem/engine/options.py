@@ -50,7 +50,7 @@ _MOST_STEPS = 10_000  # for each batch
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What adapts, and how, whatever the method.
+    """Options of adapting that all methods share.
 
     Args:
         steps: updates per call, at most 10,000; 0 observes only: figures are recorded and no weight moves.

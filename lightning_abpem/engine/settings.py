@@ -18,7 +18,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings(EngineOptions):
-    """What an `Adaptation` is made with; `ABPEM` documents `fusion`, `modalities` and the memory.
+    """A method, its fusion and the options of an `Adaptation`; `ABPEM` documents `fusion`, `modalities` and the memory.
 
     Raises:
         ValueError: naming the option, the value seen and what was expected.

@@ -52,7 +52,7 @@ class _PairMean(Sums):
 
 
 class AttentionGap(_PairMean):
-    """How much less one modality asks another than that one asks itself; `attention_gap` is that of a batch.
+    """Measure how much less a modality attends to another than that one to itself; `attention_gap` takes one batch.
 
     For each ordered pair (m, n) of modalities: mean score of n's queries and keys, less that of m's queries and n's
     keys, averaged over heads, samples and layers, in units of scores before the softmax.

@@ -1,4 +1,4 @@
-"""How far modalities attend to each other, from q and k or from captured calls: a batch's figures.
+"""A batch's figures of attention between modalities, from q and k or from captured calls.
 
 Of an ordered pair (m, n) of modalities the cross block is that of m's queries and n's keys, and the self block that of
 n's queries and keys; scores are those before the softmax, averaged over heads.

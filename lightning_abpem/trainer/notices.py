@@ -1,4 +1,4 @@
-"""What a run says: a few lines when it begins, a table when it ends."""
+"""Words that a run prints: a few lines when it begins, a table when it ends."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _Class = TypeVar("_Class", bound=type)
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """When a Trainer's run adapts, and what is shown of it.
+    """Options of a Trainer's run: the stages that adapt, and their figures.
 
     Args:
         stages: the Trainer's functions that adapt: "test", "predict", "validate". Never inside `fit`.

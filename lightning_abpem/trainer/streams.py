@@ -12,7 +12,7 @@ __all__ = ["Streams"]
 
 
 class Streams:
-    """This process's place in the dataloaders of a run, which all processes leave together.
+    """The process's place in the dataloaders of a run, which all processes leave together.
 
     Lightning and the engine both exchange numbers between processes, so all processes have to come to these exchanges
     in the same order. That holds while each has a batch of every dataloader.

@@ -1,4 +1,4 @@
-"""What a run came to, in a few numbers and for people."""
+"""A run's outcome in a few numbers, for people."""
 
 from __future__ import annotations
 

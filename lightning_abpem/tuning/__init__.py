@@ -1,4 +1,4 @@
-"""Which learning rate: candidates on the first batches of a stream, without labels."""
+"""Choice of a learning rate: candidates on the first batches of a stream, without labels."""
 
 from lightning_abpem.tuning.result import Candidate, Tuning
 from lightning_abpem.tuning.runs import Labels

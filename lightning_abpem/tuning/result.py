@@ -1,4 +1,4 @@
-"""What came of the candidates, and which of them is best by figures that need no labels."""
+"""Figures of the candidates, and the best of them by figures that need no labels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Its options in words."""
+        """The candidate's options in words."""
         if self.learning_rate is None:
             return "source"
         return f"{self.learning_rate:g}" + (f", anchor {self.anchor:g}" if self.anchor else "")

@@ -185,7 +185,7 @@ class BatchNotes(Callback):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what a Trainer's run and the callback report of themselves."""
+    """Silence what a Trainer's run and the callback report of themselves."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_abpem")]
     levels = [logger.level for logger in loggers]
     try:

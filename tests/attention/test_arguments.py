@@ -1,4 +1,4 @@
-"""What of a call's arguments tells one kind of batch from another."""
+"""The parts of a call's arguments that tell one kind of batch from another."""
 
 from types import SimpleNamespace
 

@@ -45,7 +45,7 @@ def logits_of(family, output):
 
 
 class Linears:
-    """What every linear puts out, call by call."""
+    """Outputs of every linear, call by call."""
 
     def __init__(self, model):
         self.outputs = defaultdict(list)

@@ -1,4 +1,4 @@
-"""How the fusion is named, and what does not fit the model."""
+"""Names of the fusion, and those that do not fit the model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whose tokens a batch has: masks made from it, spans read off it."""
+"""Modalities of a batch's tokens: masks made from it, spans read off it."""
 
 import logging
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class Sample:
 
 @pytest.fixture
 def read_off(monkeypatch):
-    """How often spans are read off a forward in a stream."""
+    """Count the times that spans are read off a forward in a stream."""
     traced = []
 
     def trace(*args):

@@ -1,4 +1,4 @@
-"""What adapts: the projections of one attention module, found by their names."""
+"""Projections of one attention module, which adapt, found by their names."""
 
 import copy
 from pathlib import Path

@@ -144,7 +144,7 @@ def test_tune(folder, capsys, arguments, words):
 
 
 def test_tune_loads_trained_weights(folder, capsys):
-    """Of a checkpoint, or a state_dict: with a head that is all 0 every entropy is ln 5."""
+    """Weights of a checkpoint or a state_dict: with a head that is all 0 every entropy is ln 5."""
     from tests.toy import Toy
 
     model = Toy()

@@ -195,7 +195,7 @@ def caller(around: str) -> ExitStack:
 
 
 def modes() -> tuple[Any, ...]:
-    """What a run has to leave as it was, of the process."""
+    """Return the process's modes, which a run has to leave as they were."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

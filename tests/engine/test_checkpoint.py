@@ -35,7 +35,7 @@ def test_a_stream_that_is_cut_goes_on(tmp_path, name, dtype):
 
 
 def test_batches_with_gaps_in_memory():
-    """Of which every other row is a sample: the first batch after the cut is rounded as in the middle of a stream."""
+    """Every other row is a sample: the first batch after the cut is rounded as in the middle of a stream."""
     stream = [tuple(x[::2] for x in batch) for batch in batches(LENGTH)]
     whole, first, second = predict(made("abpem"), make_toy(), stream), made("abpem"), made("abpem")
     predict(first, make_toy(), stream[:CUT])

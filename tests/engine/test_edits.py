@@ -19,7 +19,7 @@ from tests.toy import (
 
 
 class OwnDict(dict):
-    """Which torch's trees take for a leaf."""
+    """A dict that torch's trees take for a leaf."""
 
 
 @dataclass

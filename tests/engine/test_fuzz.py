@@ -172,7 +172,7 @@ def unclear_error(monkeypatch):
 
 
 def unclear_skip(monkeypatch):
-    """Of the second batch: it is predicted, and counted by the error's class."""
+    """Skip the second batch: it is predicted, and counted by the error's class."""
     steps = iter([AdaptedWeights.step, lambda *args: torch.zeros(2) @ torch.zeros(3)])
     monkeypatch.setattr(AdaptedWeights, "step", lambda *args: next(steps)(*args))
 

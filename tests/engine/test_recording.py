@@ -1,4 +1,4 @@
-"""What a report gathers: nothing waits, nothing changes."""
+"""Figures that a report gathers: nothing waits, nothing changes."""
 
 import torch
 

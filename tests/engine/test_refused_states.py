@@ -105,7 +105,7 @@ def same(a, b):
 
 
 def leaves(value, path=()):
-    """Where all that is neither a dict nor a list lies."""
+    """Yield the path of every value that is neither a dict nor a list."""
     if isinstance(value, dict | list | tuple):
         for key, own in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(own, (*path, key))

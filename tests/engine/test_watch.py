@@ -140,7 +140,7 @@ def test_every_third_batch():
 
 
 def test_the_encoders_run_once_per_batch_all_the_same():
-    """What is compared is the source's fusion, over the tokens that are there. The first two batches are audited."""
+    """A comparison runs the source's fusion on tokens that are there already. The first two batches are audited."""
     counts = []
     for monitor in ("off", "source"):
         model = make_toy()

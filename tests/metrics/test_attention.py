@@ -75,7 +75,7 @@ def test_class_function_and_twin_agree(figure, names):
 
 @every_figure
 def test_the_form_without_a_map_gives_the_same(figure):
-    """Of many tokens only moments are made."""
+    """Moments alone are made of many tokens."""
     data = queries_and_keys((3,), tokens=40)
     spans = {"audio": 25, "video": 15}
     pairs, _ = by_pair(figure, data, {"audio": (0, 25), "video": (25, 40)})

@@ -58,7 +58,7 @@ def test_logged_by_a_module_of_ones_own(inference_mode, precision):
 
 
 def test_the_callback_s_figures_are_those_of_the_classes():
-    """Of a stream's first batch, on which the model is the source: the running means have nothing before it."""
+    """A stream's first batch, on which the model is the source: the running means have nothing before it."""
     model, batch = make_toy(), next(iter(loader(1, 8)))[:2]
     with torch.no_grad():
         plain = model(*batch)

@@ -1,4 +1,4 @@
-"""What stands in for a forward: it calls the original of the moment, and lets go of it."""
+"""Stand-ins for a forward: each calls the original of the moment, and lets go of it."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""What is told of a tensor's bits."""
+"""Comparisons of tensors by their bits."""
 
 import pytest
 import torch

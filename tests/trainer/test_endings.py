@@ -1,4 +1,4 @@
-"""What ends a run early, wherever it comes from: the error is raised, all is put back, and the stream can go on."""
+"""Runs that end early, wherever that comes from: the error is raised, all is put back, the stream can go on."""
 
 import os
 import signal
@@ -112,7 +112,7 @@ def run(model, callback, data, callbacks=(), workers=0, checkpoint=None):
 
 @pytest.fixture
 def _handler(name):
-    """What a program does at SIGTERM that ends itself by SystemExit; else Lightning's handler is alone."""
+    """A program's handler of SIGTERM that raises SystemExit; without it Lightning's handler is alone."""
 
     def end(*_):
         raise SystemExit(143)

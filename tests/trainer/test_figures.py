@@ -1,4 +1,4 @@
-"""What a run shows: in the bar while it runs, in results and loggers, in a table at its end."""
+"""Figures of a run: in the bar while it runs, in results and loggers, in a table at its end."""
 
 import csv
 
@@ -156,7 +156,7 @@ def test_the_table_at_the_end(stage, capsys):
 
 
 def test_the_table_has_no_source_of_other_batches(capsys):
-    """Of one batch in two it would stand beside an average over all."""
+    """A source of one batch in two would stand beside an average over all."""
     callback = abpem(monitor=2)
     trainer(callback).test(make_toy(), loader(2))
     out = capsys.readouterr().out

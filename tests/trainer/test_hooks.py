@@ -1,4 +1,4 @@
-"""What the user's own hooks see while a model adapts, hook by hook: the modes that they would see without it."""
+"""The modes that the user's own hooks see while a model adapts, hook by hook: those that they see without it."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ def hooks_of(kind):
 
 
 class Log:
-    """What each hook saw, in order; one of them may raise."""
+    """Record of the modes that each hook saw, in order; one of the hooks may raise."""
 
     def __init__(self, fails_in=None):
         self.seen, self.fails_in, self.model = [], fails_in, None

@@ -75,7 +75,7 @@ def test_a_run_inside_a_run_with_the_same_callback_is_refused(kind):
 
 @pytest.mark.parametrize("catches", [True, False])
 def test_a_run_of_the_same_trainer_inside_a_run(catches):
-    """Which Lightning does not support: the outer one ends, with everything put back."""
+    """Lightning does not support this: the outer run ends, with everything put back."""
     callback = abpem()
     model = nesting(lambda model: model.trainer.predict(make_toy(), loader(2)), catches)
     runner = trainer(callback)

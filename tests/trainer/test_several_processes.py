@@ -62,12 +62,12 @@ def run(*words):
 
 
 def left_by(out, name):
-    """What each process left, by rank."""
+    """Return each process's results, by rank."""
     return [torch.load(out / f"{name}-{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 def in_one_process(function, loaders, folder, **method):
-    """What a Trainer of one device leaves, whose batches are these, by dataloader; and its result."""
+    """Run a Trainer of one device on these batches, by dataloader; return its results."""
     abpem, loaders = adapting(stages=(function,), **method), [DataLoader(own, batch_size=None) for own in loaders]
     runner = trainer(abpem, Keep(abpem, folder, "twin"), devices=1)
     options = {} if function == "predict" else {"verbose": False}
@@ -91,7 +91,7 @@ def turns(streams):
 
 @cache
 def dealt(repeats):
-    """What Lightning's sampler gives each process: every second sample, repeated or not until all have as many."""
+    """Deal samples to processes as Lightning's sampler: every second one, repeated or not until all have as many."""
     everything, count = samples(SAMPLES), SAMPLES + SAMPLES % 2 * repeats
     own = [torch.arange(rank, count, WORLD) % SAMPLES for rank in range(WORLD)]
     return turns([[tuple(x[chosen] for x in everything) for chosen in order.split(BATCH_SIZE)] for order in own])
@@ -184,7 +184,7 @@ def dataloaders(sizes, limit=None):
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory):
-    """What the program left that deals the samples itself, its output and its exit code."""
+    """Run the program that deals the samples itself; return its results, its output and its exit code."""
     out = tmp_path_factory.mktemp("streams")
     return out, *finish(start(command("tests.trainer_program", "streams", out)))
 

@@ -53,7 +53,7 @@ class OwnDict(dict):
 
 
 class Kind(NamedTuple):
-    """How a container is made, read, edited and made longer; what cannot be edited is made anew."""
+    """A kind of container: making, reading, editing and extending it; one that cannot be edited is made anew."""
 
     make: Callable[[Any], Any]
     read: Callable[[Any], Any]
@@ -136,7 +136,7 @@ class Part:
         return value
 
     def use(self, box: Any, index: int, delta: Tensor) -> tuple[Any, Tensor]:
-        """What is kept from now on, and what the value says: a scalar."""
+        """Return the value to keep from now on, and a scalar that depends on it."""
         if index in self.batches:
             box = self._edited(box, self.kinds, delta)
         return box, self._said(self._read(box), index)

@@ -1,4 +1,4 @@
-"""What all tests of the zoo have in common."""
+"""Fixtures of all tests of the zoo."""
 
 import logging
 

@@ -37,7 +37,7 @@ def _stacked(*contexts: Any) -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """What is left of a run.
+    """Outputs and state after a run.
 
     Args:
         given: each output, as it was when the caller got it.
@@ -158,7 +158,7 @@ def check_random(got: Any, expected: Any) -> None:
 
 
 def fingerprint(model: nn.Module, names: bool = True) -> dict[str, Any]:
-    """What an adaptation changes while it lasts: parameters, their flags and gradients, modes, hooks, attributes."""
+    """Return all that an adaptation changes while it lasts: parameters, flags, gradients, modes, hooks, attributes."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
     marks: dict[str, Any] = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What the zoo's models are made of, and what is known of each of them: its entry."""
+"""Parts of the zoo's models, and an entry with the facts of each model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """What a subclass adds."""
+        """Add the subclass's own parts."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.embed(x).tanh())
@@ -83,7 +83,7 @@ class Net(LightningModule):
         self.build()
 
     def build(self) -> None:
-        """What a subclass adds."""
+        """Add the subclass's own parts."""
 
     @classmethod
     def call(cls, index: int, audio: Tensor, video: Tensor) -> Call:

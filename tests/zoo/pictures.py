@@ -56,7 +56,7 @@ class Album:
         self._alive: list[Any] = []
 
     def picture(self, x: Any, name: str = "") -> Picture:
-        """What is reachable from `x`: a description by path; of a tensor (what it is, its values)."""
+        """Describe all that is reachable from `x`, by path; a tensor by a pair (description, values)."""
         self._seen: set[int] = set()
         self._out: Picture = {}
         self._walk(x, name)

@@ -76,7 +76,7 @@ class _StopError(Exception):
 
 
 def run_for_logits(entry: Entry, model: Net, target: nn.Module, call: Call) -> Tensor:
-    """What the target's own forward gives, with gradients."""
+    """Return the logits of the target's own forward, with gradients."""
     forward, depth = target.forward, 0
 
     def outermost(*args: Any, **kwargs: Any) -> Any:
