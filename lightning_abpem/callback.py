@@ -85,7 +85,7 @@ class TestTimeAdaptation(Callback):
         super().__init_subclass__()
         cls.__signature__ = constructor_signature(cls)
 
-    def __new__(cls, *args: Any, **given: Any) -> Self:
+    def __new__(cls, *args: object, **given: object) -> Self:
         refuse_unknown(cls, given)
         self = super().__new__(cls)
         self._given = args, given  # of the subclass, as they were written: for the line of `tune`
@@ -212,7 +212,7 @@ class TestTimeAdaptation(Callback):
     def tune(
         self,
         model: nn.Module,
-        data: Any,
+        data: object,
         *,
         rates: Sequence[float] = RATES,
         anchors: Sequence[float] | None = None,
@@ -263,7 +263,9 @@ class TestTimeAdaptation(Callback):
         """Return what is to be written of a run that begins; None for nothing."""
         return None if self._report_path is None else RunReport(self._report_path, self.settings, stage)
 
-    def _write(self, report: RunReport | None, metrics: Mapping[str, Any], error: BaseException | None = None) -> None:
+    def _write(
+        self, report: RunReport | None, metrics: Mapping[str, object], error: BaseException | None = None
+    ) -> None:
         if report is not None:
             report.write(self.updates, self.skipped_for, metrics, error)
 
@@ -353,7 +355,7 @@ class TestTimeAdaptation(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int | None = None,
     ) -> None:
@@ -370,8 +372,8 @@ class TestTimeAdaptation(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -154,12 +154,12 @@ def visible(words: str, lines: bool = False) -> str:
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")  # and what turns text around
 
 
-def show(renderable: Any) -> None:
+def show(renderable: object) -> None:
     """Print to the terminal."""
     Console().print(renderable)
 
 
-def plain_text(renderable: Any, width: int = 160) -> str:
+def plain_text(renderable: object, width: int = 160) -> str:
     """Return what a terminal without colours shows, without spaces at the ends of lines."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     with console.capture() as capture:

@@ -79,7 +79,7 @@ class Inspection:
     __repr__ = __str__
 
 
-def inspect(model: nn.Module, *inputs: Any, **kwargs: Any) -> Inspection:
+def inspect(model: nn.Module, *inputs: object, **kwargs: object) -> Inspection:
     """Run `model(*inputs, **kwargs)` once, in eval mode, without gradients, and show its attention.
 
     The line that fits is tried before it is shown: a copy of the model adapts to the same inputs or, where it cannot be
@@ -104,7 +104,9 @@ def copy_to_try(model: Model, callback: TestTimeAdaptation) -> Model:
         return model
 
 
-def _adapt_once(model: nn.Module, callback: TestTimeAdaptation, args: Any, kwargs: Any) -> None:
+def _adapt_once(
+    model: nn.Module, callback: TestTimeAdaptation, args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
     """Let the model, or a copy, adapt to the inputs; nothing is drawn from the caller's random numbers."""
     on_cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(list(on_cuda)), torch.no_grad(), inspecting(model):
@@ -150,7 +152,7 @@ def inspecting(model: nn.Module) -> Iterator[Inspected]:
     training = {module: module.training for module in model.modules()}
     result = Inspected(model)
 
-    def root(module: nn.Module, args: Any, output: Any) -> None:
+    def root(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         result.outputs[""] = output
 
     handle = model.register_forward_hook(root)

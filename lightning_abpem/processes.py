@@ -26,7 +26,7 @@ class Workers(ProcessPoolExecutor):
     def __init__(self, count: int, start: Callable[..., None], *args: Any) -> None:
         super().__init__(count, get_context("spawn"), _start, (start, *args))
 
-    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, work: Callable[..., object], /, *args: Any, **kwargs: Any) -> Future[Any]:
         with _ctrl_c_held_back():
             return super().submit(work, *args, **kwargs)
 

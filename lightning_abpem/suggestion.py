@@ -30,7 +30,7 @@ class Suggestion(NamedTuple):
 
 
 def suggest(
-    model: nn.Module, calls: Sequence[TracedCall], outputs: Mapping[str, Any], names: Mapping[str, str]
+    model: nn.Module, calls: Sequence[TracedCall], outputs: Mapping[str, object], names: Mapping[str, str]
 ) -> Suggestion:
     """Suggest the lines that fit what a forward showed.
 
@@ -152,7 +152,7 @@ def _self_calls(
     return own if len(own) == len(cross) else own[-1:]
 
 
-def _head_options(output: Any) -> dict[str, str]:
+def _head_options(output: object) -> dict[str, str]:
     """Return the option that says where the logits are, if the engine does not find them by itself.
 
     Raises:
@@ -170,7 +170,7 @@ def _head_options(output: Any) -> dict[str, str]:
     return {}
 
 
-def _target(outputs: Mapping[str, Any], fusion: str) -> str:
+def _target(outputs: Mapping[str, object], fusion: str) -> str:
     """The outermost called module around the fusion; empty if it is the model itself."""
     parts = fusion.split(".")
     around = ["", *(".".join(parts[:i]) for i in range(1, len(parts) + 1))]
@@ -214,5 +214,5 @@ def _line(options: _Options) -> str:
     return "\n".join(["ABPEM(", *lines, ")"])
 
 
-def _mapping(items: Mapping[str, Any]) -> str:
+def _mapping(items: Mapping[str, object]) -> str:
     return "{" + ", ".join(f"{_quoted(key)}: {value}" for key, value in items.items()) + "}"

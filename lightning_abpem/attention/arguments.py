@@ -28,7 +28,7 @@ class Described(NamedTuple):
     value: str | None = None
 
 
-def describe(args: Any, kwargs: Any) -> dict[str, Described]:
+def describe(args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Described]:
     """Describe what the tokens of a batch may depend on, by its place, such as `args[1].rate`.
 
     Of tensors and arrays these are the sizes without the batch's, and the value of one without dimensions. Numbers,
@@ -46,7 +46,7 @@ def changed_values(before: Mapping[str, Described], after: Mapping[str, Describe
     return changed if values else []
 
 
-def _places(x: Any, place: str, around: tuple[int, ...]) -> Iterator[tuple[str, Described]]:
+def _places(x: object, place: str, around: tuple[int, ...]) -> Iterator[tuple[str, Described]]:
     if isinstance(x, _SCALARS):
         yield place, Described(type(x), value=_value(x))
         return
@@ -66,7 +66,7 @@ def _describe_array(x: Any) -> Described:
     return Described(type(x), tuple(x.shape[1:])) if x.shape else Described(type(x), value=_value(x.item()))
 
 
-def _parts(x: Any) -> Iterator[tuple[str, Any]]:
+def _parts(x: object) -> Iterator[tuple[str, Any]]:
     """Yield the parts of a container or of an object of the user's own, by the way to them."""
     if isinstance(x, Mapping):
         yield from ((f"[{key!r}]", value) for key, value in x.items())
@@ -79,7 +79,7 @@ def _parts(x: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", getattr(x, name)) for name in slots_of(type(x)) if hasattr(x, name))
 
 
-def _value(x: Any) -> str:
+def _value(x: object) -> str:
     """Return a scalar as text; of a long one, such as a raw recording, the digest, for it is not to be kept."""
     if isinstance(x, str | bytes) and len(x) > _LONGEST:
         return hashlib.sha256(x if isinstance(x, bytes) else x.encode("utf-8", "surrogatepass")).hexdigest()

@@ -64,7 +64,9 @@ class _Watch(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in SOFTMAX:
             refuse_nested(self.attention.name, *args, *kwargs.values())
@@ -90,16 +92,16 @@ class _Watch(TorchFunctionMode):
         else:
             self.factors += [x for x in factors if x.dim() in (3, 4)]
 
-    def note_projection(self, module: nn.Module, args: Any, output: Any) -> None:
+    def note_projection(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Note the output of a module whose name is a projection's: an adapter may be in it, or a convolution."""
         if isinstance(output, Tensor):
             self.projected.append(output)
 
-    def enter(self, *_: Any) -> None:
+    def enter(self, *_: object) -> None:
         self._clear()
         self.__enter__()
 
-    def leave(self, module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
+    def leave(self, module: nn.Module | None = None, args: tuple[object, ...] = (), output: object = None) -> None:
         """End the watch, if it is on: an interrupt may have come before it was, or while it ended."""
         was_on = self in _get_current_function_mode_stack()
         while self in _get_current_function_mode_stack():

@@ -55,7 +55,7 @@ class BatchTokens:
         self._doubts_ranges = bool(ranges) and isinstance(fusion, JointFusion)
         self._length: int | None = None  # of the first batch's sequence
 
-    def __call__(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+    def __call__(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Tokens]:
         """Return the tokens of each modality in this batch.
 
         Raises:
@@ -75,7 +75,11 @@ class BatchTokens:
         return tokens
 
     def check(
-        self, calls: Sequence[AttentionCall], tokens: dict[str, Tokens], args: Any, kwargs: Any
+        self,
+        calls: Sequence[AttentionCall],
+        tokens: dict[str, Tokens],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
     ) -> dict[str, Tokens]:
         """Hold the tokens against the calls. Tokens read off another batch are read again if they do not fit.
 
@@ -93,7 +97,7 @@ class BatchTokens:
             self._fusion.check(calls, tokens)
         return tokens
 
-    def _known_or_read(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+    def _known_or_read(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Tokens]:
         described = describe(args, kwargs)
         key = tuple(described.items())
         tokens = self._read.pop(key, None)
@@ -135,7 +139,7 @@ class BatchTokens:
             )
             self._doubts_ranges = False
 
-    def _off_a_forward(self, args: Any, kwargs: Any) -> dict[str, Tokens]:
+    def _off_a_forward(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Tokens]:
         seen = self._trace(args, kwargs)
         own = [call for call in seen if any(_is_inside(call.name, x.name) for x in self._fusion.watched)]
         if not own:

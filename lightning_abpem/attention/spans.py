@@ -91,7 +91,7 @@ def own_spans(modalities: Modalities) -> dict[str, Tokens | TokenMask]:
     return spans
 
 
-def _from_the_end(value: Any) -> slice | None:
+def _from_the_end(value: object) -> slice | None:
     """Return the span of the last tokens, (-n, None); None for another one."""
     if isinstance(value, slice):
         value = (value.start, value.stop) if value.step in (None, 1) else ()
@@ -100,11 +100,11 @@ def _from_the_end(value: Any) -> slice | None:
     return None
 
 
-def _is_mask(value: Any) -> TypeGuard[TokenMask]:
+def _is_mask(value: object) -> TypeGuard[TokenMask]:
     return callable(value)
 
 
-def _span(name: str, value: Any, given: Any) -> slice:
+def _span(name: str, value: Any, given: object) -> slice:
     if isinstance(value, range | slice):
         if value.step not in (None, 1):
             raise ValueError(f"Expected a span of step 1 for modality '{name}', but got {given!r}.")
@@ -119,7 +119,7 @@ def _span(name: str, value: Any, given: Any) -> slice:
 
 
 def select_tokens(
-    spans: Mapping[str, Tokens | TokenMask], args: Sequence[Any], kwargs: Mapping[str, Any]
+    spans: Mapping[str, Tokens | TokenMask], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, Tokens]:
     """The tokens of each modality in one batch; masks are made from the target's arguments.
 

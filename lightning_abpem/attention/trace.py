@@ -83,7 +83,9 @@ class _Tracer(TorchFunctionMode):
         self._call_counts: Counter[str] = Counter()
         self._frames = [_Frame(type(model).__name__, 0, [], owns=False)]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
@@ -118,7 +120,7 @@ class _Tracer(TorchFunctionMode):
     # ------------------------------------------------------------------------------------------------------- modules
 
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             projections = find_projections(module)
             widths = {size for p in projections.values() if p.dim() == 2 for size in p.shape}
             inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_nested and x.dim()]
@@ -126,7 +128,7 @@ class _Tracer(TorchFunctionMode):
             self._frames.append(_Frame(name, self._call_counts[name], inputs, bool(projections)))
             self._call_counts[name] += 1
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             frame = self._frames.pop()
             self._close(frame)
             if len(self._frames) == 1:
@@ -157,7 +159,7 @@ class _Tracer(TorchFunctionMode):
 
     # ----------------------------------------------------------------------------------------------------- functions
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> _Layout | None:
+    def _follow(self, func: object, args: tuple[object, ...], kwargs: dict[str, object], out: Tensor) -> _Layout | None:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = [(x, self._layouts[x]) for x in tensors if x in self._layouts]
         if not known:
@@ -176,7 +178,7 @@ class _Tracer(TorchFunctionMode):
                 return _unknown(known[0][1], out)
         return next((kept for x, layout in known if (kept := _kept(x, layout, out))), None)
 
-    def _concatenated(self, args: Any, kwargs: Any) -> _Layout | None:
+    def _concatenated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Layout | None:
         pieces: Sequence[Tensor] = args[0] if args else kwargs["tensors"]
         dim = (args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))) % pieces[0].dim()
         if pieces[0].dim() != 3 or dim == 2 or any(piece.is_nested for piece in pieces):
@@ -192,7 +194,7 @@ class _Tracer(TorchFunctionMode):
         concat = _Layout(dim, tuple(segments))
         return concat if dim == 1 or len(concat.sources) > 1 else None
 
-    def _attend(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _attend(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_nested(self._frame().name, *args, *kwargs.values())
         q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
         if func is F.multi_head_attention_forward:
@@ -234,7 +236,7 @@ def tracing(model: nn.Module) -> Iterator[_Tracer]:
         tracer.close()
 
 
-def trace_attention(model: nn.Module, forward: Callable[[], Any]) -> list[TracedCall]:
+def trace_attention(model: nn.Module, forward: Callable[[], object]) -> list[TracedCall]:
     """Return every attention call that `forward` makes inside `model`, without gradients."""
     with torch.no_grad(), tracing(model) as trace:
         forward()
@@ -245,7 +247,9 @@ def _label(frame: _Frame) -> str:
     return f"{frame.name}[{frame.call_index}]" if frame.call_index else frame.name
 
 
-def _transposed(func: Any, args: Any, kwargs: Any, x: Tensor, layout: _Layout) -> _Layout | None:
+def _transposed(
+    func: Any, args: tuple[object, ...], kwargs: dict[str, object], x: Tensor, layout: _Layout
+) -> _Layout | None:
     """The layout after a transposition, found by transposing a probe whose sizes tell its dimensions apart."""
     if x.dim() > len(_SIZES) or not args or args[0] is not x:
         return None

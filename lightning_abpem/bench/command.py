@@ -36,7 +36,7 @@ Numbers = int | str | Sequence[int]
 
 def run_benchmark(
     benchmark: type[Benchmark],
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, object],
     *,
     out: Path,
     methods: Words | None = None,
@@ -47,7 +47,7 @@ def run_benchmark(
     sources: Words | None = None,
     batch_size: Numbers | None = None,
     averaging: Averaging = "samples",
-    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    variants: Mapping[str, Mapping[str, object]] | None = None,
     workers: int | None = None,
     device: str = "cpu",
     console: Console | None = None,
@@ -147,7 +147,7 @@ def _show(
     cells: Sequence[Cell],
     data: Benchmark,
     averaging: Averaging,
-    run: Mapping[str, Any],
+    run: Mapping[str, object],
 ) -> None:
     """Write the results of finished cells, and show them."""
     for summary in write_results(out, load_cells(out / "cells", cells), data, averaging, run):
@@ -194,13 +194,13 @@ def _side(words: str) -> tuple[Path, str | None]:
     return (Path(folder), method) if colon else (Path(words), None)
 
 
-def _variants(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Variant]:
+def _variants(specs: Mapping[str, Mapping[str, object]]) -> dict[str, Variant]:
     if not isinstance(specs, Mapping):
         raise ValueError(f"Expected `variants` to map labels to a `method` and its `options`, but got {specs!r}.")
     return {label: _variant(label, spec) for label, spec in specs.items()}
 
 
-def _variant(label: str, spec: Mapping[str, Any]) -> Variant:
+def _variant(label: str, spec: Mapping[str, object]) -> Variant:
     wanted = f"Expected variant {label!r} to have a `method` and its `options`"
     if not isinstance(spec, Mapping) or "method" not in spec or set(spec) - {"method", "options"}:
         raise ValueError(f"{wanted}, but got {spec!r}.")
@@ -213,7 +213,7 @@ def _variant(label: str, spec: Mapping[str, Any]) -> Variant:
         raise ValueError(f"`variants.{label}`: {error}") from error
 
 
-def _make(benchmark: type[Benchmark], arguments: Mapping[str, Any], kinds: Kinds | None) -> Benchmark:
+def _make(benchmark: type[Benchmark], arguments: Mapping[str, object], kinds: Kinds | None) -> Benchmark:
     """Make the benchmark with those kinds of corruption alone, in any process."""
     data = benchmark(**arguments)
     if kinds is not None:

@@ -22,7 +22,7 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-def named_optimizer(spec: Mapping[str, Any], where: str) -> OptimizerFactory:
+def named_optimizer(spec: Mapping[str, object], where: str) -> OptimizerFactory:
     """Return the optimizer that ``{class_path: torch.optim.NAME, init_args: {...}}`` names; try a step with it first.
 
     Raises:
@@ -52,7 +52,7 @@ def named_optimizer(spec: Mapping[str, Any], where: str) -> OptimizerFactory:
     return factory
 
 
-def refuse_code(value: Any, where: str) -> None:
+def refuse_code(value: object, where: str) -> None:
     """Refuse a mapping that names code, wherever it is in a value.
 
     Raises:

@@ -28,7 +28,11 @@ Json = dict[str, Any]
 
 
 def write_results(
-    folder: Path, cells: Sequence[Mapping[str, Any]], benchmark: Benchmark, averaging: Averaging, run: Mapping[str, Any]
+    folder: Path,
+    cells: Sequence[Mapping[str, object]],
+    benchmark: Benchmark,
+    averaging: Averaging,
+    run: Mapping[str, object],
 ) -> list[Summary]:
     """Write results.csv, results.json, tables.md, tables.tex and figures/; return the summaries.
 
@@ -55,7 +59,7 @@ def write_results(
     return summaries
 
 
-def _csv(names: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:
+def _csv(names: Sequence[str], lines: Sequence[Mapping[str, object]]) -> str:
     words = io.StringIO(newline="")
     writer = csv.DictWriter(words, names)
     writer.writeheader()
@@ -109,7 +113,7 @@ _TYPES = {
 }
 
 
-def _line(raw: Mapping[str, Any]) -> Json:
+def _line(raw: Mapping[str, object]) -> Json:
     """Convert a line of results.csv: its numbers from text."""
     if missing := [name for name in _TYPES if raw[name] is None]:
         raise ValueError(f"a line ends before {missing[0]}")
@@ -131,7 +135,7 @@ def _hyper_parameters(cells: Sequence[Mapping[str, Any]]) -> Json:
     }
 
 
-def _write_figures(folder: Path, cells: Sequence[Mapping[str, Any]], summaries: Sequence[Summary]) -> None:
+def _write_figures(folder: Path, cells: Sequence[Mapping[str, object]], summaries: Sequence[Summary]) -> None:
     folder.mkdir(exist_ok=True)
     for summary in summaries:
         accuracy_figure(summary, folder / f"accuracy {title(summary)}.png".replace(", ", "-").replace(" ", "-"))

@@ -28,7 +28,7 @@ _OF_ENGINE = ("steps", "memory_batches", "memory_at", "reset", "predicts")
 
 
 def settings_of(
-    benchmark: Benchmark, arguments: Mapping[str, Any], sources: Sequence[str], variants: Mapping[str, Variant]
+    benchmark: Benchmark, arguments: Mapping[str, object], sources: Sequence[str], variants: Mapping[str, Variant]
 ) -> Json:
     """Return everything that the cells of a run depend on, by dotted names.
 
@@ -102,7 +102,7 @@ def hyper_parameters(callback: TestTimeAdaptation) -> Json:
     }
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Convert a value for JSON; what JSON cannot hold becomes its name or text."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}

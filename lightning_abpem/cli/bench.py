@@ -86,7 +86,7 @@ def _found(name: str) -> Any:
         ) from error
 
 
-def _parser(benchmark: Any, known: set[str]) -> jsonargparse.ArgumentParser:
+def _parser(benchmark: type[object], known: set[str]) -> jsonargparse.ArgumentParser:
     """A parser of the options of a run, but for those that are known."""
     parser = jsonargparse.ArgumentParser(prog="abpem bench", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML of these options; the command line goes over it")

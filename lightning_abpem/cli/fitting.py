@@ -17,7 +17,7 @@ _LISTS = {list: list, Sequence: list, Iterable: list, Collection: list, set: set
 _MAPPINGS = (dict, Mapping)
 
 
-def option_types(function: Callable[..., Any]) -> dict[str, Any]:
+def option_types(function: Callable[..., object]) -> dict[str, Any]:
     """Return the types of a function's or class's arguments; that of the default where one has no annotation."""
     parameters = inspect.signature(function).parameters
     try:
@@ -28,7 +28,7 @@ def option_types(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: hints.get(name, Any if default is None else type(default)) for name, default in defaults.items()}
 
 
-def fit(value: Any, hint: Any, where: str) -> Any:
+def fit(value: object, hint: object, where: str) -> Any:
     """Return a value of a file as an option's type has it: paths for strings, members for an enum's names.
 
     Raises:
@@ -45,7 +45,7 @@ def fit(value: Any, hint: Any, where: str) -> Any:
         raise ValueError(f"Expected {where} to be {_words(hint)}, but got {shown(value)}.") from None
 
 
-def _is_plain(hint: Any) -> bool:
+def _is_plain(hint: object) -> bool:
     if hint in (None, type(None), bool, int, float, str, Path) or get_origin(hint) is Literal:
         return True
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -83,7 +83,7 @@ def _fitted(value: Any, hint: Any) -> Any:
     raise TypeError
 
 
-def _first_fitted(value: Any, hints: Iterable[Any]) -> Any:
+def _first_fitted(value: object, hints: Iterable[object]) -> Any:
     for hint in hints:
         try:
             return _fitted(value, hint)
@@ -92,7 +92,7 @@ def _first_fitted(value: Any, hints: Iterable[Any]) -> Any:
     raise TypeError
 
 
-def _words(hint: Any) -> str:
+def _words(hint: object) -> str:
     if isinstance(hint, type) and get_origin(hint) is None:
         return hint.__name__
     return str(hint).replace("typing.", "").replace("collections.abc.", "").replace("pathlib.", "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -45,7 +44,7 @@ class _Inspecting(Callback):
         self._stack = ExitStack()
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self.result = self._stack.enter_context(inspecting(pl_module))
 
@@ -53,8 +52,8 @@ class _Inspecting(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -67,7 +66,7 @@ class _Inspecting(Callback):
     on_predict_batch_end = on_validation_batch_end = on_test_batch_end
 
 
-def inspect_step(model: LightningModule, data: Any, stage: Stage) -> Inspection:
+def inspect_step(model: LightningModule, data: object, stage: Stage) -> Inspection:
     """Inspect one step of a LightningModule, and try what fits in a second run.
 
     Raises:

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     console.print(tuning)
 
 
-def _found(model: LightningModule, data: Any, stage: Stage) -> TestTimeAdaptation:
+def _found(model: LightningModule, data: object, stage: Stage) -> TestTimeAdaptation:
     """Return the callback of the line that `abpem inspect` shows."""
     inspection = inspect_step(model, data, stage)
     if inspection.line is None:

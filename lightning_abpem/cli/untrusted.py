@@ -79,7 +79,7 @@ def read_trusted(path: Path) -> dict[str, Any]:
     return config or {}
 
 
-def refuse_code(sections: Mapping[str, Any], path: Path) -> None:
+def refuse_code(sections: Mapping[str, object], path: Path) -> None:
     """Let words pass that can name nothing: no class, no import path, no file, no YAML of its own.
 
     Raises:
@@ -123,7 +123,7 @@ def _check_events(text: str, where: str) -> None:
             raise ValueError(f"Expected at most {most}, but got more in line {line}.")
 
 
-def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield a value and all that it holds, each with its path."""
     yield path, value
     for name, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():

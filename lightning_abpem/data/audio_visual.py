@@ -196,7 +196,7 @@ class AudioVisualC(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader(_collate_inputs)
 
-    def _loader(self, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+    def _loader(self, collate: Callable[[list[object]], object]) -> DataLoader[Any]:
         pairs: Dataset[Any] = self.pairs
         if self.shuffle:  # here and not by a sampler, which a distributed run would replace
             pairs = Subset(pairs, np.random.default_rng(self.seed).permutation(len(self.pairs)).tolist())

@@ -51,7 +51,7 @@ def check_integers(**named: tuple[int, ...]) -> None:
             raise ValueError(f"Expected `{name}` to be {wanted}, but got {value!r}.")
 
 
-def prepare(folder: Path, settings: dict[str, Any]) -> None:
+def prepare(folder: Path, settings: dict[str, object]) -> None:
     """Record the settings beside the files; if there are files already, compare with their record instead.
 
     Raises:

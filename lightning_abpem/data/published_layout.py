@@ -175,7 +175,7 @@ def _finite(word: str) -> float:
     return number
 
 
-def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_name_once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -202,7 +202,7 @@ def read_list(path: Path, keys: Sequence[str] = ("video_id", "wav", "video_path"
     return document
 
 
-def _check_entry(entry: Any, keys: Sequence[str], where: str) -> None:
+def _check_entry(entry: object, keys: Sequence[str], where: str) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"Expected {where} to be an object, but got {reprlib.repr(entry)}.")
     for key in keys:
@@ -226,7 +226,7 @@ def write(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def as_json(content: Any) -> bytes:
+def as_json(content: object) -> bytes:
     """Return the JSON of a value, in UTF-8.
 
     Raises:
@@ -238,7 +238,7 @@ def as_json(content: Any) -> bytes:
         raise ValueError(f"Expected shallow values and strings of whole characters, but: {error}.") from error
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
     write(path, as_json(content))
 

@@ -44,7 +44,7 @@ class Run:
     pairs: int = 640
 
 
-def recipe(**changes: Any) -> dict[str, Any]:
+def recipe(**changes: object) -> dict[str, Any]:
     """The demo's recipe with some options changed."""
     return RECIPE | changes
 

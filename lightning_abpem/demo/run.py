@@ -51,7 +51,7 @@ def run_demo(learning_rate: float = RECIPE["learning_rate"], out: Path = OUTPUT)
     console.print(literal(f"Every run: {out / 'results.csv'}. Severities 0 to 5: {out / 'severity.png'}."))
 
 
-def _runs(options: dict[str, Any]) -> list[Run]:
+def _runs(options: dict[str, object]) -> list[Run]:
     """Clean and severity 5 with every seed, severities 1 to 4 with the first."""
     corruptions: list[tuple[Corruption | None, int]] = [(None, seed) for seed in SEEDS]
     for modality, kind in KINDS:

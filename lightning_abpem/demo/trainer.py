@@ -14,7 +14,7 @@ __all__ = ["OUTPUT", "quiet", "silent_trainer"]
 OUTPUT = Path("demo/output")
 
 
-def silent_trainer(**options: Any) -> Trainer:
+def silent_trainer(**options: object) -> Trainer:
     """A Trainer that writes and shows nothing, unless the options say so."""
     silent: dict[str, Any] = {
         "accelerator": "cpu",

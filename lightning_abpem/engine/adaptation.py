@@ -163,7 +163,7 @@ class Adaptation(Uncopied):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None = None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         try:
             self.abandon() if kind else self.end_stream()
         finally:
@@ -275,7 +275,9 @@ class Adaptation(Uncopied):
             self.recorder.known_events = len(self.events)
         self._report(f"{self.method.name} goes on from a state after {self.updates} updates.")
 
-    def score_blocks(self, args: Any, kwargs: Any, samples: int) -> tuple[list[ScoreBlock], list[ScoreBlock]]:
+    def score_blocks(
+        self, args: tuple[object, ...], kwargs: dict[str, object], samples: int
+    ) -> tuple[list[ScoreBlock], list[ScoreBlock]]:
         """Return the fusion's scores of a batch's first samples, at the source's weights and at the present ones.
 
         Each takes one pass, which leaves no trace. The arguments are those of a call of the target.
@@ -301,7 +303,7 @@ class Adaptation(Uncopied):
 
     # ------------------------------------------------------------------------------------------- the way of a batch
 
-    def _call(self, target_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, target_call: Callable[..., object], *args: object, **kwargs: object) -> Any:
         """Stand in for the target's call: adapt to the batch, then make the call."""
         if not self._changes:  # after the end, by somebody who kept the stand-in
             return target_call(*args, **kwargs)
@@ -315,7 +317,9 @@ class Adaptation(Uncopied):
         finally:
             del call  # also if somebody keeps the error, and this frame with it
 
-    def _adapted_call(self, target_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _adapted_call(
+        self, target_call: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Any:
         """Adapt to the batch, then make the call."""
         try:
             self._forward.drop()  # what a call that was interrupted has left
@@ -354,7 +358,7 @@ class Adaptation(Uncopied):
             self._stand_in.place()
             before.put_back()
 
-    def _adapt(self, args: Any, kwargs: Any) -> None:
+    def _adapt(self, args: tuple[object, ...] | None, kwargs: dict[str, object] | None) -> None:
         """Take the steps for a batch; without one, None, take part in those of the other processes."""
         with self._clock.running():
             try:
@@ -367,11 +371,11 @@ class Adaptation(Uncopied):
                 if not self._keeps_flags:
                     self._flags.thaw()
 
-    def _end_call(self, output: Any) -> None:
+    def _end_call(self, output: object) -> None:
         with torch.inference_mode(False), self._clock.running():
             self._stepper.end_call(output)
 
-    def _fault_in(self, part: Callable[[], None], args: Any, kwargs: Any) -> Fault | None:
+    def _fault_in(self, part: Callable[[], None], args: tuple[object, ...], kwargs: dict[str, object]) -> Fault | None:
         """Run a part of the adapting to a batch; return its fault if the batch is to be predicted all the same.
 
         So it is where the forward raises: the call itself raises then, with the state that it leaves without us. The
@@ -389,7 +393,7 @@ class Adaptation(Uncopied):
                 raise
         return self._dropped(fault)
 
-    def _fault_of(self, error: BaseException, args: Any, kwargs: Any) -> Fault | None:
+    def _fault_of(self, error: BaseException, args: tuple[object, ...], kwargs: dict[str, object]) -> Fault | None:
         if self._has_observer_failed or self._forward.ranks is not None:
             return None
         fault = self._stepper.faults.of(error, args, kwargs) if isinstance(error, Exception) else None

@@ -31,7 +31,7 @@ __all__ = [
 FORMAT = 5
 
 
-def to_device(value: Any, device: torch.device) -> Any:
+def to_device(value: object, device: torch.device) -> Any:
     """Return a copy with its tensors on a device, without classes of this package's own."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
@@ -40,7 +40,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     return [to_device(own, device) for own in value] if isinstance(value, list | tuple) else value
 
 
-def to_cpu(value: Any) -> Any:
+def to_cpu(value: object) -> Any:
     """Return the same on the host."""
     return to_device(value, torch.device("cpu"))
 
@@ -69,7 +69,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------ is it such a state?
 
 
-def check_form(state: Any, method: str) -> None:
+def check_form(state: object, method: str) -> None:
     """Hold a state against what `state_dict` makes, as far as can be told without the model.
 
     Raises:
@@ -97,7 +97,7 @@ def check_form(state: Any, method: str) -> None:
             raise ValueError(f"Expected `{name}` of a state to be {wanted}, but got {_shown(part)}.")
 
 
-def _check_values(value: Any, name: str) -> None:
+def _check_values(value: object, name: str) -> None:
     """Raise unless everything is plain and finite, and no tensor claims more values than it stores."""
     if isinstance(value, Mapping | list | tuple):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -122,7 +122,7 @@ def _check_values(value: Any, name: str) -> None:
         raise ValueError(f"Expected `{name}` of a state to be finite, but got {value}.")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Return a value as an error shows it: of tensors the type and the shape."""
     shown = repr(tree_map_only(Tensor, lambda x: _form(x) if x.dim() or x.is_meta else x.item(), value))
     return shown if len(shown) < 200 else f"{shown[:200]}..."
@@ -132,19 +132,19 @@ def _form(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
 
 
-def _is_count(x: Any) -> bool:
+def _is_count(x: object) -> bool:
     return type(x) is int and 0 <= x < 2**63
 
 
-def _are_counts(x: Any, number: int) -> bool:
+def _are_counts(x: object, number: int) -> bool:
     return isinstance(x, list | tuple) and len(x) == number and all(map(_is_count, x))
 
 
-def _is_scalar(x: Any, least: int, floating: bool) -> bool:
+def _is_scalar(x: object, least: int, floating: bool) -> bool:
     return isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point() == floating and bool(x >= least)
 
 
-def _is_named(x: Any, kind: type = object) -> bool:
+def _is_named(x: object, kind: type = object) -> bool:
     return isinstance(x, Mapping) and all(type(key) is str and isinstance(own, kind) for key, own in x.items())
 
 
@@ -159,11 +159,11 @@ def _is_random(x: Any) -> bool:
     return "cpu" in x
 
 
-def _is_memory(x: Any) -> bool:
+def _is_memory(x: object) -> bool:
     return isinstance(x, list | tuple) and all(map(_is_batch, x))
 
 
-def _is_batch(x: Any) -> bool:
+def _is_batch(x: object) -> bool:
     """Return True for a remembered batch: tensors with as many rows as samples, masks for all of them or for each."""
     if not isinstance(x, Mapping) or not {"places", "tensors", "masks"} <= x.keys():
         return False
@@ -186,15 +186,15 @@ def _are_sums(x: Any) -> bool:
     return bool(is_row and x[0] > 0 and (x[3:] >= 0).all())
 
 
-def _are_tensors(x: Any) -> bool:
+def _are_tensors(x: object) -> bool:
     return isinstance(x, list) and all(isinstance(own, Tensor) for own in x)
 
 
-def _are_flags(x: Any) -> bool:
+def _are_flags(x: object) -> bool:
     return isinstance(x, list) and len(x) == 3 and all(isinstance(own, bool) for own in x)
 
 
-def _is_event(x: Any) -> bool:
+def _is_event(x: object) -> bool:
     kinds = {"batch": int, "update": int, "action": str, "cause": str}
     return isinstance(x, Mapping) and x.keys() == kinds.keys() and all(type(x[key]) is kinds[key] for key in kinds)
 
@@ -313,7 +313,7 @@ def check_copies(copies: Iterable[Sequence[Tensor]], params: Mapping[str, Tensor
             raise ValueError(f"Expected the guard's copies of weights to be {_shown(wanted)}, but got {_shown(forms)}.")
 
 
-def check_named(kept: Any, params: Mapping[str, Tensor]) -> None:
+def check_named(kept: object, params: Mapping[str, Tensor]) -> None:
     """Hold what a method keeps under the names of parameters against their shapes; it may be a scalar.
 
     Raises:

@@ -24,7 +24,7 @@ __all__ = [
 _SHOWN = 200  # characters of a value
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value's words for a message, in one line of limited length."""
     try:
         words = repr(value)
@@ -33,12 +33,12 @@ def shown(value: Any) -> str:
     return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
 
 
-def is_integer(value: Any, least: int, most: int = sys.maxsize) -> TypeGuard[int]:
+def is_integer(value: object, least: int, most: int = sys.maxsize) -> TypeGuard[int]:
     """Return True for an integer in [least, most] that is no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Return True for a finite real number that is no bool, and that a float can hold."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
@@ -48,7 +48,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def check_integer(name: str, value: Any, least: int, most: int = sys.maxsize) -> None:
+def check_integer(name: str, value: object, least: int, most: int = sys.maxsize) -> None:
     """Hold an option against a range of integers.
 
     Raises:
@@ -70,7 +70,7 @@ def check_range(name: str, value: Any, *, least: float = 0.0, above: float | Non
         raise ValueError(f"Expected `{name}` to be a finite number {wanted}, but got {shown(value)}.")
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Hold an option against the values that it may have.
 
     Raises:
@@ -81,7 +81,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"Expected `{name}` to be one of {known}, but got {shown(value)}.")
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: object) -> None:
     """Hold an option against True and False.
 
     Raises:
@@ -91,7 +91,7 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"Expected `{name}` to be True or False, but got {shown(value)}.")
 
 
-def check_name(name: str, value: Any, what: str) -> None:
+def check_name(name: str, value: object, what: str) -> None:
     """Hold an option that may be None against a string.
 
     Raises:
@@ -101,7 +101,7 @@ def check_name(name: str, value: Any, what: str) -> None:
         raise ValueError(f"Expected `{name}` to be None or {what}, but got {shown(value)}.")
 
 
-def listed_names(value: Any) -> list[str] | None:
+def listed_names(value: object) -> list[str] | None:
     """Return one name, or several, as a list; None for anything else."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, Iterable) or isinstance(names, bytes | bytearray | Mapping):
@@ -110,7 +110,7 @@ def listed_names(value: Any) -> list[str] | None:
     return listed if all(isinstance(name, str) and name for name in listed) else None
 
 
-def check_names(name: str, value: Any, what: str) -> list[str]:
+def check_names(name: str, value: object, what: str) -> list[str]:
     """Return an option of one name or several as a list.
 
     Raises:

@@ -104,7 +104,7 @@ def _tied(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[str]:
     return [name for name, p in everywhere if id(p) in adapted and plain_name(name) not in named]
 
 
-def _fields(value: Any) -> Iterator[tuple[str, Any, Any]]:
+def _fields(value: object) -> Iterator[tuple[str, Any, Any]]:
     """Names, values and defaults of a dataclass's fields; those of a dataclass inside it in its place."""
     for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
         own = getattr(value, field.name)
@@ -114,7 +114,7 @@ def _fields(value: Any) -> Iterator[tuple[str, Any, Any]]:
             yield field.name, own, field.default
 
 
-def _shown(value: Any) -> Shown:
+def _shown(value: object) -> Shown:
     if isinstance(value, bool | int | float | str) or value is None:
         return value
     if isinstance(value, partial):

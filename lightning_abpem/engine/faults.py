@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -112,12 +112,12 @@ class Faults:
         self._is_proven = True
         self._is_memory_proven = self._is_memory_proven or self._stored > 0
 
-    def refuse_size(self, args: Any, kwargs: Any) -> None:
+    def refuse_size(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Raise if a batch is as large as one for which the memory did not suffice."""
         if self._bound is not None and _size(args, kwargs) >= self._bound:
             raise _TooLargeError(f"The batch is no smaller than one that was too large, {self._bound:,} values.")
 
-    def of(self, error: Exception, args: Any, kwargs: Any) -> Fault | None:
+    def of(self, error: Exception, args: tuple[object, ...], kwargs: dict[str, object]) -> Fault | None:
         """Return the fault of a batch by the error that its adapting passes raised; None if it has to be raised.
 
         Where memory was short, later batches will take less.
@@ -155,7 +155,7 @@ class Faults:
     def _stored(self) -> int:
         return 0 if self._memory is None else self._memory.samples
 
-    def _take_less(self, args: Any, kwargs: Any) -> str:
+    def _take_less(self, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
         """Have later batches take less memory; return in which way."""
         if self._memory is not None and self._stored:
             return f"From now on the loss sees {self._memory.shrink()} batches."
@@ -197,6 +197,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATORS)
 
 
-def _size(args: Any, kwargs: Any) -> int:
+def _size(args: tuple[object, ...], kwargs: dict[str, object]) -> int:
     """Return the number of values in the tensors of a call's arguments; 0 if none is found."""
     return sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_nested)

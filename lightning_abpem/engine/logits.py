@@ -87,7 +87,7 @@ def has_broken_rows(logits: Tensor) -> bool:
     return bool(broken_rows(logits).any())
 
 
-def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:
+def read_logits(output: object, how: Callable[..., object] | None = None) -> Tensor:
     """Find the (B, C) logits in an output: itself, `.logits`, `["logits"]`, a tuple's (B, C), or `how(output)`.
 
     `how` gets copies of the output's containers, so that it may take them apart: the caller gets the output whole.
@@ -112,7 +112,7 @@ def read_logits(output: Any, how: Callable[..., Any] | None = None) -> Tensor:
     return logits
 
 
-def _find_logits(output: Any) -> Any:
+def _find_logits(output: object) -> Any:
     """Return what stands where logits usually do; None if nothing does.
 
     Raises:
@@ -133,11 +133,11 @@ def _find_logits(output: Any) -> Any:
     return next(iter(candidates), None)
 
 
-def _may_be_logits(item: Any) -> bool:
+def _may_be_logits(item: object) -> bool:
     return isinstance(item, Tensor) and item.dim() == 2 and item.is_floating_point()
 
 
-def _described(output: Any) -> str:
+def _described(output: object) -> str:
     """Return an output's type and, of a container, what it holds by shape and dtype."""
     kind = f"a {type(output).__name__}"
     if isinstance(output, Mapping):
@@ -147,7 +147,7 @@ def _described(output: Any) -> str:
     return kind
 
 
-def _shape_of(item: Any) -> str:
+def _shape_of(item: object) -> str:
     return f"{tuple(item.shape)} {item.dtype}" if isinstance(item, Tensor) else type(item).__name__
 
 

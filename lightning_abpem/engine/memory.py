@@ -97,7 +97,9 @@ class TokenMemory:
             else:  # Python 3.10
                 log.warning(note)
 
-    def _run(self, tokens: Mapping[str, Tokens], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(
+        self, tokens: Mapping[str, Tokens], forward: Callable[..., object], *args: object, **kwargs: object
+    ) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         *past, current = self.enter(leaves, tokens)
         for i in current.tensors:

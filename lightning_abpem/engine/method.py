@@ -232,7 +232,7 @@ def _check_movable(name: str, p: nn.Parameter) -> None:
         )
 
 
-def check_record(method: Method, made: Any) -> None:
+def check_record(method: Method, made: object) -> None:
     """Hold what a method's `loss` or `gradients` gave against what it should be.
 
     Raises:

@@ -40,7 +40,7 @@ class Peers:
         self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self._tag = next(_RUNS)
 
-    def exchange(self, own: Any) -> dict[int, Any]:
+    def exchange(self, own: object) -> dict[int, Any]:
         """Return what each process gives to its call of this, by process, without those that are lost."""
         data = torch.frombuffer(bytearray(pickle.dumps(own)), dtype=torch.uint8)
         size = torch.tensor([len(data)])

@@ -70,7 +70,7 @@ class Recorder:
         self._blocks: dict[str, Any] | None = None
         self._no_blocks = "The run did not come to its end, or the method watches no attention."
 
-    def keep(self, args: Any, kwargs: Any) -> None:
+    def keep(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Keep a copy of the first batch, for the attention blocks."""
         if self._keeps:
             self._keeps = False

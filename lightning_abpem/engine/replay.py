@@ -107,7 +107,7 @@ class FrozenReplay(Uncopied):
             self._wrap(changes, module, self._call, key)
 
     @staticmethod
-    def _wrap(changes: Changes, module: nn.Module, wrapper: Callable[..., Any], *first: Any) -> None:
+    def _wrap(changes: Changes, module: nn.Module, wrapper: Callable[..., object], *first: object) -> None:
         """Have calls of a module go to a wrapper, but not those of its copies."""
         if hasattr(module, "__getstate__"):  # before Python 3.11 not every object has one
             changes.wrap(module, "__getstate__", state_without, module)
@@ -161,7 +161,7 @@ class FrozenReplay(Uncopied):
         self.enabled, self._mode = False, None
         self._recorded.clear()
 
-    def _enter(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _enter(self, forward: Callable[..., object], *args: object, **kwargs: object) -> Any:
         self._pass_fusion()
         return forward(*args, **kwargs)
 
@@ -169,7 +169,7 @@ class FrozenReplay(Uncopied):
         """Note that from here on tensors, and the state of modules, may depend on what moves."""
         self._is_behind = True
 
-    def _call(self, key: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, key: int, forward: Callable[..., object], *args: object, **kwargs: object) -> Any:
         if self._mode is None or self._inside or self._is_behind or key not in self._recording:
             return forward(*args, **kwargs)
         if in_transform() or self._is_watched(key) or self._has_other_parameters(key):
@@ -197,7 +197,7 @@ class FrozenReplay(Uncopied):
             for inner in self._inner[key]
         )
 
-    def _record(self, call: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
+    def _record(self, call: tuple[int, int], forward: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         inputs, spec = flat(args, kwargs)
         if not all(map(is_constant, inputs)):
             return forward(*args, **kwargs)
@@ -209,7 +209,7 @@ class FrozenReplay(Uncopied):
             self._recorded[call] = recorded
         return output
 
-    def _replay(self, call: tuple[int, int], forward: Any, args: Any, kwargs: Any) -> Any:
+    def _replay(self, call: tuple[int, int], forward: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         key, recorded = call[0], self._recorded.get(call)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters[key]):
             return forward(*args, **kwargs)  # the user wants the gradients of a prediction
@@ -225,7 +225,9 @@ class FrozenReplay(Uncopied):
         self._replayed.add(moded)
         return output
 
-    def _run(self, key: int, forward: Any, args: Any, kwargs: Any, is_audit: bool = False) -> Any:
+    def _run(
+        self, key: int, forward: Any, args: tuple[object, ...], kwargs: dict[str, object], is_audit: bool = False
+    ) -> Any:
         """Run a frozen module on constants as in a prediction: by the user's flags, without gradients.
 
         An audit in the prediction itself has its mode, for a module may ask for that.
@@ -264,5 +266,5 @@ def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
     return bool(parameters) and not any(id(p) in moving for p in parameters)
 
 
-def _is_same_tree(leaves: list[Any], spec: Any, others: list[Any], other_spec: Any) -> bool:
+def _is_same_tree(leaves: list[object], spec: object, others: list[object], other_spec: object) -> bool:
     return spec == other_spec and all(x is y for x, y in zip(leaves, others, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ __all__ = [
 ]
 
 
-def is_sharded(x: Any) -> bool:
+def is_sharded(x: object) -> bool:
     """Return True for a DTensor, without importing what most runs never need."""
     return hasattr(x, "full_tensor")
 

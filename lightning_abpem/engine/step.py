@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ class Stepper:
         self.settle()
         return self._state
 
-    def adapt(self, args: Any, kwargs: Any) -> None:
+    def adapt(self, args: tuple[object, ...] | None, kwargs: dict[str, object] | None) -> None:
         """Adapt to one batch, the target's arguments: `steps` times forward, gradients and step.
 
         A step that is due before the prediction is taken; one that is due after it is kept for `end_call`. Without a
@@ -157,7 +157,7 @@ class Stepper:
             else:
                 self._apply(computed._replace(is_last=i + 1 >= self._settings.steps))
 
-    def end_call(self, output: Any) -> None:
+    def end_call(self, output: object) -> None:
         """End the target's call: take the step that is due after it.
 
         Args:
@@ -262,14 +262,14 @@ class Stepper:
 
     # ------------------------------------------------------------------------------------------------------ one step
 
-    def _begun(self, args: Any, kwargs: Any) -> Batch:
+    def _begun(self, args: tuple[object, ...] | None, kwargs: dict[str, object] | None) -> Batch:
         """Return a batch with its tokens.
 
         Raises:
             Exception: if it is too large, or has no such tokens.
         """
         batch = Batch(args, kwargs)
-        if args is None:
+        if args is None or kwargs is None:
             return batch
         try:
             self.faults.refuse_size(args, kwargs)
@@ -371,7 +371,7 @@ class Stepper:
             self.reset()
         return self._step_of(seen, self._forward.ranks)
 
-    def _observe_source(self, args: Any) -> Step:
+    def _observe_source(self, args: Sequence[object]) -> Step:
         """Run a forward of this process alone, for what is measured on the source."""
         args = tree_map_only(torch.Tensor, lambda x: x.to(self._device), args)
         return self._step_of(self._forward.observe(Batch(args, {})))

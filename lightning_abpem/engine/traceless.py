@@ -54,7 +54,7 @@ class TracelessCalls:
         """True if the call that is under way drew random numbers."""
         return self._snapshot is not None and self._snapshot.drew
 
-    def begin(self, args: Any, kwargs: Any) -> None:
+    def begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Begin a call with these arguments: save all that it can reach.
 
         What `parametrize.cached()` keeps is of weights before a step, or with a graph of another call.

@@ -87,7 +87,7 @@ class SampleEfficientEntropy(NormMethod):
         return F.cosine_similarity(p, state["mean"][None], dim=1).abs() < self.redundancy
 
 
-def _listed(batches: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+def _listed(batches: Iterable[Sequence[object]]) -> list[Sequence[Any]]:
     """Return the batches in a list.
 
     Raises:

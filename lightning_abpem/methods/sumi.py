@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class SmoothedSharing(NormMethod):
         return loss, record_of(loss, step.logits, kept=share, sharing=sharing.mean())
 
     def _is_kept(
-        self, outputs: Mapping[str, Any], entropies: Tensor, unimodal: Sequence[Tensor], progress: float
+        self, outputs: Mapping[str, object], entropies: Tensor, unimodal: Sequence[Tensor], progress: float
     ) -> Tensor:
         features = torch.cat([widen(_tokens(name, outputs.get(name))).mean(1) for name in self.watches], dim=1).detach()
         smooth = interquartile_share(features, progress) >= 0.6 + 0.4 * progress
@@ -130,7 +130,7 @@ class SmoothedSharing(NormMethod):
         return smooth & together & (apart >= self.unimodal_margin)
 
 
-def _tokens(name: str, output: Any) -> Tensor:
+def _tokens(name: str, output: object) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 3:
         shape = tuple(output.shape) if isinstance(output, Tensor) else "none: the target does not call it"
         shape = type(output).__name__ if not isinstance(output, (Tensor, type(None))) else shape

@@ -39,7 +39,7 @@ def only(inputs: Inputs, modality: str) -> Edit:
     Zeros stand for what a normalised input is on average, as when a sensor is missing.
     """
 
-    def edit(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    def edit(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         places: dict[int | str, Any] = dict(enumerate(args))
         places.update(kwargs)
         if unknown := {name: place for name, place in inputs.items() if place not in places}:

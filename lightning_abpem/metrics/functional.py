@@ -176,7 +176,7 @@ def average_pairs(sums: PairSums, pairs: Sequence[Pair], average: Average) -> Te
     return means.where(seen, 0).sum() / seen.sum()
 
 
-def check_average(average: Any) -> None:
+def check_average(average: object) -> None:
     """Hold `average` against what it may be.
 
     Raises:
@@ -186,7 +186,7 @@ def check_average(average: Any) -> None:
         raise ValueError(f'Expected `average` to be "macro" or "none", but got {average!r}.')
 
 
-def _tokens(modalities: Any, are_apart: bool) -> dict[str, Tokens]:
+def _tokens(modalities: object, are_apart: bool) -> dict[str, Tokens]:
     """The tokens of each modality, in one sequence or, if they `are_apart`, each in its own."""
     if not isinstance(modalities, Mapping):
         if not are_apart or isinstance(modalities, str) or not isinstance(modalities, Sequence):

@@ -86,7 +86,7 @@ def _score(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float | None] | N
     return (fmean(values), stdev(values) if len(values) > 1 else None) if values else None
 
 
-def _cost(lines: Sequence[Mapping[str, Any]]) -> str:
+def _cost(lines: Sequence[Mapping[str, object]]) -> str:
     """Return a table of seconds, updates and skipped steps: of a cell, means."""
     rows = []
     for method in dict.fromkeys(line["method"] for line in lines):

@@ -87,7 +87,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name}, which is no number of JSON")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     words = repr(value) if not isinstance(value, int) or abs(value) < 1 << 63 else "a number of too many digits"
     return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
 
@@ -95,7 +95,7 @@ def _shown(value: Any) -> str:
 # ------------------------------------------------------------------------------ checks, from which the form is built
 
 
-def _text(value: Any, at: str) -> None:
+def _text(value: object, at: str) -> None:
     if not isinstance(value, str) or len(value) > _WORDS or _has_surrogates(value):
         raise ValueError(f"expected {at} to be words of at most {_WORDS} characters, but got {_shown(value)}")
 
@@ -104,18 +104,18 @@ def _has_surrogates(words: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in words)
 
 
-def _number(value: Any, at: str) -> None:
+def _number(value: object, at: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise ValueError(f"expected {at} to be a finite number, but got {_shown(value)}")
 
 
-def _count(value: Any, at: str) -> None:
+def _count(value: object, at: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
         raise ValueError(f"expected {at} to be an integer >= 0, but got {_shown(value)}")
 
 
 def _optional(check: Check) -> Check:
-    def checked(value: Any, at: str) -> None:
+    def checked(value: object, at: str) -> None:
         if value is not None:
             check(value, at)
 
@@ -123,7 +123,7 @@ def _optional(check: Check) -> Check:
 
 
 def _listed(check: Check, most: int = _ITEMS) -> Check:
-    def checked(value: Any, at: str) -> None:
+    def checked(value: object, at: str) -> None:
         if not isinstance(value, list) or len(value) > most:
             raise ValueError(f"expected {at} to be a list of at most {most}, but got {_shown(value)}")
         for i, item in enumerate(value):
@@ -133,7 +133,7 @@ def _listed(check: Check, most: int = _ITEMS) -> Check:
 
 
 def _named(check: Check, most: int = 500) -> Check:
-    def checked(value: Any, at: str) -> None:
+    def checked(value: object, at: str) -> None:
         if not isinstance(value, dict) or len(value) > most:
             raise ValueError(f"expected {at} to map at most {most} names, but got {_shown(value)}")
         for name, item in value.items():
@@ -144,7 +144,7 @@ def _named(check: Check, most: int = 500) -> Check:
 
 
 def _parts(**checks: Check) -> Check:
-    def checked(value: Any, at: str) -> None:
+    def checked(value: object, at: str) -> None:
         if not isinstance(value, dict) or set(value) != set(checks):
             raise ValueError(f"expected {at} to hold {', '.join(checks)}, but got {_shown(value)}")
         for name, check in checks.items():

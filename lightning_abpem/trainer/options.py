@@ -96,7 +96,7 @@ SHARED: dict[str, dataclasses.Field[Any]] = {
 """The options that every method's constructor has, by name, in the order of its signature."""
 
 
-def shared(given: Mapping[str, Any]) -> dict[str, Any]:
+def shared(given: Mapping[str, object]) -> dict[str, Any]:
     """Return the options that all methods share out of what a constructor was given, its `locals()`."""
     return {name: given[name] for name in SHARED}
 
@@ -107,7 +107,7 @@ def constructor_signature(cls: type) -> inspect.Signature:
     return own.replace(parameters=list(own.parameters.values())[1:])
 
 
-def refuse_unknown(cls: type, given: Mapping[str, Any]) -> None:
+def refuse_unknown(cls: type, given: Mapping[str, object]) -> None:
     """Raise if a class is given options by names that its constructor does not have.
 
     Raises:
@@ -135,7 +135,7 @@ def documented(cls: _Class) -> _Class:
     return cls
 
 
-def _is_page(value: Any) -> bool:
+def _is_page(value: object) -> bool:
     return isinstance(value, str | Path) and Path(value).suffix.lower() in (".html", ".htm")
 
 

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 _SCALE = 8  # pixels of a score, each way
 
 
-def log_pictures(loggers: Iterable[Any], prefix: str, classes: Mapping[str, Any], blocks: Any, start: int) -> None:
+def log_pictures(
+    loggers: Iterable[object], prefix: str, classes: Mapping[str, object], blocks: Any, start: int
+) -> None:
     """Hand histograms of the predicted classes, and images of the attention blocks, to every logger that takes them.
 
     A logger does if its `experiment` has `add_histogram`, or `add_image`. One that fails is warned of.
@@ -55,7 +57,7 @@ def _add_histograms(experiment: Any, name: str, classes: Mapping[str, Any], star
             experiment.add_histogram(name, predicted, start + first, bins=edges.tolist())
 
 
-def attention_picture(pair: Mapping[str, Any]) -> Tensor:
+def attention_picture(pair: Mapping[str, object]) -> Tensor:
     """Return a pair's blocks as one picture in [0, 1], (height, width): samples from top to bottom, before and after.
 
     Scores of the pair share one scale, from its least to its largest one. What a mask hides is black.

@@ -98,7 +98,7 @@ class RunReport:
         self,
         updates: int,
         skipped_for: Mapping[str, int],
-        metrics: Mapping[str, Any],
+        metrics: Mapping[str, object],
         error: BaseException | None = None,
     ) -> None:
         """Write the record and the page, once. What goes wrong is logged: no run is lost for it.

@@ -17,7 +17,7 @@ _INSTEAD = (
 )
 
 
-def check_trainer(trainer: Any, stage: str, kind: type[Any]) -> None:
+def check_trainer(trainer: object, stage: str, kind: type[Any]) -> None:
     """Raise unless a Trainer can run a callback that adapts.
 
     Args:
@@ -43,7 +43,7 @@ def check_trainer(trainer: Any, stage: str, kind: type[Any]) -> None:
         )
 
 
-def check_strategy(strategy: Any) -> None:
+def check_strategy(strategy: object) -> None:
     """Raise unless the engine can run the model's forward under a strategy, with whole weights.
 
     Raises:

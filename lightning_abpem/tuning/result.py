@@ -105,13 +105,13 @@ def choose(rows: Sequence[Candidate], classes: int) -> Candidate:
     )
 
 
-def expression(name: str, args: Sequence[Any], options: Mapping[str, Any]) -> str:
+def expression(name: str, args: Sequence[object], options: Mapping[str, object]) -> str:
     """Return the call of a class as Python has it; what has no such form, as a function, as `...`."""
     words = [_shown(value) for value in args] + [f"{key}={_shown(value)}" for key, value in options.items()]
     return f"{name}({', '.join(words)})"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_shown(key)}: {_shown(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

@@ -87,7 +87,7 @@ class Tally:
         """Watch the model no more."""
         self._handle.remove()
 
-    def _see(self, output: Any) -> None:
+    def _see(self, output: object) -> None:
         logits = widen(read_logits(output, self._settings.logits).detach())
         share = logits.softmax(-1).sum(0).double().cpu()
         self.share = share if self.share is None else self.share + share
@@ -103,7 +103,7 @@ class Tally:
             self.hits += int((logits.argmax(-1) == labels).sum())
 
 
-def first_batches(data: Iterable[Any], count: int) -> list[Any]:
+def first_batches(data: Iterable[object], count: int) -> list[Any]:
     """Return the first batches of an iterable.
 
     Raises:
@@ -120,7 +120,7 @@ def first_batches(data: Iterable[Any], count: int) -> list[Any]:
     return kept
 
 
-def plain_forward(model: nn.Module, batch: Any) -> Any:
+def plain_forward(model: nn.Module, batch: object) -> Any:
     """Call a model with a batch: a tuple or list as its arguments, a dict as those by name, else as the only one."""
     device = device_of(model.parameters())
     batch = move_data_to_device(batch, device)
@@ -130,7 +130,7 @@ def plain_forward(model: nn.Module, batch: Any) -> Any:
 
 
 @torch.no_grad()
-def run_calls(model: nn.Module, batches: Iterable[Any], forward: Forward, tally: Tally) -> None:
+def run_calls(model: nn.Module, batches: Iterable[object], forward: Forward, tally: Tally) -> None:
     """Call a model with every batch, without gradients."""
     for batch in batches:
         own = _cloned(batch)
@@ -139,7 +139,7 @@ def run_calls(model: nn.Module, batches: Iterable[Any], forward: Forward, tally:
 
 
 def run_stage(
-    model: LightningModule, data: Any, stage: Stage, callbacks: Sequence[Any], batches: int
+    model: LightningModule, data: object, stage: Stage, callbacks: Sequence[Any], batches: int
 ) -> dict[str, float]:
     """Run the first batches of every loader through a LightningModule's own step; return what it logged.
 
@@ -176,7 +176,7 @@ class BatchNotes(Callback):
         self._tally = tally
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._tally.start_batch(batch)
 
@@ -212,9 +212,9 @@ class _Kept(Dataset[Any]):
         return _cloned(self._batches[index])
 
 
-def _cloned(batch: Any) -> Any:
+def _cloned(batch: object) -> Any:
     return tree_map_only(torch.Tensor, torch.clone, batch)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _as_it_is(batch: object) -> Any:
     return batch

@@ -70,7 +70,7 @@ class _Stream:
 def tune(
     own: Tunable,
     model: nn.Module,
-    data: Any,
+    data: object,
     rates: Sequence[float],
     anchors: Sequence[float],
     batches: int,
