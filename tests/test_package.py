@@ -19,7 +19,7 @@ LAYERS = [  # from the bottom up: each imports itself and what stands before it
     ("display", "rich"),
     ("report", "matplotlib"),  # files and pictures: it knows neither torch nor Lightning
     ("metrics", "torch torchmetrics"),
-    ("trainer", "torch lightning torchmetrics"),
+    ("trainer", "torch lightning torchmetrics wandb"),  # the last for runs with its logger
     ("tuning", "torch lightning"),
     ("callback", "torch lightning typing_extensions"),
     ("methods", "torch typing_extensions"),

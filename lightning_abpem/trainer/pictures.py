@@ -1,13 +1,14 @@
-"""Pictures of a run for loggers that take them, as TensorBoard's: predicted classes, and the fusion's attention."""
+"""Pictures of a run for loggers that take them: predicted classes, and the fusion's attention."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import Tensor
 
 __all__ = ["attention_picture", "log_pictures"]
@@ -15,6 +16,7 @@ __all__ = ["attention_picture", "log_pictures"]
 log = logging.getLogger(__name__)
 
 _SCALE = 8  # pixels of a score, each way
+_BUCKETS = 512  # of a histogram, at most: W&B takes no more
 
 
 def log_pictures(
@@ -22,7 +24,8 @@ def log_pictures(
 ) -> None:
     """Hand histograms of the predicted classes, and images of the attention blocks, to every logger that takes them.
 
-    A logger does if its `experiment` has `add_histogram`, or `add_image`. One that fails is warned of.
+    W&B takes both, MLflow images alone. Of other loggers those do whose `experiment` has `add_histogram`, or
+    `add_image`, as TensorBoard's. One that fails is warned of.
 
     Args:
         loggers: the Trainer's.
@@ -33,19 +36,17 @@ def log_pictures(
     """
     for logger in loggers:
         try:
-            experiment: Any = getattr(logger, "experiment", None)
-            if callable(getattr(experiment, "add_histogram", None)):
-                _add_histograms(experiment, f"{prefix}/predicted_class", classes, start)
-            if blocks is not None and callable(getattr(experiment, "add_image", None)):
-                for pair in blocks["pairs"]:
-                    name = f"{prefix}/attention/{pair['query']}_to_{pair['key']}"
-                    experiment.add_image(name, attention_picture(pair), start, dataformats="HW")
+            for first, predicted, edges in _predicted(classes):
+                _log_histogram(logger, f"{prefix}/predicted_class", predicted, edges, start + first)
+            for pair in [] if blocks is None else blocks["pairs"]:
+                name = f"{prefix}/attention/{pair['query']}_to_{pair['key']}"
+                _log_image(logger, name, attention_picture(pair), start)
         except Exception as error:
             log.warning("%s did not take the pictures of the run: %r", type(logger).__name__, error)
 
 
-def _add_histograms(experiment: Any, name: str, classes: Mapping[str, Any], start: int) -> None:
-    """Add a histogram for each part of the stream, with a bucket for each class."""
+def _predicted(classes: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield each part of the stream: its first step, the predicted classes (N,), the edges of a bucket for each."""
     if not classes["names"]:
         return
     names = torch.tensor(classes["names"])
@@ -54,7 +55,35 @@ def _add_histograms(experiment: Any, name: str, classes: Mapping[str, Any], star
     for part, first in enumerate(classes["first"]):
         predicted = names.repeat_interleave(counts[:, part])
         if len(predicted):
-            experiment.add_histogram(name, predicted, start + first, bins=edges.tolist())
+            yield first, predicted, edges
+
+
+def _log_histogram(logger: Any, name: str, values: Tensor, edges: Tensor, step: int) -> None:
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        if len(edges) > _BUCKETS + 1:
+            edges = torch.linspace(edges[0], edges[-1], _BUCKETS + 1)
+        counts, _ = torch.histogram(values.float(), edges)
+        histogram: Any = wandb.Histogram(np_histogram=(counts.int().numpy(), edges.numpy()))
+        logger.log_metrics({name: histogram}, step)
+        return
+    experiment = getattr(logger, "experiment", None)
+    if callable(add := getattr(experiment, "add_histogram", None)):
+        add(name, values, step, bins=edges.tolist())
+
+
+def _log_image(logger: Any, name: str, image: Tensor, step: int) -> None:
+    """Log an image (height, width) in [0, 1]."""
+    pixels = (image * 255).round().to(torch.uint8).numpy()
+    if isinstance(logger, WandbLogger):
+        logger.log_image(name, [pixels], step)
+        return
+    experiment: Any = getattr(logger, "experiment", None)
+    if isinstance(logger, MLFlowLogger):
+        experiment.log_image(logger.run_id, pixels, key=name, step=step)
+    elif callable(add := getattr(experiment, "add_image", None)):
+        add(name, image, step, dataformats="HW")
 
 
 def attention_picture(pair: Mapping[str, object]) -> Tensor:

@@ -54,16 +54,21 @@ def test_images_show_the_attention_before_and_after(logged):
     assert set(events.Tags()["images"]) == set(pairs)
     for name, pair in pairs.items():
         [image] = events.Images(name)
-        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))[4::8, 4::8] / 255
-        before, after = np.array(pair["before"]), np.array(pair["after"])
-        low, high = min(before.min(), after.min()), max(before.max(), after.max())
-        samples, rows, columns = before.shape
-        assert pixels.shape == (samples * (rows + 1), 2 * (columns + 1))
-        for sample in range(samples):
-            own = pixels[sample * (rows + 1) :][:rows]
-            for scores, left in ((before, 0), (after, columns + 1)):
-                expected = (scores[sample] - low) / (high - low)
-                np.testing.assert_allclose(own[:, left : left + columns], expected, atol=1 / 200)
+        assert_shows(Image.open(io.BytesIO(image.encoded_image_string)), pair)
+
+
+def assert_shows(image, pair):
+    """The picture has a pair's scores before and after, a row of both for each sample, on one scale."""
+    pixels = np.asarray(image.convert("L"))[4::8, 4::8] / 255
+    before, after = np.array(pair["before"]), np.array(pair["after"])
+    low, high = min(before.min(), after.min()), max(before.max(), after.max())
+    samples, rows, columns = before.shape
+    assert pixels.shape == (samples * (rows + 1), 2 * (columns + 1))
+    for sample in range(samples):
+        own = pixels[sample * (rows + 1) :][:rows]
+        for scores, left in ((before, 0), (after, columns + 1)):
+            expected = (scores[sample] - low) / (high - low)
+            np.testing.assert_allclose(own[:, left : left + columns], expected, atol=1 / 200)
 
 
 def test_a_score_that_a_mask_hides_is_black():
