@@ -1,8 +1,11 @@
 """The commands and the lines of the callback in the docs: each is run, or held against what the command takes."""
 
+import os
 import re
 import shlex
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ from torch.utils.data import DataLoader
 
 from lightning_abpem import ABPEM
 from lightning_abpem.cli import main
+from tests.bench.test_bench import lines
+from tests.ranks import WORLD, free_port
 from tests.test_docs import DOCS, blocks, text
+from tests.trainer.test_several_processes import compare_sampled, finish, start
 
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page.name != "changelog.md")
 
@@ -129,7 +135,7 @@ def options_of(words, capsys):
     return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", shown))
 
 
-@pytest.mark.parametrize(("page", "command"), commands())
+@pytest.mark.parametrize(("page", "command"), list(commands()))
 def test_a_command_has_options_that_exist(page, command, capsys):
     words = shlex.split(command, comments=True)
     used = {word for word in words if re.match(r"--?[a-z]", word) and not re.match(r"--(model|data)\.", word)}
@@ -141,3 +147,78 @@ def test_no_page_hides_commands_in_blocks_of_another_kind():
     for page in PAGES:
         others = re.findall(r"```(?!console)\w*\n(.*?)```", text(page), flags=re.DOTALL)
         assert not [block for block in others if re.match(r"(\$ )?abpem [a-z]", block)], page
+
+
+@pytest.mark.parametrize(("number", "methods"), [(0, {"source", "abpem", "gentle"}), (1, {"momentum"})])
+def test_the_configs_of_the_benchmarks_page(number, methods, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(blocks("benchmark.md", "yaml")[number])
+    rest = ["--sources=one", "--seeds=1", "--workers=1", f"--out={tmp_path / 'out'}"]
+    if number:  # it has variants alone
+        rest += ["--methods", *methods]
+    main(["bench", "tests.toybench.ToyBench", "--config", str(config), *rest])
+    assert {line["method"] for line in lines(tmp_path / "out")} == methods
+
+
+def test_no_page_has_a_block_that_no_test_reads():
+    """Blocks of settings and of shell stand on pages whose tests read them."""
+    kinds = {(page, kind) for page in PAGES for kind in re.findall(r"^```(yaml|bash|sh)\b", text(page), re.MULTILINE)}
+    assert kinds == {("benchmark.md", "yaml"), ("lightning-cli.md", "yaml"), ("distributed.md", "bash")}
+
+
+@pytest.fixture
+def on_nodes(tmp_path):
+    """The blocks of the page on several nodes, in each of which one process stands for eight; and their `test.py`."""
+    here = Path(__file__).parent.parent
+    call = f"Program(Path({str(tmp_path)!r}), strategy='ddp', devices=1, nodes={WORLD}).sampled()"
+    program = (
+        f"import sys; sys.path.insert(0, {str(here)!r})\nfrom tests.trainer_program import Path, Program\n{call}\n"
+    )
+    (tmp_path / "test.py").write_text(program)
+    shown = blocks("distributed.md", "bash")
+    assert [block.count("=8") + block.count("-node 8") for block in shown] == [1, 2]
+    return [
+        block.replace("=8", "=1").replace("-node 8", "-node 1").replace(" test.py", f" {tmp_path / 'test.py'}")
+        for block in shown
+    ]
+
+
+def path_with(folder):
+    """Where programs are found: in a folder, beside this Python, and as ever."""
+    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+@pytest.mark.slow
+def test_two_nodes_by_hand(on_nodes, tmp_path):
+    command = on_nodes[0].replace("29500", str(free_port()))
+    shown = [command.replace("$RANK", str(rank)).replace("$HOST", "127.0.0.1") for rank in range(WORLD)]
+    nodes = [start(["bash", "-ec", f"exec {own}"], PATH=path_with(tmp_path)) for own in shown]
+    for output, code in [finish(node) for node in nodes]:
+        assert code == 0, output
+    compare_sampled(tmp_path, tmp_path)
+
+
+_SRUN = """#!/bin/bash
+# Starts a task on each node, with the variables that Slurm gives it.
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_PROCID=$node SLURM_NODEID=$node SLURM_LOCALID=0 "$@" &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || exit 1; done
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_by_slurm(on_nodes, tmp_path):
+    """With a stand-in for `srun`, and the variables that `sbatch` makes of the block's options."""
+    script, srun = on_nodes[1], tmp_path / "srun"
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", script, re.MULTILINE))
+    assert asked == {"nodes": str(WORLD), "ntasks-per-node": "1", "gpus-per-node": "1"}
+    srun.write_text(_SRUN)
+    srun.chmod(0o755)
+    env = {"NNODES": asked["nodes"], "NTASKS_PER_NODE": asked["ntasks-per-node"], "NTASKS": str(WORLD), "JOB_ID": "1"}
+    env = {f"SLURM_{name}": value for name, value in {**env, "JOB_NAME": "test", "NODELIST": "127.0.0.1"}.items()}
+    job = start(["bash", "-c", script], PATH=path_with(tmp_path), MASTER_PORT=str(free_port()), **env)
+    output, code = finish(job)
+    assert code == 0, output
+    compare_sampled(tmp_path, tmp_path)
