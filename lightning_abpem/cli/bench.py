@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _SEVERAL = {f"--{name}" for name in ("methods", "protocol", "kinds", "severity",
 _EPILOG = """examples:
   abpem bench digits-avc --methods source,tent,read,abpem --protocol iid --severity 5 --seeds 5 --out runs/iid
   abpem bench digits-avc --config run.yaml --out runs/sweep
+  abpem bench digits-avc --print_config > run.yaml
   abpem bench digits-avc --kinds fog audio:gaussian_noise --out runs/some
   abpem bench kinetics50-c --data-root DATA --checkpoint cav_mae_ks50.pth --out runs/ks50
   abpem bench my_package.MyBenchmark --out runs/mine
@@ -89,7 +91,9 @@ def _found(name: str) -> Any:
 def _parser(benchmark: type[object], known: set[str]) -> jsonargparse.ArgumentParser:
     """A parser of the options of a run, but for those that are known."""
     parser = jsonargparse.ArgumentParser(prog="abpem bench", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML of these options; the command line goes over it")
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML of these options; the command line goes over it"
+    )
     parser.add_function_arguments(run_benchmark, skip={*_NO_OPTIONS, *known})
     parser.add_class_arguments(benchmark, skip=known)
     return parser
@@ -106,7 +110,10 @@ def _parse(benchmark: type[Benchmark], words: list[str]) -> dict[str, Any]:
         from_files["variants"] = read_yaml(text, "`--variants`")
     on_line = {word[2:].partition("=")[0].partition(".")[0] for word in words if word.startswith("--")}
     known = {name: value for name, value in from_files.items() if name not in on_line}
-    parser = _parser(benchmark, {*known, "variants"})
+    is_printed = any(word.partition("=")[0] == "--print_config" for word in words)
+    if is_printed and (files or variants):  # which jsonargparse would have to parse
+        raise ValueError("Expected `--print_config` with neither `--config` nor `--variants`.")
+    parser = _parser(benchmark, set() if is_printed else {*known, "variants"})
     try:
         parsed = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
@@ -120,12 +127,20 @@ def _read_options(path: Path, benchmark: type[Benchmark]) -> dict[str, Any]:
     """The options of a config, each of its type."""
     types = {**option_types(run_benchmark), **option_types(benchmark)}
     options = read_config(path)
+    for name in _required(run_benchmark) | _required(benchmark):
+        if options.get(name, name) is None:  # as --print_config has what is yet to be given
+            del options[name]
     if unknown := sorted(set(options) - (set(types) - _NO_OPTIONS)):
         raise ValueError(f"Expected options of `--options` in {path}, but got {', '.join(unknown)}.")
     return {
         name: value if name == "variants" else fit(value, types[name], f"`{name}` of {path}")
         for name, value in options.items()
     }
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    """Return the names of the arguments that have no default."""
+    return {name for name, own in inspect.signature(function).parameters.items() if own.default is own.empty}
 
 
 def _joined(words: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ _EPILOG = """examples:
   abpem inspect my_package.MyModel --data my_package.MyData --model.width 256
   abpem inspect --config config.yaml --trust-config        (of a LightningCLI with class paths)
   abpem inspect my_package.MyModel --config config.yaml    (of a LightningCLI of that class)
+  abpem inspect my_package.MyModel --data my_package.MyData --print_config        (their arguments as YAML)
   abpem inspect my_package.MyModel --batch batch.pt        (torch.save of one batch)
 """
 

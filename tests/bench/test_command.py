@@ -1,5 +1,6 @@
 """The command `abpem bench`: a config, comparisons, errors, interrupts."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_abpem.bench.command import compare_runs
+from lightning_abpem.bench.command import compare_runs, run_benchmark
 from lightning_abpem.cli import main
 from tests.bench.runs import files, lines, run
+from tests.toybench import ToyBench
 
 
 def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):
@@ -49,6 +51,28 @@ def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):
     assert "12" in shown  # pairs: 3 rows, 2 seeds, 2 sources
     assert "| p |" in compare_runs(f"{out}:source", f"{tmp_path / 'b'}:read")
     assert compare_runs(out, out).count("+0.00") == 2
+
+
+def test_a_config_that_is_printed_can_be_read_again(tmp_path, capsys):
+    """With what has no default, which is null in it, in the file or on the command line."""
+    command = ["bench", "tests.toybench.ToyBench"]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--print-config", "--seeds=1", "--sources=one", "--methods", "source", "--workers=1"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    options = yaml.safe_load(printed)
+    own = inspect.signature(run_benchmark).parameters.keys() | inspect.signature(ToyBench).parameters.keys()
+    assert options.keys() == own - {"benchmark", "arguments", "console"}
+    assert (options["out"], options["seeds"], options["samples"]) == (None, 1, 24)
+    config = tmp_path / "run.yaml"
+    config.write_text(printed)
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--config", str(config)])
+    assert "out" in capsys.readouterr().err
+    main([*command, "--config", str(config), "--out", str(tmp_path / "a")])
+    config.write_text(yaml.safe_dump({**options, "out": str(tmp_path / "b")}))
+    main([*command, "--config", str(config)])
+    assert len(lines(tmp_path / "a")) == len(lines(tmp_path / "b")) == 3
 
 
 @pytest.mark.parametrize(
@@ -107,6 +131,7 @@ def test_the_command_with_a_config_and_a_comparison(tmp_path, capsys):
         (["B", "--device", "cuda:7"], "Expected `device` to be one that torch has here, but got 'cuda:7'"),
         (["--compare", "no", "where"], "Expected no to be the folder of a finished run"),
         (["B", "--compare", "no", "where"], "Expected --compare alone"),
+        (["B", "--print_config", "--variants", "{}"], "Expected `--print_config` with neither"),
     ],
 )
 def test_errors_of_the_command(tmp_path, capsys, arguments, words):

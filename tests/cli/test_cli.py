@@ -87,6 +87,17 @@ def test_inspect(folder, capsys, arguments, layers):
     assert f"fusion.{layers}.attn" not in shown
 
 
+@pytest.mark.parametrize("command", ["inspect", "tune"])
+def test_a_config_that_is_printed_can_be_read_again(folder, capsys, command):
+    words = [command, "mine.Model", "--data", "mine.Data"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--model.depth=2", "--print_config"])
+    assert end.value.code == 0
+    (folder / "printed.yaml").write_text(capsys.readouterr().out)
+    main(["inspect", *words[1:], "--config", "printed.yaml"])
+    assert "fusion.1.attn" in capsys.readouterr().out
+
+
 def test_the_module_that_the_step_calls(folder, capsys):
     main(["inspect", "mine.Inside", "--data", "mine.Data"])
     assert '    target="net",\n' in capsys.readouterr().out
