@@ -147,7 +147,7 @@ class Adaptation(Uncopied):
 
     @property
     def events(self) -> list[Event]:
-        return self._stepper.guard.events
+        return self._stepper.monitor.guard.events
 
     @property
     def state(self) -> dict[str, Any]:
@@ -415,7 +415,7 @@ class Adaptation(Uncopied):
             if self.on_step is not None:
                 self.on_step(record, samples)
             if self.recorder is not None:
-                self.recorder.add(record, samples, stepper.logits, stepper.guard.events, stepper.resets)
+                self.recorder.add(record, samples, stepper.logits, self.events, stepper.resets.count)
         except Exception:
             self._has_observer_failed = True  # no fault of the batch: its step was taken
             raise

@@ -24,16 +24,16 @@ from lightning_abpem.engine.checkpoint import (
 )
 from lightning_abpem.engine.faults import Fault, Faults, explained_gradients
 from lightning_abpem.engine.forward import Forward, Pass
-from lightning_abpem.engine.guard import Guard
 from lightning_abpem.engine.healthy import HealthySamples
 from lightning_abpem.engine.logits import read_logits
 from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.method import Edit, Gradients, Record, Step, check_record
+from lightning_abpem.engine.monitor import Monitor
 from lightning_abpem.engine.ranks import Ranks, process
 from lightning_abpem.engine.replay import FrozenReplay
+from lightning_abpem.engine.resets import Resets
 from lightning_abpem.engine.settings import Settings
-from lightning_abpem.engine.watch import Watch
 from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.modules.parameters import device_of
 
@@ -79,13 +79,15 @@ class Stepper:
 
     Attributes:
         record: the last step's figures, and `updated`: 1 if the step was taken.
-        watch: compares the adapted model with the source.
-        guard: judges what it sees.
+        monitor: compares the adapted model with the source, and guards it.
         faults: tells which batches cannot be adapted.
         healthy: leaves broken samples out of a step.
         fault: of the last batch, if it was left out of the other processes' step.
         logits: (B, C) of the last batch, of all processes that share it, as the model was before the first step.
-        resets: how often the source model came back, but by the guard.
+        resets: when the source model comes back.
+
+    It joins the parts of a step, each a module of its own, and keeps what lasts from one batch to the next. So it has
+    more attributes than other classes.
     """
 
     def __init__(
@@ -107,17 +109,12 @@ class Stepper:
         self._state: dict[str, Any] = {}
         self._source: Mapping[str, Any] | None = None  # what the method measured on the source model
         self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
-        self._is_first, self._resets_next = True, False
-        self._has_acted = False  # the guard, before this batch
-        self._is_watched_for_effect = False
-        self.watch, self.guard = Watch(), Guard(settings.guard)
+        self._is_first, self._is_watched_for_effect = True, False
+        self.monitor, self.resets = Monitor(settings, weights, forward), Resets(settings)
         self.faults = Faults(settings.on_error, memory, weights.skips)
         self.healthy = HealthySamples(weights.skips, forward.ranks, not forward.needs_whole_batches)
         self.fault: Fault | None = None
         self.logits: Tensor | None = None
-        self.resets = 0
-        self._batches = 0  # that took part in steps
-        self._samples = 0  # of all processes since the last reset
         self._pending: _Computed | None = None  # a step that is due after the prediction
         self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
 
@@ -134,8 +131,8 @@ class Stepper:
         batch, None, the step is that of the other processes.
         """
         self._pending = self.fault = None  # what a call that was broken off left
-        self._resets_next = self._resets_next or self._reset_is_due()
-        if self._resets_next and args is not None:
+        self.resets.is_next = self.resets.is_next or self._reset_is_due()
+        if self.resets.is_next and args is not None:
             self.reset()
         batch = self._begun(args, kwargs)
         if self._source is None:
@@ -147,7 +144,7 @@ class Stepper:
             self.settle()
             self._is_first = i == 0
             if i == 0:
-                self._has_acted = self._take_back()
+                self.monitor.act()
             computed = self._compute(batch)
             if computed is None:
                 return
@@ -207,16 +204,15 @@ class Stepper:
 
     def reset_next(self) -> None:
         """Go back to the source model before the next batch of any process, if there is one."""
-        self._resets_next = True
+        self.resets.is_next = True
 
     def reset(self) -> None:
         """Go back to the source model."""
         self.settle()
-        self.resets += 1
+        self.resets.begin_anew()
         self.weights.reset()
-        self._state, self._draft, self._resets_next, self._samples = {}, {}, False, 0
-        self.guard.reset()
-        self.watch.forget()
+        self._state, self._draft = {}, {}
+        self.monitor.reset()
         if self._memory is not None:
             self._memory.clear()
 
@@ -228,11 +224,10 @@ class Stepper:
             "scale": self._scale.state_dict(),
             "state": self._state,
             "measured": self._source,
-            "resets_next": self._resets_next,
-            "samples": self._samples,
+            "resets_next": self.resets.is_next,
+            "samples": self.resets.samples,
             "left_out": self.healthy.left_out,
-            "watch": self.watch.state(),
-            "guard": self.guard.state_dict(),
+            **self.monitor.state_dict(),
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
             "random": random_state(self._device),
         }
@@ -247,13 +242,13 @@ class Stepper:
         is_own = list(state["process"]) == list(process())
         parts = [state["state"], state["measured"], state["scale"], state["memory"] if is_own else []]
         kept, source, scale, memory = to_device(parts, self._device)
-        guard, sums = to_device([state["guard"], state["watch"]], self._device)
+        seen = to_device({name: state[name] for name in ("watch", "guard")}, self._device)
         self.weights.load_state_dict(state["weights"])  # the last that may be refused
-        self._state, self._source, self._resets_next = kept, source, state["resets_next"]
-        self._samples, self.healthy.left_out = state["samples"], state["left_out"]
+        self._state, self._source = kept, source
+        self.resets.is_next, self.resets.samples = state["resets_next"], state["samples"]
+        self.healthy.left_out = state["left_out"]
         self._scale.load_state_dict(scale)
-        self.watch.sums = sums
-        self.guard.load_state_dict(guard, self.watch.means)
+        self.monitor.load_state_dict(seen)
         set_random_state(state["random"], self._device)
         if self._memory is not None:
             self._memory.load_state_dict(memory)
@@ -298,20 +293,21 @@ class Stepper:
             if step is None:
                 return None
             if self._is_first:
-                self._samples += self.healthy.left_out_now
+                self.resets.samples += self.healthy.left_out_now
                 self.logits = step.logits[-step.samples :].detach() if step.samples else None
             computed = self._of_step(step, batch) if step.samples else None
         finally:
             self._forward.end_step()
         if computed is not None and self._is_first:
-            computed = self._watched(computed, batch)
+            figures = self.monitor.see(batch, computed.record["loss"])
+            computed = computed._replace(record={**computed.record, **figures})
         if ranks is not None:
             ranks.end_step()
         return computed
 
     def _of_step(self, step: Step, batch: Batch) -> _Computed:
         logits = None if not batch.is_own else step.logits[-step.samples :].detach()
-        if self._settings.steps == 0 or self.guard.is_frozen:
+        if self._settings.steps == 0 or self.monitor.guard.is_frozen:
             observed = self._method.loss(step)
             check_record(self._method, observed)
             return _Computed(None, observed[1], step.samples, logits, self._draft, batch.rows)
@@ -333,41 +329,13 @@ class Stepper:
         check_record(self._method, made)
         return _Computed(*made, step.samples, logits, self._draft, batch.rows)
 
-    def _watched(self, computed: _Computed, batch: Batch) -> _Computed:
-        """Compare the model as it is before the step with the source, if that is due; return the step with the figures.
-
-        The guard judges by them. What it says is read at the next batch.
-        """
-        every, self._batches = self._settings.monitored_batches, self._batches + 1
-        if not every or self._batches % every:
-            return computed
-        ranks, own, source = self._forward.ranks, batch.logits, batch.logits
-        if batch.is_own and not self.weights.are_source:
-            with self.weights.at_source():
-                source = batch.seen_of(self._forward.predict(batch.args, batch.kwargs))
-        figures = self.watch.see(own, source, None if ranks is None else ranks.total)
-        means = self.watch.means
-        if self._settings.guard != "off" and means is not None:
-            self.guard.judge(means)
-        figures["drift"] = self.weights.drift.to(computed.record["loss"].device)  # of no weights it is on the host
-        if self._settings.guard != "off":
-            figures["guard"] = figures["drift"].new_full((), float(self._has_acted))
-        return computed._replace(record={**computed.record, **figures})
-
-    def _take_back(self) -> bool:
-        """Let the guard act on what the last batch showed; after that the running means begin anew."""
-        event = self.guard.act(self.weights)
-        if event is not None and self._settings.guard != "warn":
-            self.watch.forget()
-        return event is not None
-
     def _observe(self, batch: Batch) -> Step | None:
         """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""
         seen = self._forward.observe_all(batch, self._leave_out)
         if seen is None:
             return None
         batch.logits = seen.own
-        if self._resets_next:  # due before the batch of other processes
+        if self.resets.is_next:  # due before the batch of other processes
             self.reset()
         return self._step_of(seen, self._forward.ranks)
 
@@ -386,10 +354,10 @@ class Stepper:
     def _apply(self, computed: _Computed) -> None:
         """Step, or not if the loss or a gradient is not finite; then record."""
         record = computed.record
-        self._samples += computed.samples * computed.is_last
+        self.resets.samples += computed.samples * computed.is_last
         if computed.gradients is None:
             updated = record["loss"].new_zeros(())
-            if self._settings.steps and not self.guard.is_frozen:  # who only observes sees each batch by itself
+            if self._settings.steps and not self.monitor.guard.is_frozen:  # who only observes sees each batch by itself
                 self._state = computed.state
                 self.weights.skip(record["loss"])
         else:
@@ -401,7 +369,4 @@ class Stepper:
 
     def _reset_is_due(self) -> bool:
         self.settle()
-        updates, samples = self._settings.updates_per_reset, self._settings.samples_per_reset
-        is_counted = updates is not None and self.weights.updates_since_reset >= updates
-        is_counted = is_counted or (samples is not None and self._samples >= samples)
-        return is_counted or self._method.wants_reset(self._state)
+        return self.resets.is_due(self.weights.updates_since_reset) or self._method.wants_reset(self._state)
