@@ -184,7 +184,7 @@ def on_nodes(tmp_path):
 
 
 def path_with(folder):
-    """Where programs are found: in a folder, beside this Python, and as ever."""
+    """The folders in which programs are found: this one, that of this Python, and those of before."""
     return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
 
 

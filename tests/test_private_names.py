@@ -129,7 +129,8 @@ class Scripted(nn.Module):
 
 
 def scripts_list_their_attributes():
-    kinds = torch.jit.script(Scripted())._concrete_type.get_attributes()
+    script = torch.jit.script(Scripted())
+    kinds = torch._C.ConcreteModuleType.from_jit_type(script._c._type()).get_attributes()
     return {name: is_parameter for name, (_, is_parameter) in kinds.items() if name in ("count", "weight")} == {
         "count": False,
         "weight": True,
@@ -245,7 +246,7 @@ TABLE = {
     "_dynamo": marks_of_the_compiler,
     "_step_supports_amp_scaling": fused_optimizers_take_a_scale,
     "_input_metadata": nodes_know_their_dtypes,
-    "_concrete_type": scripts_list_their_attributes,
+    "_type": scripts_list_their_attributes,
     "_c": scripts_give_and_take_attributes,
     "_ConvNd": lambda: issubclass(nn.Conv2d, nn.modules.conv._ConvNd),
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),

@@ -359,12 +359,16 @@ class Adaptation(Uncopied):
             before.put_back()
 
     def _adapt(self, args: tuple[object, ...] | None, kwargs: dict[str, object] | None) -> None:
-        """Take the steps for a batch; without one, None, take part in those of the other processes."""
+        """Take the steps for a batch; without one, None, take part in those of the other processes.
+
+        Who only observes has no use for gradients: that pass has the caller's grad mode.
+        """
+        has_gradients = self.settings.steps > 0 or torch.is_grad_enabled()
         with self._clock.running():
             try:
                 if not self._keeps_flags:
                     self._flags.freeze()
-                with torch.inference_mode(False), torch.enable_grad():
+                with torch.inference_mode(False), torch.set_grad_enabled(has_gradients):
                     self._stepper.adapt(args, kwargs)
             finally:
                 self._forward.end_step()  # of a pass that was broken off

@@ -28,7 +28,8 @@ __all__ = [
     "to_device",
 ]
 
-FORMAT = 5
+FORMAT = 6
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def to_device(value: object, device: torch.device) -> Any:
@@ -165,10 +166,12 @@ def _is_memory(x: object) -> bool:
 
 def _is_batch(x: object) -> bool:
     """Return True for a remembered batch: tensors with as many rows as samples, masks for all of them or for each."""
-    if not isinstance(x, Mapping) or not {"places", "tensors", "masks"} <= x.keys():
+    if not isinstance(x, Mapping) or not {"places", "tensors", "masks", "others"} <= x.keys():
         return False
     places, tensors, masks = x["places"], x["tensors"], x["masks"]
     if not isinstance(places, list | tuple) or not all(map(_is_count, places)) or not _is_named(masks, Tensor):
+        return False
+    if not isinstance(x["others"], list) or not all(map(_is_other, x["others"])):
         return False
     if not isinstance(tensors, Mapping) or bool(places) != bool(tensors) or not tensors.keys() <= set(places):
         return False
@@ -177,6 +180,11 @@ def _is_batch(x: object) -> bool:
     rows = {own.shape[0] for own in tensors.values()}
     of_masks = all(own.dtype == torch.bool and own.dim() == 2 and own.shape[0] in {1, *rows} for own in masks.values())
     return len(rows) < 2 and of_masks
+
+
+def _is_other(x: object) -> bool:
+    """Return True for an argument that is no tensor: its value, or nothing if that cannot be saved, in a list."""
+    return isinstance(x, list) and len(x) <= 1 and all(isinstance(own, _PLAIN) for own in x)
 
 
 def _are_sums(x: Any) -> bool:
@@ -223,7 +231,10 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guard.events": (lambda x: isinstance(x, list) and all(map(_is_event, x)), "what the guard did"),
     "guard.counts": (lambda x: _are_counts(x, 2), "batches judged, and those since the last copy of weights"),
     "guard.flags": (_are_flags, "whether it is frozen, has warned, and has judged the last batch"),
-    "memory": (_is_memory, "a list of batches, each with `places`, `tensors` of as many rows, and their `masks`"),
+    "memory": (
+        _is_memory,
+        "a list of batches, each with `places`, `tensors` of as many rows, their `masks` and `others`",
+    ),
     "random": (_is_random, "states of torch's random number generators"),
 }
 

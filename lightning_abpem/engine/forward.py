@@ -29,6 +29,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import has_shards
 from lightning_abpem.engine.traceless import TracelessCalls
+from lightning_abpem.modules.inference import explain_inference
 from lightning_abpem.modules.parameters import device_of
 from lightning_abpem.modules.patches import watch_outputs
 
@@ -175,6 +176,7 @@ class Forward:
             outputs = watch_outputs(own.changes, self._model, self._settings.method.watches)
             output = own.run()
         except Exception as error:
+            explain_inference(error)
             if self._memory is not None:
                 self._memory.add_note(error)
             raise

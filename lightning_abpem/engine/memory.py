@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import Changes
-from lightning_abpem.modules.refusals import ModelError
+from lightning_abpem.modules.refusals import ModelError, add_note
 
 __all__ = ["ADVICE", "RememberedBatch", "TokenMemory", "find_memory"]
 
 log = logging.getLogger(__name__)
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_BY_VALUE = (*_PLAIN, slice, range, torch.device, MethodType)
+_UNKNOWN: Any = object()  # in place of an object that a saved state cannot hold
 ADVICE = "Name the fusion block with `memory_at`, or set memory_batches=1."
 
 
@@ -30,11 +34,13 @@ class RememberedBatch:
     """One batch as it entered the block: its tensors by their place among the arguments.
 
     `places` are those of all tensors, `tensors` those with a row for each sample; `masks` say whose tokens they are.
+    `others` are the arguments that are no tensors, such as lengths, in the order of their places.
     """
 
     places: frozenset[int]
     tensors: dict[int, Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
+    others: list[Any] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
@@ -44,14 +50,15 @@ class RememberedBatch:
         """Return True if both have the same arguments and numbers of tokens, so that they can be one batch."""
         common = self.tensors.keys() & other.tensors.keys()
         alike = all(self.tensors[i].shape[1:] == other.tensors[i].shape[1:] for i in common)
-        return self.places == other.places and alike
+        same = len(self.others) == len(other.others) and all(map(_is_same, self.others, other.others))
+        return self.places == other.places and alike and same
 
 
 class TokenMemory:
     """First in, first out store of the tokens that entered the fusion block, the current batch included.
 
-    Stored batches with other numbers of tokens than the current one, or that came without a mask where it has one, are
-    left out of its step.
+    Stored batches with other numbers of tokens than the current one, with other arguments that are no tensors, or that
+    came without a mask where it has one, are left out of its step.
 
     Args:
         block: the fusion block. Everything after it must depend on the batch through its input alone.
@@ -75,7 +82,7 @@ class TokenMemory:
             tokens: the tokens of each modality in the current batch.
         """
         self.current, self._past = None, []
-        changes.wrap(self.block, "forward", self._run, tokens)
+        changes.wrap_call(self.block, "forward", self._run, tokens)
 
     def tokens_of_all(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
         """Return the tokens of each modality in all batches at once, if they are `tokens` in the current one."""
@@ -88,14 +95,14 @@ class TokenMemory:
     def add_note(self, error: Exception) -> None:
         """Say in an error of a forward that the memory had a part in it, if it had."""
         if self.samples:
+            shapes = [] if self.current is None else [tuple(x.shape) for x in self.current.tensors.values()]
             note = (
-                f"ABPEM's memory had put {self.samples} stored samples in front of the batch at '{self.name}'. "
-                f"Everything after that module must depend on the batch through its input alone. {ADVICE}"
+                f"ABPEM's memory had put {self.samples} stored samples in front of the batch at '{self.name}', in its "
+                f"arguments of shape {', '.join(map(str, shapes))}: each of them is taken to have a row for each "
+                "sample. If one of them has not, compute it inside that module. Everything after that module must "
+                f"depend on the batch through its input alone. {ADVICE}"
             )
-            if hasattr(error, "add_note"):
-                error.add_note(note)
-            else:  # Python 3.10
-                log.warning(note)
+            add_note(error, note)
 
     def _run(
         self, tokens: Mapping[str, Tokens], forward: Callable[..., object], *args: object, **kwargs: object
@@ -118,7 +125,7 @@ class TokenMemory:
         Raises:
             ValueError: if there is no tensor among them.
         """
-        sizes = {i: x.shape[0] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim()}
+        sizes = {i: x.shape[0] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() and _has_rows(x)}
         if not sizes:
             raise ValueError(f"Expected '{self.name}' to be called with tokens, but got {leaves}. {ADVICE}")
         # What has as many rows as the tokens is batched; where one sample makes all look so, the other batches tell.
@@ -127,14 +134,16 @@ class TokenMemory:
         # A copy, for a block may edit its input in place.
         tensors = {i: leaves[i].detach().clone() for i in sizes if sizes[i] == size}
         masks = {name: own.keep for name, own in tokens.items() if own.keep is not None}
-        self.current = RememberedBatch(frozenset(sizes), tensors, masks)
+        others = [x for x in leaves if not isinstance(x, Tensor)]
+        self.current = RememberedBatch(frozenset(sizes), tensors, masks, others)
         stored = [batch for batch in self._stored if batch is not None]
         self._past = [batch for batch in stored if batch.fits(self.current)]
         if len(self._past) < len(stored) and not self._warned:
             self._warned = True
             log.warning(
-                "Stored batches entered '%s' with other numbers of tokens, or with a mask where this one has none: "
-                "they are left out of its step. Pad the batches alike for a full memory.",
+                "Stored batches entered '%s' with other numbers of tokens, with other arguments that are no tensors, "
+                "or with a mask where this one has none: they are left out of its step. Pad the batches alike for a "
+                "full memory, and give lengths as a tensor.",
                 self.name,
             )
         return [*self._past, self.current]
@@ -172,13 +181,23 @@ class TokenMemory:
         """The stored batches, oldest first; without places, that of others alone."""
         nothing = RememberedBatch(frozenset(), {})
         stored = [batch or nothing for batch in self._stored]
-        return [{"places": sorted(batch.places), "tensors": batch.tensors, "masks": batch.masks} for batch in stored]
+        return [
+            {
+                "places": sorted(batch.places),
+                "tensors": batch.tensors,
+                "masks": batch.masks,
+                "others": [[x] if isinstance(x, _PLAIN) else [] for x in batch.others],
+            }
+            for batch in stored
+        ]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Store these batches instead, the newest of them if there is not room for all."""
         self.clear()
         for batch in state:
-            own = RememberedBatch(frozenset(batch["places"]), dict(batch["tensors"]), dict(batch["masks"]))
+            tensors, masks = dict(batch["tensors"]), dict(batch["masks"])
+            others = [x[0] if x else _UNKNOWN for x in batch["others"]]
+            own = RememberedBatch(frozenset(batch["places"]), tensors, masks, others)
             self._stored.append(own if own.places else None)
 
     def clear(self) -> None:
@@ -227,6 +246,19 @@ class TokenMemory:
     def samples(self) -> int:
         """Stored samples in front of the current ones."""
         return sum(batch.samples for batch in self._past)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Return False for a parameter or a part of one, such as a position embedding: no row of it is a sample's.
+
+    One that is expanded over the samples has rows. Of a single row nobody can tell.
+    """
+    is_own = isinstance(x, nn.Parameter) or (isinstance(x._base, nn.Parameter) and x.stride(0) != 0)
+    return x.shape[0] == 1 or not is_own
+
+
+def _is_same(x: Any, y: Any) -> bool:
+    return x is y or x is _UNKNOWN or y is _UNKNOWN or (type(x) is type(y) and isinstance(x, _BY_VALUE) and x == y)
 
 
 def find_memory(

@@ -26,7 +26,7 @@ from lightning_abpem.engine.recorded import (
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.parameters import GradientFlags
 from lightning_abpem.modules.patches import Changes
-from lightning_abpem.modules.stand_ins import Uncopied, hides_attribute, state_without
+from lightning_abpem.modules.stand_ins import Uncopied, hides_attribute
 from lightning_abpem.modules.state import reachable
 
 __all__ = ["FrozenReplay"]
@@ -102,16 +102,9 @@ class FrozenReplay(Uncopied):
             if compiled_entry(module) == "forward" or hides_attribute(module, "forward"):
                 changes.hook(module, "register_forward_pre_hook", lambda *_: self._pass_fusion())
             else:
-                self._wrap(changes, module, self._enter)
+                changes.wrap_call(module, compiled_entry(module) or "forward", self._enter)
         for key, module in self._modules.items():
-            self._wrap(changes, module, self._call, key)
-
-    @staticmethod
-    def _wrap(changes: Changes, module: nn.Module, wrapper: Callable[..., object], *first: object) -> None:
-        """Have calls of a module go to a wrapper, but not those of its copies."""
-        if hasattr(module, "__getstate__"):  # before Python 3.11 not every object has one
-            changes.wrap(module, "__getstate__", state_without, module)
-        changes.wrap(module, compiled_entry(module) or "forward", wrapper, *first)
+            changes.wrap_call(module, compiled_entry(module) or "forward", self._call, key)
 
     def _leave_out_what_reaches_adapted(self) -> None:
         """Record no module that could compute with what moves by way of a reference, a closure or the like."""

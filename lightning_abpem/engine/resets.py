@@ -1,4 +1,4 @@
-"""When a stream begins anew from the source model."""
+"""Resets of a stream to the source model: when one is due."""
 
 from __future__ import annotations
 

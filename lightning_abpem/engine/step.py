@@ -137,7 +137,8 @@ class Stepper:
         batch = self._begun(args, kwargs)
         if self._source is None:
             self._draft = {}
-            self._source = self._method.measure_source(self._observe_source)
+            with torch.enable_grad():
+                self._source = self._method.measure_source(self._observe_source)
             self._forward.end_step()
             self._replay.end_batch()
         for i in range(max(self._settings.steps, 1)):

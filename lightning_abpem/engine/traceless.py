@@ -45,7 +45,7 @@ class TracelessCalls:
         self._compiled = [module for module in compiled if module is not target]
         self._goes_around, self.is_plain = target in compiled, False
         self._calls = 0
-        self._logging = [module for module in target.modules() if hasattr(type(module), "log_dict")]
+        self._logging = [module for module in model.modules() if hasattr(type(module), "log_dict")]
         self._snapshot: Snapshot | None = None
         self.changes = Changes()
 

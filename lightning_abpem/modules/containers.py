@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from operator import is_not
@@ -15,6 +16,7 @@ __all__ = [
     "SavedClass",
     "SavedDict",
     "SavedObject",
+    "SavedPartial",
     "SavedSequence",
     "SavedSet",
     "SavedSlots",
@@ -208,6 +210,25 @@ class SavedSlots(Saved):
             self._slots[name].__delete__(self.owner)
         for name, value in items.items():
             self._slots[name].__set__(self.owner, value)
+
+
+class SavedPartial(Saved):
+    """The function and the arguments of a `functools.partial`."""
+
+    __slots__ = ()
+
+    def __init__(self, owner: functools.partial[Any]) -> None:
+        super().__init__(owner, _parts_of(owner))
+
+    def _read(self) -> dict[str, Any]:
+        return _parts_of(self.owner)
+
+    def _write(self, items: dict[str, Any]) -> None:
+        self.owner.__setstate__((*items.values(), self.owner.__dict__))
+
+
+def _parts_of(x: functools.partial[Any]) -> dict[str, Any]:
+    return {"its function": x.func, "its arguments": x.args, "its keyword arguments": x.keywords}
 
 
 class SavedClass(Saved):

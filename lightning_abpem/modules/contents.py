@@ -8,6 +8,8 @@ import sys
 from mmap import mmap
 from typing import Any
 
+import torch
+
 from lightning_abpem.modules.containers import Saved
 from lightning_abpem.modules.randomness import generator_state, set_generator_state
 
@@ -158,7 +160,8 @@ class SavedScript(Saved):
     __slots__ = ("_names",)
 
     def __init__(self, owner: Any) -> None:
-        kinds = owner._concrete_type.get_attributes()
+        kind: Any = torch._C.ConcreteModuleType.from_jit_type(owner._c._type())  # a frozen module does not keep it
+        kinds = kind.get_attributes()
         self._names = [name for name, (_, is_parameter) in kinds.items() if not is_parameter]
         super().__init__(owner, {})
         self.items = self.given = self._read()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem.modules.patches import Changes
+from lightning_abpem.modules.refusals import add_note
 from lightning_abpem.modules.tensors import normal_tensor, same_bits
 
-__all__ = ["without_inference_tensors"]
+__all__ = ["explain_inference", "without_inference_tensors"]
 
 
 class _Place(NamedTuple):
@@ -94,3 +95,14 @@ def _put_back(group: list[_Place]) -> None:
 
 def _entries(owner: dict[Any, Any] | list[Any]) -> list[tuple[Any, Any]]:
     return list(owner.items() if isinstance(owner, dict) else enumerate(owner))
+
+
+def explain_inference(error: Exception) -> None:
+    """Add a note to torch's error about a tensor of inference mode: it lies where no stand-in can take its place."""
+    if "Inference tensors cannot be saved for backward" in str(error):
+        add_note(
+            error,
+            "An earlier run under torch.inference_mode(), such as a Trainer's, has left a tensor where ABPEM cannot "
+            "reach it: in a functools.lru_cache with a maxsize, a variable of a Python module, or an object in C. "
+            "Empty it before you adapt (cache_clear()), or make that run with Trainer(inference_mode=False).",
+        )

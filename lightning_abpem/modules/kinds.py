@@ -29,7 +29,7 @@ PLAIN = frozenset(
     {int, float, complex, bool, str, bytes, type(None), range, slice, torch.dtype, torch.device, torch.Size, StandIn}
 )
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-_LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "tensorboard"}
+_LOGGERS = {"wandb", "mlflow", "comet_ml", "neptune", "clearml", "tensorboard"}
 _OPAQUE = {*_LIBRARIES, *_LOGGERS, *sys.stdlib_module_names}  # their objects hold no state of a forward
 _WALKED = {
     "types",
@@ -42,7 +42,7 @@ _WALKED = {
     "contextlib",
 }  # UserDict, Queue, ...
 _STATELESS = {*_OPAQUE, "torchmetrics", "transformers", "timm", "torchvision", "torchaudio"}  # their classes
-_OWN = ("distributions.", "optim.", "quasirandom", "utils.data.dataloader", "utils.data.sampler")
+_OWN = ("distributions.", "optim.", "quasirandom", "utils.data.", "utils.weak")
 _WALKED_MODULES = (*(f"torch.{name}" for name in _OWN), "asyncio.queues", "configparser")  # of opaque packages
 _IN_PYTHON = 1 << 9  # of a class's flags: a `class` statement made it
 _STANDARD_LIBRARY = f"{Path(os.__file__).parent}{os.sep}"
@@ -146,10 +146,12 @@ def is_stateless(kind: type) -> bool:
 
 
 def _package(kind: type) -> str:
-    """Return the package that a class is from; nothing for one of the user's that is called like a standard one."""
+    """Return the package that a class is from; nothing for one of the user's that is called like another."""
     module = str(kind.__module__)
     package = module.partition(".")[0]
     file = getattr(sys.modules.get(module), "__file__", None)
+    if file is not None and package in _LOGGERS:
+        return package if "-packages" in file else ""
     if package not in sys.stdlib_module_names or file is None:
         return package
     return package if file.startswith(_STANDARD_LIBRARY) and "-packages" not in file else ""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_abpem.modules.names import named_module
-from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied, put_back
+from lightning_abpem.modules.stand_ins import MISSING, StandIn, Uncopied, put_back, state_without
 
 __all__ = [
     "Changes",
@@ -61,6 +61,12 @@ class Changes(Uncopied):
         stand_in = StandIn(owner, attribute, wrapper, *first)
         self.note(stand_in.put_back)
         stand_in.place()
+
+    def wrap_call(self, module: nn.Module, attribute: str, wrapper: Callable[..., Any], *first: Any) -> None:
+        """Wrap the attribute by which a module is called; its copies have none of that."""
+        if hasattr(module, "__getstate__"):  # before Python 3.11 not every object has one
+            self.wrap(module, "__getstate__", state_without, module)
+        self.wrap(module, attribute, wrapper, *first)
 
     def hook(self, module: nn.Module, register: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a hook by the module's method of that name, such as `register_forward_hook`."""

@@ -151,9 +151,15 @@ class Snapshot(Walk):
             name = names.get(id(edited[0])) or self._name(id(edited[0]))
             raise ModelError(
                 f"Expected a forward that leaves its parameters alone, but it edited {name} in place. The adapting "
-                "passes would edit it once more for every batch. Keep such a value in a buffer, and load the parameter "
+                f"passes would edit it once more for every batch. {self._way_out(edited[0])}, and load the parameter "
                 "again: this pass moved it."
             )
+
+    def _way_out(self, edited: nn.Parameter) -> str:
+        for module in self._target.modules():
+            if getattr(module, "max_norm", None) is not None and getattr(module, "weight", None) is edited:
+                return f"Set max_norm={module.max_norm} of that {type(module).__name__} to None"
+        return "Cast it before you adapt, if its dtype changed, or keep such a value in a buffer"
 
 
 def reachable(module: nn.Module) -> set[int]:

@@ -28,6 +28,7 @@ from lightning_abpem.modules.containers import (
     SavedClass,
     SavedDict,
     SavedObject,
+    SavedPartial,
     SavedSequence,
     SavedSet,
     SavedSlots,
@@ -347,9 +348,7 @@ class Walk(Uncopied):
         for cell in x.__closure__ or ():
             self._find(cell, x, "its closure")
         if x.__defaults__ or x.__kwdefaults__:
-            self._saved.append(SavedSlots(x, _DEFAULTS))
-            for default in (*(x.__defaults__ or ()), x.__kwdefaults__):
-                self._find_fixed(default, x, "its defaults")
+            self._save(SavedSlots(x, _DEFAULTS))
         self._save(SavedDict(x, x.__dict__))
 
     def _save_method(self, x: Any) -> None:
@@ -364,8 +363,7 @@ class Walk(Uncopied):
         self._find_fixed(x.original.own, x, "its function")
 
     def _save_partial(self, x: functools.partial[Any]) -> None:
-        for part in (x.func, *x.args, x.keywords):
-            self._find_fixed(part, x, "its arguments")
+        self._save(SavedPartial(x))
 
     def _save_cache(self, x: Any) -> None:
         if (items := unbounded_items(x)) is None:

@@ -1,5 +1,8 @@
 """The token memory: first in first out, its own copy, clear about tokens that do not fit."""
 
+import copy
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -101,3 +104,88 @@ def test_a_block_without_tokens():
     run = Remembering(nn.Identity(), "fusion.0", 2)
     with pytest.raises(ValueError, match="'fusion.0' to be called with tokens"):
         run(torch.tensor(1.0))
+
+
+class Lengths(nn.Module):
+    """A block that sums the first tokens of each sample, by lengths in a list or a tensor."""
+
+    def forward(self, x, lengths):
+        kept = torch.arange(x.shape[1]) < torch.as_tensor(lengths)[:, None]
+        return x * kept[..., None] if len(kept) == len(x) else x * kept[:1, :, None]
+
+
+def test_batches_with_other_arguments_are_left_out(caplog):
+    """For an argument that is no tensor has no rows that could be remembered."""
+    run, ones = Remembering(Lengths(), "block", 4), torch.ones(1, 3, 1)
+    for lengths, samples in (([2], 1), ([3], 1), ([2], 2), ([3], 2), ([2], 2)):
+        output = run(ones, lengths)
+        assert output.shape[0] == samples
+        assert (output.sum(1) == lengths[0]).all()
+    assert "give lengths as a tensor" in caplog.text
+    run = Remembering(Lengths(), "block", 4)
+    for lengths, sums in (([2], [2]), ([3], [2, 3]), ([1], [2, 3, 1])):
+        assert run(ones, torch.tensor(lengths)).sum(1).flatten().tolist() == sums
+
+
+class Object:
+    """An argument that no state can hold."""
+
+
+def test_arguments_of_stored_batches_are_in_the_state():
+    class Block(nn.Module):
+        def forward(self, x, *others):
+            return x
+
+    def block(_):
+        return 0
+
+    run, kept, x = Remembering(Block(), "block", 3), Object(), torch.ones(1, 2, 1)
+    assert run(x, 3, kept, block, None).shape[0] == 1
+    assert run(x, 3, kept, block, None).shape[0] == 2
+    assert run(x, 3, Object(), block, None).shape[0] == 1  # another object may say anything
+    state = run.memory.state_dict()
+    assert [batch["others"] for batch in state] == [[[3], [], [], [None]]] * 2
+    later = Remembering(Block(), "block", 3)
+    later.memory.load_state_dict(state)
+    assert later(x, 3, Object(), len, None).shape[0] == 3  # whose are those of the other process?
+    assert later(x, 4, kept, block, None).shape[0] == 1
+
+
+class Embedded(nn.Module):
+    """A block that adds what it gets besides the tokens."""
+
+    def forward(self, x, *added):
+        return x + sum(added)
+
+
+def test_parameters_have_no_rows_of_samples():
+    run = Remembering(Embedded(), "block", 3)
+    position, table = nn.Parameter(torch.arange(2.0).view(2, 1)), nn.Parameter(torch.ones(5, 1))
+    latents = nn.Parameter(torch.full((1, 2, 1), 3.0))
+    x, stored = torch.ones(2, 2, 1), []  # as many samples as tokens
+    for _ in range(3):
+        output = run(x, position, table[:2], latents.expand(2, -1, -1))
+        stored.append(x + position + 4)
+        assert torch.equal(output, torch.cat(stored))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no notes")
+def test_a_note_names_the_arguments_that_got_rows():
+    run = Remembering(Embedded(), "block", 3)
+    x, bias = torch.ones(2, 2, 1), torch.ones(2, 1)
+    run(x, bias)
+    with pytest.raises(RuntimeError) as error:
+        run(x, bias)
+    run.memory.add_note(error.value)
+    [note] = error.value.__notes__
+    assert "in its arguments of shape (2, 2, 1), (2, 1): each of them is taken to have a row" in note
+
+
+def test_copies_of_the_block_in_a_pass_have_a_forward_of_their_own():
+    block = nn.Linear(1, 1)
+    memory = TokenMemory(block, "block", 2)
+    with Changes() as changes:
+        memory.attach(changes, {})
+        own = copy.deepcopy(block)
+        assert not {"forward", "__getstate__"} & own.__dict__.keys()
+    assert not {"forward", "__getstate__"} & block.__dict__.keys()

@@ -206,10 +206,12 @@ DAMAGES = {
     "memory of a scalar": (("memory", 0, "tensors", 0), torch.tensor(1.0), "`memory`"),
     "memory of other rows": (
         ("memory", 0),
-        {"places": [0, 1], "tensors": {0: torch.zeros(4, 2), 1: torch.zeros(3, 2)}, "masks": {}},
+        {"places": [0, 1], "tensors": {0: torch.zeros(4, 2), 1: torch.zeros(3, 2)}, "masks": {}, "others": []},
         "`memory` .* as many rows",
     ),
     "masks of other rows": (("memory", 0, "masks"), {"audio": torch.ones(3, 6, dtype=torch.bool)}, "`memory`"),
+    "arguments of sets": (("memory", 0, "others"), [[{1}]], "`memory.0.others.0.0` .* but got a set"),
+    "arguments that are bare": (("memory", 0, "others"), [3], "`memory`"),
     "masks of floats": (("memory", 0, "masks"), {"audio": torch.ones(4, 6)}, "`memory`"),
     "a method's state of text": (("state",), "x", "`state`"),
     "a method's state of NaN": (("state", "stream"), torch.tensor([torch.nan]), "`state.stream` .* finite"),
@@ -230,7 +232,7 @@ DAMAGES = {
     ),
     "two flags": (("guard", "flags"), [True, False], "`guard.flags`"),
     "a number for a bool": (("resets_next",), 1, "`resets_next` .* a bool, but got 1"),
-    "another format": (("format",), torch.ones(2), "of form 5"),
+    "another format": (("format",), torch.ones(2), "of form 6"),
 }
 
 
@@ -310,7 +312,7 @@ def test_what_a_method_keeps_for_a_parameter_has_its_shape(name, path):
 def test_masks_to_be_added_in_memory_may_be_minus_infinity(state):
     """As they enter a block beside its tokens."""
     mask = torch.zeros(4, 1, 10, 10).index_fill(3, torch.tensor([9]), -torch.inf)
-    batch = {"places": [0, 1], "tensors": {0: torch.zeros(4, 10, 12), 1: mask}, "masks": {}}
+    batch = {"places": [0, 1], "tensors": {0: torch.zeros(4, 10, 12), 1: mask}, "masks": {}, "others": []}
     made("abpem").load_state_dict({**state, "memory": [batch]})
 
 
@@ -337,5 +339,5 @@ def test_a_state_with_something_missing(part):
 def test_of_another_version():
     first = made("abpem")
     predict(first, make_toy(), batches(1))
-    with pytest.raises(ValueError, match="of form 5, but got 7"):
+    with pytest.raises(ValueError, match="of form 6, but got 7"):
         first.load_state_dict({**first.state_dict(), "format": 7})

@@ -4,7 +4,9 @@ import asyncio
 import configparser
 import contextlib
 import functools
+import importlib
 import io
+import sys
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -14,7 +16,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_abpem.modules.state import Snapshot
 
@@ -174,6 +177,7 @@ def trainer():
     return own
 
 
+CLIP = torch.zeros(1)
 KINDS = {
     "a tensor's slot and class": Kind(slotted, count_tensor, lambda x: (x.count, type(x).calls)),
     "a tuple's class": Kind(pair, lambda x: setattr(type(x), "seen", 1), lambda x: x.seen),
@@ -199,6 +203,18 @@ KINDS = {
         lambda: np.zeros((2, 2)), lambda x: setattr(x, "dtype", np.complex128), lambda x: (x.dtype, x.shape)
     ),
     "a stack of contexts": Kind(contextlib.ExitStack, lambda x: x.callback(len), lambda x: len(x._exit_callbacks)),
+    "a set of data": Kind(
+        lambda: TensorDataset(torch.zeros(2)), lambda x: x.tensors[0].add_(1), lambda x: x.tensors[0].tolist()
+    ),
+    "a weak dict by tensors": Kind(
+        lambda: WeakTensorKeyDictionary({CLIP: 1}), lambda x: x.update({CLIP: 2}), lambda x: list(x.values())
+    ),
+    "indices of a subset": Kind(lambda: Subset([1, 2], [0]), lambda x: x.indices.append(1), len),
+    "a partial": Kind(
+        lambda: functools.partial(max, 1, key=abs),
+        lambda x: x.__setstate__((min, (2,), {}, None)),
+        lambda x: x.func.__name__,
+    ),
     "a data module": Kind(trainer, lambda x: vars(x.datamodule).update(seen=1), lambda x: x.datamodule.seen),
 }
 
@@ -274,3 +290,20 @@ def test_a_data_module_is_not_copied():
     own.datamodule.images.add_(1)
     snapshot.restore()
     assert own.datamodule.images.all()
+
+
+@pytest.mark.parametrize("package", ["aim", "wandb", "mlflow"])
+def test_a_package_of_the_users_may_be_called_like_a_logger(package, tmp_path, monkeypatch):
+    (tmp_path / f"{package}.py").write_text("class Smoother:\n    calls = 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    own = importlib.import_module(package).Smoother()
+    model = nn.Linear(1, 1)
+    model.own = own
+    try:
+        snapshot = Snapshot(model)
+        own.calls = 1
+        snapshot.restore()
+        assert own.calls == 0
+    finally:
+        del sys.modules[package]

@@ -1,6 +1,8 @@
 """A run's own corners: runs inside runs, loggers that fail, names, and an end that is interrupted."""
 
 import contextlib
+import functools
+import weakref
 
 import pytest
 import torch
@@ -194,6 +196,52 @@ class Reports(Toy):
             report_all({"samples": float(len(output))}, **options)
 
         self.audio.register_forward_hook(hook)
+
+
+OPTIONS = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "batch_size": 1}
+
+
+def by_partial(own):
+    return functools.partial(own.log, **OPTIONS)
+
+
+def by_function(own):
+    return lambda name, value: own.log(name, value, **OPTIONS)
+
+
+def by_tuple(own):
+    return (own,)
+
+
+def counts(module, args, output):
+    own = module.reports[0] if isinstance(module.reports, tuple) else module.reports
+    own = own() if isinstance(own, weakref.ref) else own
+    if isinstance(own, Toy):
+        own.log("calls", 1.0, **OPTIONS)
+    else:
+        own("calls", 1.0)
+
+
+class Parent(Toy):
+    """Has its model in a part, which is the target, and logs for its parent."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.model = Toy()
+        self.model.head.__dict__["reports"] = how(self)
+        self.model.head.register_forward_hook(counts)
+
+    def forward(self, audio, video):
+        return self.model(audio, video)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"memory_batches": 3, "replay": False}])
+@pytest.mark.parametrize("how", [by_partial, by_function, by_tuple, weakref.ref])
+def test_a_part_that_logs_for_its_parent_logs_once_for_each_batch(how, options):
+    options = {"fusion": "model.fusion.*.attn", "target": "model", **options}
+    [plain] = trainer().test(Parent(how).eval(), loader(5), verbose=False)
+    [results] = trainer(abpem(**options)).test(Parent(how).eval(), loader(5), verbose=False)
+    assert results["calls"] == plain["calls"] == 5
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 2}, {"replay": False}])

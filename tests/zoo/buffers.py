@@ -123,7 +123,7 @@ class ScaleBehind(Net):
 
 @entry(
     "views of a ring buffer, of which one gets values with a history",
-    refused=Refusal("call", "no values with a history into attribute 'rows' of module 'RingOfViews', 0"),
+    refused=Refusal("call", "no values with a history into attribute 'rows' of module 'RingOfViews', 0", steps=(1,)),
     memory="it has rows",
 )
 class RingOfViews(Net):

@@ -19,6 +19,7 @@ import torch
 import torchmetrics
 from sklearn.decomposition import IncrementalPCA
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 from transformers import DynamicCache, LlamaConfig, LlamaModel, MambaConfig, MambaModel
 
@@ -328,3 +329,30 @@ class Packed(Net):
         audio.data.mul_(2)
         x, _ = nn.utils.rnn.pad_packed_sequence(x, batch_first=True, total_length=6)
         return super().forward(x, video)
+
+
+# --------------------------------------------------------------------------------------------- of torch's own package
+
+
+@entry("a support set in torch's TensorDataset, whose rows are replaced one by one")
+class SupportSet(Encoder):
+    def build(self):
+        self.support, self.calls = TensorDataset(torch.ones(4, WIDTH, dtype=torch.double), torch.arange(4)), 0
+
+    def forward(self, x):
+        x = super().forward(x)
+        bank = self.support.tensors[0]
+        output = x + bank.mean(0)
+        bank[self.calls % 4] = x.detach().mean((0, 1))
+        self.calls += 1
+        return output
+
+
+@entry("a subset of a support set, which grows by an index in each call")
+class GrowingSubset(Encoder):
+    def build(self):
+        self.support = Subset(TensorDataset(torch.arange(8).double()), [0])
+
+    def forward(self, x):
+        self.support.indices.append(len(self.support) % 8)
+        return super().forward(x) + torch.stack([row for (row,) in self.support]).sum()

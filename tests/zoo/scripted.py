@@ -52,3 +52,28 @@ class ScriptedCount(Net):
 class ScriptedList(Net):
     def build(self):
         self.audio = torch.jit.script(_Lists())
+
+
+class _Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(3, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.embed(x).tanh())
+
+
+def _with_video(change) -> Net:
+    net = Net().double().eval()
+    net.video = change(torch.jit.script(_Embedding().double().eval()))
+    return net
+
+
+@entry("an encoder that torch.jit.freeze has taken the parameters of")
+def frozen_script() -> Net:
+    return _with_video(torch.jit.freeze)
+
+
+@entry("an encoder by torch.jit.optimize_for_inference")
+def optimized_script() -> Net:
+    return _with_video(torch.jit.optimize_for_inference)
