@@ -54,6 +54,8 @@ class Stateful(Toy):
 class Injector:
     """Raises KeyboardInterrupt at one byte code of the package while its block lasts.
 
+    A trace function that there is, as coverage's, waits until the block ends.
+
     Args:
         at: which one: a function, the number of its call, and that of the event in its frame. None raises nothing and
             collects all events.
@@ -69,11 +71,12 @@ class Injector:
         self.place = ""
 
     def __enter__(self) -> Injector:
+        self._other = sys.gettrace()
         sys.settrace(self._enter)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        sys.settrace(None)
+        sys.settrace(self._other)
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
         """Follow the frames of the package; while an interrupt is due, only the one where it is."""
