@@ -1,10 +1,12 @@
 """Running a function in two real processes that share a gloo process group.
 
-The two are kept for the next function: to import torch and Lightning takes longer than most of what they are asked.
+The two are kept for the next function. They are forked from a process that has imported torch and Lightning, which
+takes longer than most of what they are asked.
 """
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import io
 import os
@@ -23,6 +25,8 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning.pytorch", "lightning_abpem.methods", "tests.toy", __name__])
 TIMEOUT = 240
 """Seconds in which both must have answered."""
 
@@ -56,11 +60,13 @@ class Pool:
     """Two processes that wait for functions. They end with this one."""
 
     def __init__(self) -> None:
-        context = get_context("spawn")
-        pipes = [context.Pipe() for _ in range(WORLD)]
+        pipes = [FORKS.Pipe() for _ in range(WORLD)]
+        self._folder = TemporaryDirectory()
+        self._traces = [Path(self._folder.name) / f"{rank}.txt" for rank in range(WORLD)]
         self._ends = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=_serve, args=(theirs, rank), daemon=True) for rank, (_, theirs) in enumerate(pipes)
+            FORKS.Process(target=_serve, args=(theirs, rank, self._traces[rank]), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self._processes, pipes, strict=True):
             process.start()
@@ -79,27 +85,50 @@ class Pool:
                 assert process.pid is not None  # it is started
                 os.kill(process.pid, signal.SIGABRT)  # at which they write where they are
                 process.join()
-            raise RuntimeError(f"Expected process {rank} to answer, but it hangs; stderr has the lines of both.")
+            traces = "".join(path.read_text() for path in self._traces)
+            raise RuntimeError(f"Expected process {rank} to answer, but it hangs. The lines of both:\n{traces}")
         try:
             content = self._ends[rank].recv_bytes()
         except EOFError:
             self._processes[rank].join()
-            code = self._processes[rank].exitcode
-            raise RuntimeError(f"Expected process {rank} to answer, but it died with exit code {code}.") from None
+            code, trace = self._processes[rank].exitcode, self._traces[rank].read_text()
+            raise RuntimeError(
+                f"Expected process {rank} to answer, but it died with exit code {code}. {trace}"
+            ) from None
         return torch.load(io.BytesIO(content), weights_only=False)
 
     def close(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
+        self._folder.cleanup()
+
+    def end(self) -> None:
+        """Let both end by themselves: coverage writes then what it has seen."""
+        for end in self._ends:
+            end.close()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
 
 
 _kept: list[Pool] = []
 
 
-def _serve(end: Connection, rank: int) -> None:
+@atexit.register  # after multiprocessing, so before it terminates them
+def _end_all() -> None:
+    while _kept:
+        _kept.pop().end()
+
+
+def _serve(end: Connection, rank: int, trace: Path) -> None:
     """Answer one function after the other, each in a process group of its own, until the parent is gone."""
-    faulthandler.enable()
+    with trace.open("w") as file:
+        faulthandler.enable(file)
+        _answer_all(end, rank)
+
+
+def _answer_all(end: Connection, rank: int) -> None:
     environment = dict(os.environ)
     while True:
         try:

@@ -52,7 +52,8 @@ def test_they_are_kept():
     assert ids() == own
 
 
-def test_others_take_their_place_after_a_failure(monkeypatch, capfd):
+@pytest.mark.slow
+def test_others_take_their_place_after_a_failure(monkeypatch):
     own = ids()
     first, second = in_two_processes(fails)
     assert isinstance(first, RuntimeError)  # the other is gone
@@ -62,8 +63,7 @@ def test_others_take_their_place_after_a_failure(monkeypatch, capfd):
         in_two_processes(dies)
     assert not set(own) & set(own := ids())
     monkeypatch.setattr(ranks, "TIMEOUT", 5)
-    with pytest.raises(RuntimeError, match=r"process \d to answer, but it hangs"):
+    with pytest.raises(RuntimeError, match=r"process \d to answer, but it hangs(.|\n)* in hangs\n"):
         in_two_processes(hangs)
-    assert "in hangs" in capfd.readouterr().err
     monkeypatch.undo()
     assert not set(own) & set(ids())

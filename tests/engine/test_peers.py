@@ -6,7 +6,6 @@ import os
 import re
 import signal
 from datetime import timedelta
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_abpem import ABPEM
 from lightning_abpem.engine.peers import Peers
-from tests.ranks import WORLD, free_port, in_two_processes
+from tests.ranks import FORKS, WORLD, free_port, in_two_processes
 from tests.toy import MODALITIES, Toy, batches, make_toy
 
 
@@ -99,9 +98,9 @@ def _work(pipe, port, rank, fate, seconds, sync):
 
 def survivors(fate, seconds, sync):
     """The result of process 0, whatever became of process 1."""
-    context, port = get_context("spawn"), free_port()
-    ours, theirs = context.Pipe(duplex=False)
-    workers = [context.Process(target=_work, args=(theirs, port, rank, fate, seconds, sync)) for rank in range(WORLD)]
+    port = free_port()
+    ours, theirs = FORKS.Pipe(duplex=False)
+    workers = [FORKS.Process(target=_work, args=(theirs, port, rank, fate, seconds, sync)) for rank in range(WORLD)]
     for worker in workers:
         worker.start()
     try:
