@@ -38,7 +38,6 @@ def quiet(monkeypatch):
     gc.collect()
     gc.freeze()  # what there is by now need not be looked through each time
     yield
-    gc.unfreeze()
     logging.disable(logging.NOTSET)
 
 
