@@ -96,6 +96,7 @@ def test_the_page_on_whether_to_adapt():
     assert {"flip_rate", "information", "class_share", "drift"} <= set(namespace["figures"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_benchmark_of_ones_own(tmp_path):
     [own] = blocks("benchmark-your-model.md")
     namespace = {}

@@ -15,7 +15,8 @@ from tests.bench.runs import files, lines, run
 from tests.toybench import ToyBench
 
 
-def test_what_a_run_leaves(tmp_path):
+def test_what_a_run_leaves(tmp_path, undrawn):
+    undrawn.undo()
     run(tmp_path, protocol="iid,clean", severity="3,5", batch_size="8")
     table = lines(tmp_path)
     assert len(table) == (3 * 2 + 1) * 2 * 2 * 2

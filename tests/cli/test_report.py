@@ -14,6 +14,7 @@ from tests.report.test_page import lines
 HEAD = "protocol,severity,batch_size,row,method,source,seed,accuracy,batch_accuracy,seconds,updates,skipped"
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["report.json", "."])
 def test_the_page_of_a_record(tmp_path, name, capsys):
     written(tmp_path, record())
@@ -22,6 +23,7 @@ def test_the_page_of_a_record(tmp_path, name, capsys):
     assert "page.html" in capsys.readouterr().out.replace("\n", "")  # a long path is wrapped
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_of_a_benchmark(tmp_path):
     rows = [{**line, "batch_accuracy": line["accuracy"], "skipped": 0} for line in lines("abpem")]
     text = [HEAD, *(",".join(str(row[name]) for name in HEAD.split(",")) for row in rows)]

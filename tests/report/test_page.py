@@ -1,6 +1,7 @@
 """The page: every part that the run has, no other; the user's words as they are; nothing from elsewhere."""
 
 import re
+from functools import cache
 from html.parser import HTMLParser
 
 import pytest
@@ -41,8 +42,8 @@ class Seen(HTMLParser):
 
 
 PAGES = {
-    "run": lambda word: run_page(record(word)),
-    "bench": lambda word: bench_page(word, lines(word)),
+    "run": cache(lambda word: run_page(record(word))),
+    "bench": cache(lambda word: bench_page(word, lines(word))),
 }
 
 
@@ -103,6 +104,7 @@ def titles(content):
     return re.findall(r"<h[23]>(.*?)</h[23]>", run_page(content))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_part_that_the_run_has():
     assert titles(record()) == [
         *("Over the stream", "Entropy", "Class share", "Flip rate", "Information", "Attention gap", "Divergence"),
@@ -116,6 +118,7 @@ def test_every_part_that_the_run_has():
         assert words in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_part_that_it_has_not():
     content = record()
     for name in ("flip_rate", "source_entropy", "information", "class_share"):
@@ -143,12 +146,14 @@ def test_a_run_without_a_step():
     Seen(run_page(content))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resets_that_are_too_many_are_told_and_not_drawn():
     content = record()
     content["resets"], content["counts"]["resets"] = list(range(200)), 200
     assert "came back 200 times, too often to mark" in run_page(content)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_metrics_stand_with_their_dataloader():
     row = re.search(r"<tr><td>accuracy</td>(.*?)</tr>", run_page(record()))[1]
     assert re.findall(r">([^<]+)</td>", row) == ["0.5", "0.25", "-"]
@@ -159,6 +164,7 @@ def test_metrics_stand_with_their_dataloader():
     assert re.findall(r">([^<]+)</td>", row) == ["0.75"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_accuracy_of_a_benchmark_is_averaged_over_seeds():
     page = bench_page("iid", lines())
     row = re.search(r"<tr><td>image: fog</td>(.*?)</tr>", page)[1]

@@ -16,6 +16,8 @@ from tests.toy import CLASSES, MODALITIES, loader, make_toy
 from tests.trainer.test_callback import trainer
 from tests.trainer.test_reporting import adapting, record_of
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def read(folder):
     events = EventAccumulator(str(folder), size_guidance={"histograms": 0, "images": 0})

@@ -15,6 +15,8 @@ from tests.trainer.test_callback import trainer
 from tests.trainer.test_several_processes import left_by, run
 from tests.trainer_program import UNEVEN
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def page(tmp_path):
