@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,7 +16,9 @@ from lightning_abpem import ABPEM
 from lightning_abpem.models import CAVMAE
 
 FOLDER = Path(__file__).parent / "golden"
-both_runs = pytest.mark.parametrize("name", ["abpem_nocache", "abpem_cache2"])
+RUNS = ["abpem_nocache", "abpem_cache2"]
+BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5}
+"""The largest difference from a recorded number, by precision."""
 
 
 class Golden(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):

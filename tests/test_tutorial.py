@@ -18,6 +18,7 @@ def taught(tmp_path_factory):
     return ran, namespace, folder
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(taught):
     ran, namespace, folder = taught
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -30,6 +31,7 @@ def test_the_tutorial_runs(taught):
     assert gains["noise"] > 0.05
 
 
+@pytest.mark.slow
 def test_the_tutorials_outputs_are_those_of_its_code(taught):
     written = tutorial.cells(tutorial.PAGE.read_text(encoding="utf-8"))
     assert [bool(cell.output) for cell in written] == [bool(cell.output) for cell in taught[0]]

@@ -203,6 +203,7 @@ def test_bad_arguments_of_tune(folder, capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_is_installed(folder):
     """With its help, in a process of its own."""
     command = [sys.executable, "-m", "lightning_abpem.cli", "inspect", "--help"]

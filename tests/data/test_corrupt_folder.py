@@ -93,8 +93,14 @@ def test_an_interrupted_run_goes_on(folder, tmp_path):
     assert not made.with_name("severity_3.meta.json").exists()
     images(folder, tmp_path / "out")
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    images(folder, tmp_path / "again", workers=2)
+    images(folder, tmp_path / "again")
     assert contents(made) == contents(tmp_path / "again" / "image" / "shot_noise" / "severity_3")
+
+
+@pytest.mark.slow
+def test_workers_write_the_same_bytes(folder, tmp_path):
+    one, two = (images(folder, tmp_path / str(workers), workers=workers) for workers in (1, 2))
+    assert contents(one.folder) == contents(two.folder)
 
 
 def test_other_settings_are_refused(folder, tmp_path):

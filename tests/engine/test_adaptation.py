@@ -9,8 +9,9 @@ from torch import nn
 from lightning_abpem.attention.calls import FusedCall
 from lightning_abpem.attention.fusion import JointFusion
 from lightning_abpem.attention.spans import Tokens
+from tests.covering import covering
 from tests.engine.attached import ADAM, abpem, as_on_a_gpu, fingerprint, predictions
-from tests.golden_runs import Golden, both_runs
+from tests.golden_runs import BOUNDS, RUNS, Golden
 from tests.reference import same_state
 from tests.toy import (
     HEADS,
@@ -26,11 +27,11 @@ from tests.toy import (
 # ------------------------------------------------------------------------------------------------ the authors' numbers
 
 
-@both_runs
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-@pytest.mark.parametrize(("replay", "fused", "late"), [(1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 1)])
-def test_golden(name, dtype, bound, replay, fused, late, monkeypatch):
-    golden = Golden(name, dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype", "how"), covering(RUNS, list(BOUNDS), [(1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 1)])
+)
+def test_golden(name, dtype, how, monkeypatch):
+    golden, bound, (replay, fused, late) = Golden(name, dtype), BOUNDS[dtype], how
     optimizer = partial(torch.optim.Adam, lr=golden.config["lr"], fused=bool(fused))
     if late:
         as_on_a_gpu(monkeypatch)

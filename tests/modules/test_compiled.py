@@ -11,6 +11,7 @@ from lightning_abpem import ABPEM
 from lightning_abpem.methods import Tent
 from lightning_abpem.modules.compiled import compiled_around, compiled_entry, eagerly, inside_compiled, is_compiled
 from lightning_abpem.modules.patches import Changes
+from tests.covering import covering
 from tests.reference import same_state
 from tests.toy import MODALITIES, WIDTH, batches, loader, make_toy
 
@@ -123,14 +124,12 @@ def adapted(model, **changes):
     return predictions
 
 
-@pytest.mark.parametrize("memory", [1, 3])
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("way", "warm", "memory"), covering(list(WAYS), [False, True], [1, 3]))
 @pytest.mark.filterwarnings("error:A frozen module gave another output")
 def test_it_is_the_adaptation_of_the_plain_model(way, warm, memory):
     expected = adapted(toy(), memory_batches=memory)
     backend = Graphs()
-    model = way(toy(), backend=backend)
+    model = WAYS[way](toy(), backend=backend)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if warm:
         with torch.no_grad():

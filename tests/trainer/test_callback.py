@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from lightning_abpem.methods import Tent
 from lightning_abpem.trainer.strategies import check_strategy
+from tests.covering import covering
 from tests.engine.attached import abpem, fingerprint, predictions
-from tests.golden_runs import Golden, both_runs
+from tests.golden_runs import BOUNDS, RUNS, Golden
 from tests.reference import same_state
 from tests.toy import Toy, batches, loader, make_toy
 
@@ -51,11 +52,9 @@ class Keep(pl.Callback):
 # ------------------------------------------------------------------------------------------------ the authors' numbers
 
 
-@both_runs
-@pytest.mark.parametrize("stage", ["test", "predict"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_golden(name, stage, dtype, bound):
-    golden, keep, adapting, after = Golden(name, dtype), Keep(), [], []
+@pytest.mark.parametrize(("name", "dtype", "stage"), covering(RUNS, list(BOUNDS), ["test", "predict"]))
+def test_golden(name, dtype, stage):
+    golden, keep, adapting, after, bound = Golden(name, dtype), Keep(), [], [], BOUNDS[dtype]
     model = golden.model()
     model.register_forward_hook(lambda module, args, output: after.append(output.clone()))
 

@@ -136,6 +136,7 @@ def compare_sampled(out, folder):
         assert min(moved) > 1e-3
 
 
+@pytest.mark.slow
 def test_launched_by_lightning(tmp_path):
     """17 samples for two processes: the sampler gives the second sample 0 again, so that both have 9."""
     run("sampled", tmp_path)
