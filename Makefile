@@ -9,7 +9,7 @@ define install
 	touch $@
 endef
 
-.PHONY: demo check-demo test test-all fuzz fuzz-forwards fuzz-interrupts soak lint docs results costs costs-gpu speech dist clean
+.PHONY: demo check-demo test test-all coverage fuzz fuzz-forwards fuzz-interrupts soak lint docs results costs costs-gpu speech dist clean
 
 demo: .venv/demo.done
 	$(BIN)/abpem demo
@@ -24,6 +24,13 @@ test: .venv/test.done
 
 test-all: test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+
+# The share of lines and branches that the fast tests reach, at least `fail_under` of pyproject.toml.
+coverage: .venv/test.done
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal -m 'not slow'
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 # Forwards put together at random, other ones every time. `make test` tries 30 of them, `make test-all` 300.
 fuzz-forwards: .venv/test.done
