@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 SAMPLES, TEXT = 3, 7
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 PADDED_TEXT = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 6 + [0]])  # 1 is a word, 0 is padding
 AUDIO_TOKEN = 49
 
@@ -58,10 +58,14 @@ def joint(template: str, modalities: list[str], layers: int = 2) -> list[dict[An
     return [{(m, n): (query[i], key[i], 0) for m in modalities for n in modalities} for i in range(layers)]
 
 
+LABELS: dict[str, Any] = {"num_labels": 5}
+
+
 def vilt() -> Family:
     from transformers import ViltConfig, ViltForQuestionAnswering
 
-    config = ViltConfig(**SMALL, image_size=32, patch_size=16, vocab_size=50, num_labels=5, max_position_embeddings=16)
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 16, "vocab_size": 50, "max_position_embeddings": 16}
+    config = ViltConfig(**SMALL, **sizes, **LABELS)
     return Family(
         ViltForQuestionAnswering(config).eval(),
         text_inputs() | pixels(),
@@ -108,7 +112,8 @@ def flava() -> Family:
 def visual_bert() -> Family:
     from transformers import VisualBertConfig, VisualBertForQuestionAnswering
 
-    config = VisualBertConfig(**SMALL, vocab_size=50, visual_embedding_dim=20, num_labels=5, max_position_embeddings=16)
+    sizes: dict[str, Any] = {"vocab_size": 50, "visual_embedding_dim": 20, "max_position_embeddings": 16}
+    config = VisualBertConfig(**SMALL, **sizes, **LABELS)
     regions = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
     return Family(
         VisualBertForQuestionAnswering(config).eval(),
@@ -123,11 +128,9 @@ def visual_bert() -> Family:
 def lxmert() -> Family:
     from transformers import LxmertConfig, LxmertForQuestionAnswering
 
-    config = LxmertConfig(
-        **{name: value for name, value in SMALL.items() if name != "num_hidden_layers"},
-        **{"l_layers": 1, "x_layers": 2, "r_layers": 1, "num_qa_labels": 5},
-        **{"vocab_size": 50, "visual_feat_dim": 20, "max_position_embeddings": 16},
-    )
+    sizes: dict[str, Any] = {"l_layers": 1, "x_layers": 2, "r_layers": 1, "num_qa_labels": 5}
+    sizes |= {"vocab_size": 50, "visual_feat_dim": 20, "max_position_embeddings": 16}
+    config = LxmertConfig(**{name: value for name, value in SMALL.items() if name != "num_hidden_layers"}, **sizes)
     layers = []
     for i in range(2):
         layer = f"lxmert.encoder.x_layers.{i}"
@@ -161,7 +164,7 @@ def lxmert() -> Family:
 def bridge_tower() -> Family:
     from transformers import BridgeTowerConfig, BridgeTowerForImageAndTextRetrieval
 
-    size = SMALL | {"hidden_size": 64}
+    size: dict[str, Any] = SMALL | {"hidden_size": 64}
     config = BridgeTowerConfig(
         **size,
         share_link_tower_layers=False,
@@ -197,7 +200,7 @@ def qwen2_audio(implementation: str) -> Family:
     """Audio put into the places that the text keeps for it; causal, rotary, two query heads for a key head."""
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
-    config = Qwen2AudioConfig(
+    config: Any = Qwen2AudioConfig(
         audio_config={
             **{"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64},
             **{"num_mel_bins": 16, "max_source_positions": 8},

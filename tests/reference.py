@@ -59,7 +59,7 @@ def mean_scores(q: Tensor, k: Tensor, heads: int, scale: float | None = None) ->
     width = q.shape[-1] // heads
     scale = width**-0.5 if scale is None else scale
     maps = [scale * q[..., h * width : (h + 1) * width] @ k[..., h * width : (h + 1) * width].mT for h in range(heads)]
-    return sum(maps) / heads
+    return sum(maps, torch.zeros(())) / heads
 
 
 def block_statistics(scores: Tensor, rows: slice, columns: slice) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks.costs.scaling import exchange_seconds
 from lightning_abpem.models import CAVMAE
 from lightning_abpem.models.digits import DigitsModel
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "cavmae": (lambda: CAVMAE(20, 32, 2, 2), ((1024, 128), (3, 224, 224))),
     "digits": (DigitsModel, ((64, 32), (1, 32, 32))),
     "fusion alone": (lambda: FusionAlone(80, 16, 2), ((40, 16), (40, 16))),
@@ -26,7 +27,7 @@ MODELS = {
 def test_all_programs_predict_the_same(model, memory):
     make, shapes = MODELS[model]
     generator = torch.Generator().manual_seed(1)
-    data = [tuple(torch.randn(2, *shape, generator=generator).double() for shape in shapes) for _ in range(4)]
+    data: Any = [tuple(torch.randn(2, *shape, generator=generator).double() for shape in shapes) for _ in range(4)]
 
     def fresh():
         torch.manual_seed(0)
@@ -90,7 +91,7 @@ def test_commands_name_what_is_there():
     configs = set(re.findall(r"benchmarks/[\w/-]+\.yaml", named))
     assert len(programs) >= 7
     assert {name for name in programs if importlib.util.find_spec(name) is None} == set()
-    made = re.search(r"^RESULTS := (.*)$", named, re.MULTILINE)[1].split()
+    made = re.findall(r"^RESULTS := (.*)$", named, re.MULTILINE)[0].split()
     assert {root / name for name in configs} == {root / f"benchmarks/experiments/{name}.yaml" for name in made}
     assert {path.stem for path in root.glob("benchmarks/**/*.yaml")} == set(made)
 

@@ -3,11 +3,11 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
 
 import lightning_abpem
 from lightning_abpem import metrics
@@ -15,6 +15,7 @@ from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.bench.variants import METHODS
 from lightning_abpem.cli import main
 from tests import landing
+from tests.toy import listed
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -45,7 +46,7 @@ def test_every_family_has_one():
 def test_example(name):
     if "from transformers" in EXAMPLES[name]:
         pytest.importorskip("transformers")
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(EXAMPLES[name], namespace)
     if "model" in namespace or "trainer" in namespace:  # else it shows options alone
         assert namespace["adaptation"].updates >= 1
@@ -54,7 +55,7 @@ def test_example(name):
 def test_a_method_of_ones_own():
     use, unimodal = blocks("methods.md")
     [own] = blocks("write-a-method.md")
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(use, namespace)
     assert namespace["read"].settings.reset == "dataloader"
     exec(unimodal, namespace)
@@ -66,11 +67,11 @@ def test_a_method_of_ones_own():
 
 def test_metrics_in_a_module_of_ones_own(capsys):
     module, by_hand = blocks("metrics.md")
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(module, namespace)
     tokens = torch.randn(6, 10, 16)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    [results] = trainer.test(namespace["Model"](), DataLoader(tokens, batch_size=4), verbose=False)
+    [results] = trainer.test(namespace["Model"](), listed(tokens, batch_size=4), verbose=False)
     assert set(results) == {"entropy", "information", "gap"}
     exec(by_hand, namespace)
     assert capsys.readouterr().out.startswith("{'audio_to_video': tensor(")
@@ -82,7 +83,7 @@ def test_the_page_of_metrics_names_them_all():
 
 def test_the_page_on_tuning():
     [block] = blocks("tune.md")
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(block, namespace)
     assert namespace["tuning"].batches == 4
     assert len(namespace["tuning"].rows) == 5
@@ -90,7 +91,7 @@ def test_the_page_on_tuning():
 
 def test_the_page_on_whether_to_adapt():
     [block] = blocks("should-i-adapt.md")
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(block, namespace)
     assert namespace["abpem"].updates == 4
     assert {"flip_rate", "information", "class_share", "drift"} <= set(namespace["figures"])
@@ -99,7 +100,7 @@ def test_the_page_on_whether_to_adapt():
 @pytest.mark.usefixtures("undrawn")
 def test_a_benchmark_of_ones_own(tmp_path):
     [own] = blocks("benchmark-your-model.md")
-    namespace = {}
+    namespace: dict[str, Any] = {}
     exec(own, namespace)
     run_benchmark(namespace["Mine"], {}, out=tmp_path, protocol="iid,missing", seeds=1, workers=1)
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + (2 + 2) * len(METHODS)
@@ -159,7 +160,7 @@ def opening(node):
     if isinstance(node, ast.Constant):
         return re.sub(r"%[sdr]|%%", "\0", node.value) if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
     if isinstance(node, ast.BinOp):
         return (opening(node.left) or "\0") + (opening(node.right) or "\0")
     return ""

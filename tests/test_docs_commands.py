@@ -11,13 +11,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_abpem import ABPEM
 from lightning_abpem.cli import main
-from tests.bench.test_bench import lines
+from tests.bench.runs import lines
 from tests.ranks import WORLD, free_port
 from tests.test_docs import DOCS, blocks, text
+from tests.toy import listed
 from tests.trainer.test_several_processes import compare_sampled, finish, start
 
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page.name != "changelog.md")
@@ -63,7 +63,7 @@ def names(tmp_path, monkeypatch):
     """Make the names and files that the pages take for granted."""
     monkeypatch.chdir(tmp_path)
     stream = [(torch.randn(2, 512, 8), torch.randn(2, 196, 8)) for _ in range(2)]
-    own = {"model": Model(), "stream": stream, "data": DataLoader(stream, batch_size=None)}
+    own = {"model": Model(), "stream": stream, "data": listed(stream)}
     return {
         **own,
         "torch": torch,

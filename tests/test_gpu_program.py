@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -237,11 +238,13 @@ def test_memory_that_grows_is_found(monkeypatch):
 def test_host_waits_are_counted_by_their_line(monkeypatch):
     monkeypatch.setattr("torch.cuda.set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr("torch.cuda.Event.synchronize", lambda event: None)
+    kind: Any = torch.cuda.Event
     with counted_waits("cuda") as waits:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
         for is_there in (True, False):
-            torch.cuda.Event.synchronize(SimpleNamespace(query=lambda there=is_there: there))
+            kind.synchronize(SimpleNamespace(query=lambda there=is_there: there))
+    assert waits is not None
     assert sorted(waits.values()) == [1, 1]
     assert all(place.startswith("tests/test_gpu_program.py:") for place in waits)
     with counted_waits("cpu") as none:

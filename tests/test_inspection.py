@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ class Named(nn.Module):
 def test_a_name_is_a_string_of_the_line(name, capsys):
     """And no part of the code, which is run to be tried."""
     found = inspect(Named(name), *BATCH)
-    assert eval(found.line, {"ABPEM": ABPEM}).settings.fusion == f"fusion.{name}"
+    assert eval(str(found.line), {"ABPEM": ABPEM}).settings.fusion == f"fusion.{name}"
     assert "run" not in capsys.readouterr().out
 
 
@@ -68,7 +69,7 @@ def test_the_model_stays_as_it_was():
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-FUSION = {  # what the line names, by family
+FUSION: dict[str, Any] = {  # what the line names, by family
     "ViLT": "vilt.encoder.layer.*.attention.attention",
     "FLAVA": "flava.multimodal_model.encoder.layer.*.attention.attention",
     "VisualBERT": "visual_bert.encoder.layer.*.attention.self",
@@ -94,10 +95,10 @@ def test_the_line_works_when_pasted(name):
     torch.manual_seed(0)
     family = FAMILIES[name]()
     found = inspect(family.model, **family.inputs)
-    callback = eval(found.line, {"ABPEM": ABPEM})
+    callback = eval(str(found.line), {"ABPEM": ABPEM})
     assert callback.settings.fusion == FUSION[name]
     ours, known = (
-        find_fusion(family.model, ABPEM(fusion, **options).settings.patterns)
+        find_fusion(family.model, ABPEM(fusion, **options).settings.patterns or [])
         for fusion, options in ((FUSION[name], {}), (family.options["fusion"], _without(family, "fusion", "logits")))
     )
     assert _modules(ours) == _modules(known)
@@ -143,8 +144,8 @@ def test_a_cross_attention_without_a_self_attention():
     [note] = found.notes
     assert note.startswith("No self-attention of 'audio' alone was seen, to whose scores those of 'text->audio' could")
     found = inspect(OneWay(own=True).eval(), *BATCH)
-    assert re.search(r'fusion=\{"text->audio": "cross", "audio->audio": "own"\}', found.line)
-    with eval(found.line, {"ABPEM": ABPEM}).attach(OneWay(own=True).eval()) as adaptation:
+    assert re.search(r'fusion=\{"text->audio": "cross", "audio->audio": "own"\}', str(found.line))
+    with eval(str(found.line), {"ABPEM": ABPEM}).attach(OneWay(own=True).eval()) as adaptation:
         adaptation.model(*BATCH)
     assert set(adaptation.params) == {"cross.in_proj_weight", "cross.in_proj_bias"}
 
@@ -195,13 +196,17 @@ def test_padded_queries_are_told_by_their_own_attention():
     model = Question().eval()
     words, frames = torch.tensor([[4, 7, 9, 3], [6, 2, 0, 0]]), torch.randn(2, 5, 3)
     found = inspect(model, words, frames)
-    assert '"text->text": "own_words"' in found.line
+    assert '"text->text": "own_words"' in str(found.line)
     gaps = []
     for questions in ([(words, frames)], [(words[:1], frames[:1]), (words[1:, :2], frames[1:])]):
-        callback = eval(found.line, {"ABPEM": ABPEM})
+        callback = eval(str(found.line), {"ABPEM": ABPEM})
         callback.settings = replace(callback.settings, steps=0)
         with callback.attach(model) as adaptation, torch.no_grad():
-            gaps.append([model(*question) is not None and adaptation.record for question in questions])
+            records = []
+            for question in questions:
+                model(*question)
+                records.append(adaptation.record)
+            gaps.append(records)
     whole, *_ = (own["attention_gap/text_to_video"] for own in gaps[0])
     parts = torch.stack([own["attention_gap/text_to_video"] for own in gaps[1]])
     torch.testing.assert_close(whole, parts.mean(), rtol=0, atol=1e-6)
@@ -303,5 +308,5 @@ def test_attention_over_other_tokens_is_left_out():
             return self.toy.head(self.early(x).mean(1) + self.toy.fusion(y).mean(1))
 
     found = inspect(Pooled().eval(), *BATCH)
-    assert 'fusion="toy.fusion.*.attn"' in found.line
+    assert 'fusion="toy.fusion.*.attn"' in str(found.line)
     assert found.notes == ["Left out, for they see other tokens of several modules: early."]

@@ -4,6 +4,7 @@ import ast
 import re
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def views_are_told():
 
 def hooks_of_tensors():
     """The table of a tensor, that of a module, and their names are the same word."""
-    x, module = torch.zeros(2, requires_grad=True), nn.Identity()
+    x: Any = torch.zeros(2, requires_grad=True)
+    module = nn.Identity()
     before = x._backward_hooks
     x.register_hook(lambda gradient: None)
     module.register_full_backward_hook(lambda *_: None)
@@ -77,7 +79,7 @@ def compiled_modules_have_a_call():
 
 
 def calls_go_through_it():
-    module = nn.Identity()
+    module: Any = nn.Identity()
     module._call_impl = lambda x: x + 1
     return module(torch.zeros(1)) == 1
 
@@ -86,14 +88,14 @@ def compiled_functions_know_the_plain_one():
     def double(x):
         return 2 * x
 
-    return torch.compile(double, backend="eager")._torchdynamo_orig_callable is double
+    compiled: Any = torch.compile(double, backend="eager")
+    return compiled._torchdynamo_orig_callable is double
 
 
 def compiled_modules_know_the_plain_one():
     module = nn.Identity()
-    return [name for name, own in torch.compile(module, backend="eager").named_modules() if own is module] == [
-        "_orig_mod"
-    ]
+    compiled: Any = torch.compile(module, backend="eager")
+    return [name for name, own in compiled.named_modules() if own is module] == ["_orig_mod"]
 
 
 def marks_of_the_compiler():
@@ -106,7 +108,7 @@ def marks_of_the_compiler():
 
 def fused_optimizers_take_a_scale():
     parameter = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.Adam([parameter], lr=1.0, fused=True)
+    optimizer: Any = torch.optim.Adam([parameter], lr=1.0, fused=True)
     parameter.grad = torch.ones(1)
     optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)
     optimizer.step()  # which is none, by `found_inf`
@@ -115,7 +117,8 @@ def fused_optimizers_take_a_scale():
 
 def nodes_know_their_dtypes():
     x = torch.ones(1, requires_grad=True)
-    return [made.dtype for made in x.half().grad_fn._input_metadata] == [torch.float16]
+    node: Any = x.half().grad_fn
+    return [made.dtype for made in node._input_metadata] == [torch.float16]
 
 
 class Scripted(nn.Module):
@@ -177,7 +180,12 @@ def subclasses_can_be_read_plainly():
 
 def wrapped_tensors_are_told():
     found = []
-    torch.func.vmap(lambda x: found.append(torch._C._functorch.is_functorch_wrapped_tensor(x)) or x)(torch.ones(2))
+
+    def look(x):
+        found.append(torch._C._functorch.is_functorch_wrapped_tensor(x))
+        return x
+
+    torch.func.vmap(look)(torch.ones(2))
     return found == [True] and not torch._C._functorch.is_functorch_wrapped_tensor(torch.ones(2))
 
 
@@ -187,7 +195,7 @@ def metrics_move_by_it():
             moved.append(True)
             return super()._apply(function, *args, **kwargs)
 
-    moved = []
+    moved: list[bool] = []
     return isinstance(Metric().to("cpu"), Metric) and moved == [True]
 
 
@@ -322,7 +330,7 @@ def private_uses(tree, own, foreign):
     """Yield private names that others define: attributes, names in strings, parts of imports."""
     here = own_names([tree])
     words = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    words |= {id(part) for node in ast.walk(tree) if is_slots(node) for part in ast.walk(node.value)}
+    words |= {id(part) for node in ast.walk(tree) if is_slots(node) for part in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             if (
@@ -334,8 +342,9 @@ def private_uses(tree, own, foreign):
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in words:
             if is_private(node.value) and (node.value not in own or node.value in foreign):
                 yield node.value
-        elif isinstance(node, ast.ImportFrom) and not node.module.startswith("lightning_abpem"):
-            yield from filter(is_private, [*node.module.split("."), *(alias.name for alias in node.names)])
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("lightning_abpem"):
+            parts = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            yield from (name for name in parts if is_private(name))
 
 
 def is_slots(node):

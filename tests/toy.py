@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 WIDTH, HEADS, CLASSES = 12, 3, 5
 AUDIO, VIDEO = 6, 4
-PAPER = {"k": 2, "attention_weight": 1.0, "balance": "marginal"}
+PAPER: dict[str, Any] = {"k": 2, "attention_weight": 1.0, "balance": "marginal"}
 """ABPEM's options that make its loss the same function in every step."""
 MODALITIES = {"audio": AUDIO, "video": VIDEO}
 SPANS = {"audio": slice(0, AUDIO), "video": slice(AUDIO, AUDIO + VIDEO)}
@@ -140,8 +140,8 @@ class Toy(LightningModule):
         super().__init__()
         self.audio, self.video = Encoder(), Encoder()
         layers = [attention] if attention is not None else [FusedAttention() for _ in range(depth)]
-        self.fusion = nn.Sequential(*(Block(layer) for layer in layers))
-        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES))
+        self.fusion: Any = nn.Sequential(*(Block(layer) for layer in layers))
+        self.head: Any = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES))
         self.seen: list[Tensor] = []
 
     def forward(self, audio: Tensor, video: Tensor) -> Tensor:
@@ -173,6 +173,11 @@ def batches(count: int = 4, size: int = 4, seed: int = 1) -> list[tuple[Tensor, 
     generator = torch.Generator().manual_seed(seed)
     audio, video = ((size, AUDIO, 3), (size, VIDEO, 3))
     return [(torch.randn(audio, generator=generator), torch.randn(video, generator=generator)) for _ in range(count)]
+
+
+def listed(batches: Any, batch_size: int | None = None) -> DataLoader[Any]:
+    """Return a loader of what a list holds; whole batches by default."""
+    return DataLoader(batches, batch_size=batch_size)
 
 
 def loader(count: int = 4, size: int = 4, seed: int = 1) -> DataLoader[Any]:

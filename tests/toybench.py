@@ -7,7 +7,7 @@ import torch
 
 from lightning_abpem.bench.benchmark import Benchmark
 from lightning_abpem.data.corruptions import Corruption
-from tests.toy import AUDIO, CLASSES, MODALITIES, VIDEO, make_toy
+from tests.toy import AUDIO, CLASSES, MODALITIES, VIDEO, Toy, make_toy
 
 
 class ToyBench(Benchmark):
@@ -33,7 +33,7 @@ class ToyBench(Benchmark):
         self.labels = np.arange(samples) % CLASSES
         self.fail_at = fail_at
 
-    def source(self, name: str) -> torch.nn.Module:
+    def source(self, name: str) -> Toy:
         model = make_toy()
         if name == "two":
             torch.nn.init.normal_(model.head[1].weight, std=1.0, generator=torch.Generator().manual_seed(2))

@@ -52,11 +52,11 @@ class Model(Toy):
         self.fails_on = fails_on
         self.double()
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         if batch_idx == 2 and self.global_rank == self.fails_on:
             raise ValueError("a sample that cannot be read")
         logits = self(*batch[:2])
-        own = self.accuracy[dataloader_idx]
+        own: Any = self.accuracy[dataloader_idx]
         own(logits, batch[2])
         self.log("accuracy", own, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(logits))
         self.log("largest", logits.amax(1).mean(), on_epoch=True, sync_dist=True, batch_size=len(logits))
@@ -76,8 +76,8 @@ class Keep(Callback):
         self,
         trainer: Trainer,
         pl_module: Any,
-        outputs: Tensor,
-        batch: Batch,
+        outputs: Any,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -184,7 +184,7 @@ class Program:
 
     def __init__(self, out: Path, strategy: str, devices: int, nodes: int) -> None:
         self.out = out
-        start = {"ddp": "popen", "ddp_spawn": "spawn"}[strategy]
+        start: Any = {"ddp": "popen", "ddp_spawn": "spawn"}[strategy]
         self.strategy = partial(DDPStrategy, start_method=start, timeout=timedelta(seconds=150))
         self.places = {"devices": devices, "num_nodes": nodes}
 

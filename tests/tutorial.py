@@ -15,6 +15,7 @@ import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning_abpem.cli import main
 
@@ -45,7 +46,8 @@ def cells(page: str) -> list[Cell]:
 
 def run(parts: list[Cell], folder: Path) -> tuple[list[Cell], dict]:
     """Run the cells in a folder; return them with their outputs, and the names that they made."""
-    namespace, ran, here, path = {}, [], Path.cwd(), list(sys.path)
+    namespace: dict[str, Any] = {}
+    ran, here, path = [], Path.cwd(), list(sys.path)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     try:
@@ -85,7 +87,7 @@ def notebook(parts: list[Cell]) -> str:
     """The notebook of the cells, as JSON."""
     made = []
     for number, part in enumerate(parts):
-        own = {"cell_type": "code", "id": f"cell-{number}", "metadata": {}}
+        own: dict[str, Any] = {"cell_type": "code", "id": f"cell-{number}", "metadata": {}}
         if part.kind == "markdown":
             words = re.sub(r"The page is also .*? code, on a CPU", "The outputs are those of a CPU", part.words)
             words = re.sub(r"\]\(\.\./([\w-]+)\.md\)", r"](../\1/)", words)

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_abpem.attention.blocks import score_blocks
-from lightning_abpem.attention.calls import EagerCall, FusedCall
+from lightning_abpem.attention.calls import AttentionCall, EagerCall, FusedCall
 from lightning_abpem.attention.fusion import JointFusion, SeparateFusion
 from lightning_abpem.attention.spans import Tokens
 
@@ -18,7 +18,10 @@ def test_blocks_are_cut_from_the_last_call():
     torch.manual_seed(0)
     first, q, k = torch.randn(3, 5, 5), torch.randn(3, 5, 8), torch.randn(3, 5, 8)
     bias = torch.randn(1, 5, 5)
-    calls = [EagerCall("attn", first, torch.ones(1, 5, 5, dtype=torch.bool)), FusedCall("attn", q, k, 0.3, bias)]
+    calls: list[AttentionCall] = [
+        EagerCall("attn", first, torch.ones(1, 5, 5, dtype=torch.bool)),
+        FusedCall("attn", q, k, 0.3, bias),
+    ]
     tokens = {"a": Tokens(slice(0, 3)), "v": Tokens(slice(3, 5))}
     blocks = by_pair(score_blocks(JOINT, calls, tokens, samples=2))
     scores = torch.einsum("bid,bjd->bij", q, k) * 0.3 + bias

@@ -5,8 +5,9 @@ from itertools import permutations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_abpem.attention.calls import EagerCall, FusedCall
 from lightning_abpem.attention.capture import capture_attention
 from lightning_abpem.attention.projections import find_attention
 from lightning_abpem.attention.spans import Tokens
@@ -56,12 +57,13 @@ def test_gradients_reach_the_projections_of_q_and_k_alone(variant):
     with capture_attention([attention]) as calls:
         module(torch.randn(2, 10, WIDTH))
     block = score_statistics(calls[0], TOKENS, TOKENS)
-    sum(x.sum() for m, n in permutations(SPANS, 2) for x in block(m, n)[:2]).backward()
+    torch.stack([x.sum() for m, n in permutations(SPANS, 2) for x in block(m, n)[:2]]).sum().backward()
     reached = {f"attn.{name}" for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached
     assert reached <= set(attention.parameters)
     for parameter in (p for name, p in attention.parameters.items() if name in reached):
         if parameter.shape[0] == 3 * WIDTH:  # fused: the rows of v
+            assert parameter.grad is not None
             assert parameter.grad[2 * WIDTH :].abs().sum() == 0
 
 
@@ -119,8 +121,9 @@ def test_eager_scores_are_those_that_the_softmax_sees(module):
     with capture_attention([find_attention(module, "attn")]) as calls:
         module(torch.randn(2, 10, WIDTH))
     assert len(calls) == 1
+    assert isinstance(calls[0], EagerCall)
     torch.testing.assert_close(calls[0].scores, module.scores.mean(1))
-    sum(x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]).backward()
+    torch.stack([x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]]).sum().backward()
     assert module.qkv.weight.grad.abs().sum() > 0
 
 
@@ -179,9 +182,11 @@ def test_a_forward_may_keep_its_own_gradients():
             scores.retain_grad()
         return scores @ v
 
-    kept, module = [], softmax_of(attend)
+    kept: list[Tensor] = []
+    module = softmax_of(attend)
     with capture_attention([find_attention(module, "attn")]) as calls:
         output = module(torch.randn(2, 10, WIDTH))
+    assert isinstance(calls[0], EagerCall)
     (output.sum() + calls[0].scores.sum()).backward()
     assert kept[0].grad is not None
 
@@ -211,11 +216,13 @@ def test_multi_head_attention_with_weights_of_other_modules():
     module, x = PooledHead(), torch.randn(2, 10, WIDTH)
     with capture_attention([find_attention(module, "attn")]) as calls:
         module(x)
+    assert isinstance(calls[0], FusedCall)
     torch.testing.assert_close(calls[0].q, module.q_proj(x))
     torch.testing.assert_close(calls[0].k, module.k_proj(x))
-    sum(x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]).backward()
-    assert module.q_proj.weight.grad.abs().sum() > 0
-    assert module.q_proj.bias.grad.abs().sum() > 0
+    torch.stack([x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]]).sum().backward()
+    for own in module.q_proj.parameters():
+        assert own.grad is not None
+        assert own.grad.abs().sum() > 0
 
 
 class FusedVariant(EagerVariant):
@@ -250,9 +257,10 @@ FUSED = {
 def test_fused_scores_are_those_that_the_softmax_sees(module):
     with capture_attention([find_attention(module, "attn")]) as calls:
         module(torch.randn(2, 10, WIDTH))
+    assert isinstance(calls[0], FusedCall)
     scores = calls[0].scale * calls[0].q @ calls[0].k.mT
     torch.testing.assert_close(scores, module.scores.mean(1), rtol=0, atol=1e-6)
-    sum(x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]).backward()
+    torch.stack([x.sum() for x in score_statistics(calls[0], TOKENS, TOKENS)("audio", "video")[:2]]).sum().backward()
     assert module.qkv.weight.grad[: 2 * WIDTH].abs().sum() > 0
 
 

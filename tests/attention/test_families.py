@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_abpem import ABPEM
 from lightning_abpem.attention.capture import capture_attention
@@ -48,7 +49,7 @@ class Linears:
     """Outputs of every linear, call by call."""
 
     def __init__(self, model):
-        self.outputs = defaultdict(list)
+        self.outputs: defaultdict[str, list[Tensor]] = defaultdict(list)
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(lambda m, args, out, name=name: self.outputs[name].append(out))

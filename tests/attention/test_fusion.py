@@ -1,5 +1,7 @@
 """Names of the fusion, and those that do not fit the model."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -221,7 +223,7 @@ def test_calls_the_other_way_round():
 
 
 def test_an_attention_that_is_matched_twice():
-    model = nn.ModuleDict({"a": nn.ModuleDict({"attn": FusedAttention()})})
+    model: Any = nn.ModuleDict({"a": nn.ModuleDict({"attn": FusedAttention()})})
     model["alias"] = model["a"]["attn"]
     assert [x.name for x in find_fusion(model, ["a.attn", "alias"]).watched] == ["a.attn"]
     with pytest.raises(ValueError, match="match each attention once, but 'a' and 'a.attn' are one"):
@@ -232,7 +234,8 @@ def test_padding_is_known_from_every_call_with_those_keys():
     """The text's padding masks its keys; it is out of the queries of text -> image too."""
     keep = torch.ones(2, 1, 7, dtype=torch.bool)
     keep[0, :, 5:] = False
-    calls = [call("ti", 7, 4), call("it", 4, 7), FusedCall("tt", *torch.randn(2, 2, 7, 4), 0.5, keep=keep), CALLS[3]]
+    q, k = torch.randn(2, 2, 7, 4)
+    calls = [call("ti", 7, 4), call("it", 4, 7), FusedCall("tt", q, k, 0.5, keep=keep), CALLS[3]]
     compared = separate().compare(calls, WHOLE)
     [(cross, _)] = compared["text", "image"]
     scores = calls[0].scale * calls[0].q @ calls[0].k.mT
@@ -312,7 +315,7 @@ BLOCKS = {
     **{"z->audio": "attn_a", "audio->audio": "attn_a"},
     **{"z->video": "attn_v", "video->video": "attn_v"},
 }
-RANGES = {"audio": (0, 6), "video": (0, 4), "z": (-3, None)}
+RANGES: dict[str, Any] = {"audio": (0, 6), "video": (0, 4), "z": (-3, None)}
 
 
 def test_blocks_of_one_call_are_pairs():
@@ -324,10 +327,8 @@ def test_blocks_of_one_call_are_pairs():
     with ABPEM(BLOCKS, RANGES, k=2, steps=0).attach(model) as adaptation, torch.no_grad():
         model(*batch)
         for name, modality in (("attn_a", "audio"), ("attn_v", "video")):
-            q, k, _ = (
-                part.unflatten(-1, (3, -1)).transpose(1, 2)
-                for part in model.get_submodule(name).qkv(inputs[name]).chunk(3, -1)
-            )
+            attention: Any = model.get_submodule(name)
+            q, k, _ = (part.unflatten(-1, (3, -1)).transpose(1, 2) for part in attention.qkv(inputs[name]).chunk(3, -1))
             scores = (q @ k.mT / 2).mean(1)
             gap = (scores[:, :-3, :-3].mean((1, 2)) - scores[:, -3:, :-3].mean((1, 2))).mean()
             torch.testing.assert_close(adaptation.record[f"attention_gap/z_to_{modality}"], gap)

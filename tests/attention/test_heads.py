@@ -1,11 +1,14 @@
 """Heads and frames folded into the batch, in every order, against ABPEM written out by hand in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lightning_abpem import ABPEM
+from lightning_abpem.attention.calls import EagerCall, FusedCall
 from lightning_abpem.attention.capture import capture_attention
 from lightning_abpem.attention.heads import Fold, fitting_folds
 from lightning_abpem.attention.projections import find_attention
@@ -205,7 +208,7 @@ class FoldingFrames(Folded):
 @pytest.mark.parametrize("attend", ATTENDS.values(), ids=ATTENDS)
 @pytest.mark.parametrize("order", ["tbh", "bth", "htb", "thb", "bht"])
 def test_frames_folded_inside_the_attention_are_refused(order, attend):
-    attention = FoldingFrames(attend=attend)
+    attention: Any = FoldingFrames(attend=attend)
     attention.order, attention.num_heads = order, HEADS
     with pytest.raises(ValueError, match=r"Expected .*'fusion.0.attn' to .*"):
         adapt(make(attention), stream(1))
@@ -356,6 +359,7 @@ def test_columns_in_any_order(order, functional):
     with capture_attention([find_attention(module, "attn")]) as calls:
         module(x)
     q, k, _ = module.parts(x)
+    assert isinstance(calls[0], FusedCall)
     torch.testing.assert_close(calls[0].q, q.flatten(2))
     torch.testing.assert_close(calls[0].k, k.flatten(2))
 
@@ -379,6 +383,7 @@ def test_tokens_ahead_of_the_batch():
     with capture_attention([find_attention(module, "attn")]) as calls:
         module(x)
     q, k = (linear(x.transpose(0, 1)) for linear in (module.q_proj, module.k_proj))
+    assert isinstance(calls[0], EagerCall)
     torch.testing.assert_close(calls[0].scores.double(), reference.mean_scores(q, k, HEADS))
 
 
@@ -400,6 +405,7 @@ def test_projections_that_are_convolutions():
     module, x = Pixels(), torch.randn(4, 10, WIDTH)
     with capture_attention([find_attention(module, "attn")]) as calls:
         module(x)
+    assert isinstance(calls[0], FusedCall)
     torch.testing.assert_close(calls[0].q, module.qkv(x.mT).chunk(3, 1)[0].mT)
 
 

@@ -1,5 +1,7 @@
 """Reading attention masks, and what they leave of the scores that the softmax sees."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,7 +135,7 @@ class MultiHead(nn.Module):
         return self.mha(x, x, x, **self.masks)[0]
 
 
-MULTI_HEAD = {
+MULTI_HEAD: dict[str, Any] = {
     "padding": {"key_padding_mask": PADDED},
     "padding, additive": {"key_padding_mask": torch.zeros(PADDED.shape).masked_fill(PADDED, NO)},
     "causal": {"attn_mask": ~CAUSAL},
@@ -161,21 +163,25 @@ def test_masks_of_multi_head_attention(name):
     check(module, torch.randn(SAMPLES, TOKENS, WIDTH), PADDED if "padding" in name else PADDED & False)
 
 
+def said(mask, tokens):
+    return [None if x is None else x.tolist() for x in read_mask(mask, tokens)]
+
+
 def test_what_a_mask_says():
-    keep, bias = read_mask(torch.tensor([0.0, 2.0, NO]), 3)
-    assert keep.tolist() == [[[True, True, False]]]
-    assert bias.tolist() == [[[0, 2, 0]]]
-    keep, bias = read_mask(torch.tensor([[[[True], [False]]]]), 2)
-    assert keep.tolist() == [[[True, True], [False, False]]]
+    keep, bias = said(torch.tensor([0.0, 2.0, NO]), 3)
+    assert keep == [[[True, True, False]]]
+    assert bias == [[[0, 2, 0]]]
+    keep, bias = said(torch.tensor([[[[True], [False]]]]), 2)
+    assert keep == [[[True, True], [False, False]]]
     assert bias is None
     heads = torch.tensor([[[1.0, NO]], [[3.0, 4.0]]])[None]  # what one head does not see does not count
-    keep, bias = read_mask(heads, 2)
-    assert keep.tolist() == [[[True, False]]]
-    assert bias.tolist() == [[[2, 0]]]
+    keep, bias = said(heads, 2)
+    assert keep == [[[True, False]]]
+    assert bias == [[[2, 0]]]
 
 
 def test_a_nan_is_no_mask():
-    assert read_mask(torch.tensor([float("nan"), NO]), 2)[0].tolist() == [[[True, False]]]
+    assert said(torch.tensor([float("nan"), NO]), 2)[0] == [[[True, False]]]
 
 
 def test_causal_masks_start_at_the_first_token():

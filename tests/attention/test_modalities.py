@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from tests.toy import AUDIO, CLASSES, VIDEO, WIDTH, EagerFusedAttention, FusedAt
 
 
 def adapt(model, stream, **options):
-    with torch.inference_mode(), ABPEM(**({"fusion": "fusion.*.attn", "k": 2} | options)).attach(model) as adaptation:
+    given: dict[str, Any] = {"fusion": "fusion.*.attn", "k": 2} | options
+    with torch.inference_mode(), ABPEM(**given).attach(model) as adaptation:
         return torch.stack([model(*args) for args in stream]), adaptation
 
 
@@ -118,7 +120,8 @@ def test_auto_reads_one_kind_of_arguments_once(read_off):
 @pytest.mark.parametrize("inside", [True, False])
 def test_auto_says_what_a_value_that_always_differs_costs(inside, read_off, caplog):
     """A name, a number or a step may move tokens: each costs a forward, which is said once, with its place."""
-    more = [{"name": f"clip-{i}.wav", "step": i} for i in range(8)]
+    more: list[dict[str, Any]] = [{"name": f"clip-{i}.wav", "step": i} for i in range(8)]
+    stream: list[tuple[Any, ...]]
     if inside:
         stream = [(Sample(*batches(1)[0], **own),) for own in more]
     else:
@@ -188,7 +191,7 @@ HOWS = {
 def test_auto_sees_values_that_move_the_boundary(more, less, tokens_of):
     hows = [more, less, less, more, less]
     stream = [(*args, how) for args, how in zip(batches(5), hows, strict=True)]
-    options = {"fusion": "toy.fusion.*.attn", "reset": "batch"}
+    options: dict[str, Any] = {"fusion": "toy.fusion.*.attn", "reset": "batch"}
     read, _ = adapt(Shifted(tokens_of).eval(), stream, modalities="auto", **options)
     for logits, args in zip(read, stream, strict=True):
         spans = {"audio": tokens_of(args[2]), "video": 7 - tokens_of(args[2])}
@@ -198,7 +201,7 @@ def test_auto_sees_values_that_move_the_boundary(more, less, tokens_of):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_auto_and_compiled_code(whole):
-    model = make_toy()
+    model: Any = make_toy()
     if whole:
         model = torch.compile(model, backend="eager")
     else:
@@ -252,7 +255,7 @@ class Interleaved(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, CLASSES)
-        self.fusion = nn.ModuleList([nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, 3, batch_first=True)})])
+        self.fusion: Any = nn.ModuleList([nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, 3, batch_first=True)})])
 
     def forward(self, ids, padded):
         x = self.embed(ids)
@@ -273,7 +276,7 @@ def test_masks_are_the_tokens_one_by_one():
     torch.manual_seed(0)
     model = Interleaved().eval()
     ids, padded = interleaved()
-    options = {"steps": 0, "modalities": KINDS}
+    options: dict[str, Any] = {"steps": 0, "modalities": KINDS}
     _, adaptation = adapt(model, [(ids, padded)], **options)
     mha, divergences = model.fusion[0]["attn"], []
     for sample in range(3):
@@ -305,7 +308,11 @@ def test_masks_are_remembered_with_the_tokens():
     torch.manual_seed(0)
     model = Remembering().eval()
     one, two = interleaved(3), interleaved(2)
-    options = {"fusion": "block.fusion.0.attn", "modalities": KINDS, "optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
+    options: dict[str, Any] = {
+        "fusion": "block.fusion.0.attn",
+        "modalities": KINDS,
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.0),
+    }
     options |= {"memory_at": "block"}
     _, alone = adapt(model, [tuple(map(torch.cat, zip(one, two, strict=True)))], **options)
     torch.manual_seed(0)
@@ -375,12 +382,12 @@ def masks(audio, video):
 def test_one_token_of_a_modality(lengths, weight, attention, caplog):
     """Lengths and masks say the same: pairs that are drawn to a single score do not count, and the rest adapts."""
     audio, video = lengths
-    options = {"fusion": "toy.fusion.*.attn", "attention_weight": weight, "balance": "marginal"}
+    options: dict[str, Any] = {"fusion": "toy.fusion.*.attn", "attention_weight": weight, "balance": "marginal"}
     given = {"audio": audio, "video": video}
     seen = []
     for modalities in (given, masks(audio, video)):
         caplog.clear()
-        model = Pooled(*lengths, attention).eval()
+        model = Pooled(audio, video, attention).eval()
         logits, adaptation = adapt(model, batches(3), modalities=modalities, **options)
         seen.append((logits, adaptation.record))
         assert adaptation.updates == 3
@@ -402,8 +409,10 @@ def test_one_token_has_no_deviation_in_any_form(form):
     call = FusedCall("attn", torch.randn(2, 9, 3), torch.randn(2, 9, 3), 0.5)
     tokens = {"one": Tokens(slice(0, 1)), "many": Tokens(slice(1, 9))}
     block = score_statistics(call, tokens, tokens, form)
-    assert not block("one", "one").seen.any()
-    across = block("one", "many")
+    alone, across = block("one", "one"), block("one", "many")
+    assert alone.seen is not None
+    assert across.seen is not None
+    assert not alone.seen.any()
     assert across.seen.all()
     scores = 0.5 * call.q[:, :1] @ call.k[:, 1:].mT
     torch.testing.assert_close(across.std, scores.flatten(1).std(1))

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_names_that_do_not_tell(names):
 
 
 def wrapped():
-    module = GroupedAttention()
+    module: Any = GroupedAttention()
     module.q_proj, module.v_proj = LowRank(module.q_proj), Clipping(module.v_proj)
     return module
 
@@ -154,11 +155,12 @@ def test_projections_by_name():
 def test_projections_by_a_function():
     found = find_attention(Gpt2Like(), "attn", lambda module: {"bias": module.c_attn.bias})
     assert list(found.parameters) == ["attn.c_attn.bias"]
-    for given, message in (
+    wrong: list[tuple[Any, str]] = [
         (lambda module: [module.k_proj.bias], "but got a list"),
         (lambda module: {}, r"but got \{\}"),
         (lambda module: {"mine": nn.Parameter(torch.ones(1))}, r"but \['mine'\] are not in it"),
-    ):
+    ]
+    for given, message in wrong:
         with pytest.raises(ValueError, match=message):
             find_attention(wrapped(), "attn", given)
 

@@ -34,7 +34,7 @@ def test_timm(fused, options):
         nn.init.normal_(parameter)
     inputs = batches(1)[0]
     callback = ABPEM("attn", MODALITIES, k=2, restore=False)
-    fusion = find_fusion(model, callback.settings.patterns)
+    fusion = find_fusion(model, callback.settings.patterns or [])
     with capture_attention(fusion.watched) as calls:
         captured = model(*inputs)
     assert torch.equal(captured, model(*inputs))
@@ -42,7 +42,8 @@ def test_timm(fused, options):
     q, k, _ = (part.unflatten(-1, (HEADS, -1)) for part in model.attn.qkv(x).chunk(3, -1))
     q, k = model.attn.q_norm(q).flatten(2), model.attn.k_norm(k).flatten(2)
     scores = reference.mean_scores(q.detach(), k.detach(), HEADS)
-    for (m, n), [(cross, target)] in fusion.compare(calls, select_tokens(callback.settings.spans, (), {})).items():
+    tokens = select_tokens(callback.settings.spans or {}, (), {})
+    for (m, n), [(cross, target)] in fusion.compare(calls, tokens).items():
         for ours, rows in ((cross, m), (target, n)):
             expected = torch.tensor(reference.block_statistics(scores, SPANS[rows], SPANS[n]))
             torch.testing.assert_close(torch.stack(ours[:2], 1), expected, rtol=1e-6, atol=1e-6, check_dtype=False)
@@ -57,4 +58,4 @@ def test_timm(fused, options):
             model(*inputs)
             losses.append(adaptation.record["loss"].item())
     assert losses[-1] < losses[0]
-    assert inspect(model, *inputs).line.startswith('ABPEM(fusion="attn", modalities={"audio": 6, "video": 4}')
+    assert str(inspect(model, *inputs).line).startswith('ABPEM(fusion="attn", modalities={"audio": 6, "video": 4}')

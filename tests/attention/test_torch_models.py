@@ -1,5 +1,7 @@
 """The engine on torch's own transformers: their fast path, nested tensors, decoders."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -97,7 +99,7 @@ def check(compared, naive_of):
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning", "ignore:The PyTorch API of nested tensors")
 def test_encoder(layers, batch_first, padded, grad):
     model = JointEncoder(batch_first).eval()
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for i, layer in enumerate(model.fusion.layers):
         layer.self_attn.register_forward_pre_hook(lambda m, args, i=i: inputs.__setitem__(i, args[0]))
     settings = abpem(f"fusion.layers.{layers}.self_attn", {"audio": AUDIO, "video": VIDEO}).settings
@@ -143,7 +145,7 @@ def test_encoder_adapts(layers, padded):
 
 def test_decoder():
     model = CrossDecoder().eval()
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for i, layer in enumerate(model.decoder.layers):
         layer.multihead_attn.register_forward_pre_hook(lambda m, args, i=i: inputs.__setitem__(i, args[:2]))
     model.encoder.layers[1].self_attn.register_forward_pre_hook(lambda m, args: inputs.__setitem__("self", args[0]))

@@ -51,7 +51,8 @@ def grouped_weights(module):
 
 def separate_weights():
     module = TorchAttention(kdim=WIDTH, vdim=WIDTH)
-    module.mha._qkv_same_embed_dim, module.mha.in_proj_weight = False, None
+    own: Any = module.mha
+    own._qkv_same_embed_dim, own.in_proj_weight = False, None
     for name in ("q", "k", "v"):
         setattr(module.mha, f"{name}_proj_weight", nn.Parameter(torch.randn(WIDTH, WIDTH)))
     return module

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from typing import Any
 
 from lightning_abpem.bench.cells import Cell
 from lightning_abpem.bench.command import run_benchmark
@@ -15,7 +16,7 @@ def files(folder):
 
 
 def run(folder, **options):
-    quick = {"methods": "source,abpem", "seeds": 2, "workers": 1}
+    quick: dict[str, Any] = {"methods": "source,abpem", "seeds": 2, "workers": 1}
     run_benchmark(ToyBench, options.pop("arguments", {}), out=folder, **(quick | options))
 
 

@@ -1,6 +1,7 @@
 """One method on one stream, against a plain loop."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,18 +83,20 @@ def test_a_missing_modality_is_zeros():
 
 def test_a_benchmarks_options_follow_the_sensors_that_fail():
     bench = ToyBench()
-    fitting = Variant("abpem").build(bench, ["audio"], 24, 8)
+    fitting: Any = Variant("abpem").build(bench, ["audio"], 24, 8)
     assert fitting.settings.method.objective.k == 3
     assert fitting.settings.memory_batches == 2
-    own = Variant("abpem", {"k": 4, "memory_samples": 4, "steps": 2}).build(bench, ["image"], 24, 8)
+    own: Any = Variant("abpem", {"k": 4, "memory_samples": 4, "steps": 2}).build(bench, ["image"], 24, 8)
     assert (own.settings.method.objective.k, own.settings.memory_batches, own.settings.steps) == (4, 1, 2)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("cell", [("iid", 5, "audio: wind"), ("mixed", 0, "all"), ("missing", 0, "audio missing")])
-def test_every_method_runs(name, cell, caplog):
+@pytest.mark.parametrize(
+    ("protocol", "severity", "row"), [("iid", 5, "audio: wind"), ("mixed", 0, "all"), ("missing", 0, "audio missing")]
+)
+def test_every_method_runs(name, protocol, severity, row, caplog):
     bench = ToyBench()
-    found = run_cell(bench, Cell(*cell, 111, "two", 4, name), Variant(name), bench.source("two"))
+    found = run_cell(bench, Cell(protocol, severity, row, 111, "two", 4, name), Variant(name), bench.source("two"))
     assert sum(row["samples"] for row in found["rows"]) == 24
     assert found["updates"] + found["skipped"] == (0 if name == "source" else 6)
     assert "not finite" not in caplog.text

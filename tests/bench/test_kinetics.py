@@ -5,6 +5,7 @@ import re
 import shutil
 from functools import partial
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.bench.kinetics import Kinetics50C, VGGSoundC
 from lightning_abpem.bench.variants import METHODS, Variant
 from lightning_abpem.data.corrupt_files import corrupt_data_set
-from lightning_abpem.data.corruptions import Corruption
+from lightning_abpem.data.corruptions import Corruption, Sensor
 from lightning_abpem.models import CAVMAE
 from tests.data.test_audio_visual import folder  # noqa: F401  # a fixture
 
@@ -110,18 +111,25 @@ def test_lists_lead_nowhere_else_unless_told(arguments, tmp_path):
 
 def test_the_authors_settings(arguments):
     bench = Kinetics50C(**arguments)
-    for sensors, expected in ((["audio"], (7, 5.0, 4)), (["image"], (8, 1.0, 4)), (["audio", "image"], (7, 5.0, 4))):
+    published: list[tuple[list[Sensor], tuple[int, float, int]]] = [
+        (["audio"], (7, 5.0, 4)),
+        (["image"], (8, 1.0, 4)),
+        (["audio", "image"], (7, 5.0, 4)),
+    ]
+    for sensors, expected in published:
         settings = Variant("abpem-published").build(bench, sensors, 6, bench.batch_size).settings
-        objective = settings.method.objective
+        method: Any = settings.method
+        objective = method.objective
         assert (objective.k, objective.attention_weight, settings.memory_batches) == expected
         assert objective.balance == "marginal"
     assert (VGGSoundC.batch_size, VGGSoundC.recipes["image"]) == (32, "vggsound-video")
 
 
 def test_published_rows_stand_beside_ours(arguments, tmp_path):
-    console = Console(file=StringIO(), width=100)
+    written = StringIO()
+    console = Console(file=written, width=100)
     run_benchmark(Kinetics50C, arguments, out=tmp_path / "out", methods="source", seeds=1, workers=1, console=console)
-    shown = console.file.getvalue()
+    shown = written.getvalue()
     assert re.search(r"ABPEM, BriMPR's paper \(published\) +64\.1 +7\d\.\d *\n", shown)
     tables = (tmp_path / "out" / "tables.md").read_text()
     assert "| READ, READ's paper (published) |" in tables

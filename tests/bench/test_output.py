@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +29,16 @@ def test_what_a_run_leaves(tmp_path, undrawn):
     assert record["provenance"] == {"noise": "made up"}
     by_k = {own["objective"]["k"]: own["conditions"] for own in record["hyper_parameters"]["abpem"]}
     assert by_k == {2: ["image: fog", "image: gaussian noise", "clean"], 3: ["audio: wind"]}
-    (own,) = {json.dumps(own["optimizer"]) for own in record["hyper_parameters"]["abpem"]}
-    assert json.loads(own).items() >= {"class": "Adam", "lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8}.items()
+    (optimizer,) = {json.dumps(own["optimizer"]) for own in record["hyper_parameters"]["abpem"]}
+    assert json.loads(optimizer).items() >= {"class": "Adam", "lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8}.items()
     assert [own["memory_batches"] for own in record["hyper_parameters"]["source"]] == [1]
     of_iid = next(a for a in record["averages"] if (a["severity"], a["batch_size"]) == (5, 8))
-    own = [
+    accuracies = [
         float(line["accuracy"])
         for line in table
         if (line["protocol"], line["severity"], line["batch_size"], line["method"]) == ("iid", "5", "8", "abpem")
     ]
-    assert of_iid["accuracy"]["abpem"]["mean"] == pytest.approx(np.mean(own))
+    assert of_iid["accuracy"]["abpem"]["mean"] == pytest.approx(np.mean(accuracies))
     assert (tmp_path / "tables.md").read_text().count("###") == 3
     assert "tabular" in (tmp_path / "tables.tex").read_text()
     names = {path.name for path in (tmp_path / "figures").iterdir()}
@@ -85,11 +86,18 @@ class Made(ToyBench):
 
 
 def test_tables_say_what_is_procedural_left_out_or_unweighted(tmp_path):
-    console = Console(file=StringIO(), width=200)
-    options = {"methods": "source", "seeds": 1, "workers": 1, "averaging": "batches", "console": console}
+    written = StringIO()
+    console = Console(file=written, width=200)
+    options: dict[str, Any] = {
+        "methods": "source",
+        "seeds": 1,
+        "workers": 1,
+        "averaging": "batches",
+        "console": console,
+    }
     run_benchmark(Made, {}, out=tmp_path, **options)
     note = "Procedural: noise. Samples left out, for they are missing or broken: 1. Means over batches"
-    for shown in (console.file.getvalue(), *((tmp_path / f"tables.{kind}").read_text() for kind in ("md", "tex"))):
+    for shown in (written.getvalue(), *((tmp_path / f"tables.{kind}").read_text() for kind in ("md", "tex"))):
         assert note in shown
 
 
@@ -103,16 +111,17 @@ class Marked(ToyBench):
 
 
 def test_a_benchmarks_names_are_shown_as_they_are(tmp_path):
-    console = Console(file=StringIO(), width=300, force_terminal=True, color_system=None)
+    written = StringIO()
+    console = Console(file=written, width=300, force_terminal=True, color_system=None)
     run_benchmark(Marked, {}, out=tmp_path / "[b]:fire:", methods="source", seeds=1, workers=1, console=console)
-    shown = console.file.getvalue()
+    shown = written.getvalue()
     for words in (Marked.name, "broken: [bold]2[/bold] <script>.", f"{tmp_path}/[b]:fire:/tables.md"):
         assert words in shown
     assert "<script>" not in (tmp_path / "[b]:fire:" / "tables.md").read_text()
 
 
 def test_a_label_that_begins_with_an_underscore_is_in_the_legends(tmp_path, monkeypatch):
-    shown = []
+    shown: list[list[str]] = []
     savefig = Figure.savefig
 
     def keep(figure, *args, **kwargs):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lightning_abpem.bench.protocols import PROTOCOLS, chosen_kinds, dirichlet_order, find_protocol
-from lightning_abpem.data.corruptions import Corruption
+from lightning_abpem.data.corruptions import Corruption, Sensor
 
-KINDS = {"image": ("fog", "contrast", "snow"), "audio": ("wind", "rain")}
+KINDS: dict[Sensor, tuple[str, ...]] = {"image": ("fog", "contrast", "snow"), "audio": ("wind", "rain")}
 LABELS = np.repeat(np.arange(10), 18)
 
 

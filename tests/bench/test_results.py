@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -45,7 +46,7 @@ def accuracies(lines, **wanted):
 
 
 def test_a_line_per_cell_and_row():
-    cell = {
+    cell: dict[str, Any] = {
         "cell": {"method": "abpem", "seed": 111},
         "rows": [{"row": "image: fog", "samples": 4, "accuracy": 50.0}, {"row": "image: snow", "accuracy": 25.0}],
         "updates": 7,
@@ -152,9 +153,9 @@ def test_latex():
 
 def test_terminal_and_comparison():
     (summary,) = summarise(grid())
-    console = Console(file=io.StringIO(), width=80)
-    console.print(terminal(summary))
-    shown = console.file.getvalue()
+    written = io.StringIO()
+    Console(file=written, width=80).print(terminal(summary))
+    shown = written.getvalue()
     assert "iid, severity 5, batch size 8" in shown
     best = summary.average["abpem"]
     assert f"{best.mean:.1f} ± {best.deviation:.1f} %" in shown

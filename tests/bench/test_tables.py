@@ -109,17 +109,19 @@ def test_markdown_and_html(name, render):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_terminal(name):
-    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    written = io.StringIO()
+    console = Console(file=written, width=200, force_terminal=True, color_system=None)
     console.print(terminal(summary_of(name), {"image": {name: 62.5}}))
-    shown = console.file.getvalue()
+    shown = written.getvalue()
     known = SHOWN.get(name, name)
     assert shown.count(known) >= 3
     assert f"{known} (published)" in shown
     assert "\x1b[31m" not in shown
-    console = Console(file=io.StringIO(), width=200)
+    written = io.StringIO()
+    console = Console(file=written, width=200)
     comparison = Comparison(name, 5, 8, 1.0, 2.0, 1.0, None, None, None, 3)
     console.print(Markdown(comparison_markdown(f"x: {name}", "y", [comparison])))
-    assert f"x: {known}" in console.file.getvalue()
+    assert f"x: {known}" in written.getvalue()
 
 
 COMMANDS = {

@@ -133,7 +133,7 @@ def test_variants_of_the_command_line_run_nothing(folder, capsys):
 
 def test_the_command_line_goes_over_a_config(tmp_path, monkeypatch):
     """Wherever `--config` stands; and a later file over an earlier one."""
-    seen = {}
+    seen: dict[str, Any] = {}
     monkeypatch.setattr("lightning_abpem.cli.bench.run_benchmark", signed(seen))
     (tmp_path / "a.yaml").write_text(
         "samples: 3\nseeds: [1, 2]\nmethods: source\nout: a/b\nvariants: {x: {method: tent}}\n"

@@ -1,5 +1,7 @@
 """Settings, lists and files that corrupting refuses, most of them before anything is written."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import soundfile
@@ -184,7 +186,7 @@ def test_what_the_new_list_cannot_have_is_told_before_anything_is_written(data, 
 
 
 def test_what_is_too_deep_to_be_written_is_a_sentence():
-    deep = []
+    deep: list[Any] = []
     for _ in range(10_000):
         deep = [deep]
     with pytest.raises(ValueError, match="Expected shallow values and strings of whole characters"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_abpem.data.audio_corruptions import AUDIO_KINDS
-from lightning_abpem.data.corruptions import Corruption, sample_rng
+from lightning_abpem.data.corruptions import Corruption, Sensor, sample_rng
 from lightning_abpem.data.image_corruptions import HELD_OUT_IMAGE_KINDS, IMAGE_KINDS
 
 FOG = Corruption("image", "fog", 3)
@@ -13,7 +13,8 @@ FOG = Corruption("image", "fog", 3)
 def test_the_benchmarks_kinds():
     assert (len(IMAGE_KINDS), len(AUDIO_KINDS), len(HELD_OUT_IMAGE_KINDS)) == (15, 6, 4)
     assert not set(IMAGE_KINDS) & set(HELD_OUT_IMAGE_KINDS)
-    for modality, kinds in (("image", (*IMAGE_KINDS, *HELD_OUT_IMAGE_KINDS)), ("audio", AUDIO_KINDS)):
+    every: dict[Sensor, tuple[str, ...]] = {"image": (*IMAGE_KINDS, *HELD_OUT_IMAGE_KINDS), "audio": AUDIO_KINDS}
+    for modality, kinds in every.items():
         assert [Corruption(modality, kind, 1).kind for kind in kinds] == list(kinds)
     assert str(Corruption("audio", "gaussian_noise", 5)) == "audio: gaussian noise"
 

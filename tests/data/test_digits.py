@@ -3,13 +3,14 @@
 import csv
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_abpem.data import digits
 from lightning_abpem.data.audio_corruptions import AUDIO_KINDS
-from lightning_abpem.data.corruptions import Corruption
+from lightning_abpem.data.corruptions import Corruption, Sensor
 from lightning_abpem.data.digits import DigitsAV, DigitsPairs
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
 
@@ -17,7 +18,8 @@ FOLDER = Path(digits.__file__).parent / "spoken_digits"
 
 
 def tensors(**options):
-    return DigitsAV(**({"pairs": 60} | options)).test_dataloader().dataset.tensors
+    data: Any = DigitsAV(**({"pairs": 60} | options)).test_dataloader().dataset
+    return data.tensors
 
 
 def test_the_clips_are_small_and_many():
@@ -44,7 +46,8 @@ def test_splits_share_no_scan_and_no_voice():
 
 
 def test_shapes_and_normalisation():
-    audio, image, digit = DigitsAV().train_dataloader().dataset.tensors
+    data: Any = DigitsAV().train_dataloader().dataset
+    audio, image, digit = data.tensors
     assert audio.shape[1:] == (64, 32)
     assert image.shape[1:] == (1, 32, 32)
     assert audio.dtype == image.dtype == torch.float32
@@ -81,7 +84,8 @@ def test_a_pair_is_corrupted_alike_alone_and_with_all_others():
 
 def test_every_kind_leaves_finite_inputs():
     pairs = DigitsPairs(count=2)
-    for modality, kinds in (("image", IMAGE_KINDS), ("audio", AUDIO_KINDS)):
+    every: dict[Sensor, tuple[str, ...]] = {"image": IMAGE_KINDS, "audio": AUDIO_KINDS}
+    for modality, kinds in every.items():
         for kind in kinds:
             clean, corrupted = pairs.sample(0, []), pairs.sample(0, [Corruption(modality, kind, 5)])
             position = ("audio", "image").index(modality)

@@ -139,7 +139,8 @@ class Case:
                 parts[0] *= 1e30
             elif content != "normal" and size:
                 parts[0][0] = float(content)
-            batches.append(tuple(part.to(self.dtype) for part in parts))
+            audio, video = (part.to(self.dtype) for part in parts)
+            batches.append((audio, video))
         return batches
 
     def model(self) -> Model:

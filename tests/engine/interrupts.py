@@ -30,11 +30,14 @@ NOWHERE: Event = (None, 0, 0)
 class Stateful(Toy):
     """Keeps state of several kinds, each moved once by a forward; one is a tensor made in inference mode."""
 
+    total: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.load_state_dict(make_toy().state_dict())  # ahead of what that has not
         self.register_buffer("total", torch.zeros(()))
-        self.calls, self.history = 0, []
+        self.calls = 0
+        self.history: list[int] = []
         with torch.inference_mode():
             self.kept = {"video": torch.zeros(3)}
         self.norm = nn.BatchNorm1d(CLASSES)
@@ -131,7 +134,8 @@ def marks(model: nn.Module) -> dict[str, Any]:
 
 def abpem(**options: Any) -> ABPEM:
     adam = partial(torch.optim.Adam, lr=1e-2)
-    return ABPEM("fusion.*.attn", **({"modalities": MODALITIES, "optimizer": adam} | PAPER | options))
+    given: dict[str, Any] = {"modalities": MODALITIES, "optimizer": adam} | PAPER | options
+    return ABPEM("fusion.*.attn", **given)
 
 
 def tent(**options: Any) -> Tent:

@@ -1,10 +1,11 @@
 """Methods with options that a stream which is cut has to carry on, for the tests of their states."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from lightning_abpem import ABPEM
+from lightning_abpem import ABPEM, TestTimeAdaptation
 from lightning_abpem.methods import EATA, MMTTA, READ, SAR, Tent
 from tests.toy import MODALITIES, batches
 
@@ -14,7 +15,7 @@ ADAM = partial(torch.optim.Adam, lr=1e-2)
 CUT, LENGTH = 3, 6
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., TestTimeAdaptation]] = {
     "abpem": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3),
     "abpem, momentum": partial(
         ABPEM, "fusion.*.attn", MODALITIES, optimizer=partial(torch.optim.SGD, lr=1e-2, momentum=0.9)

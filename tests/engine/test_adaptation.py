@@ -1,6 +1,7 @@
 """The engine through `attach`: the authors' numbers, the same result in any way, restoration."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_golden(name, dtype, how, monkeypatch):
     optimizer = partial(torch.optim.Adam, lr=golden.config["lr"], fused=bool(fused))
     if late:
         as_on_a_gpu(monkeypatch)
-    model = golden.model()
+    model: Any = golden.model()
     before = []
 
     def logits(output):
@@ -49,7 +50,8 @@ def test_golden(name, dtype, how, monkeypatch):
         torch.no_grad(),
         golden.abpem(logits=logits, replay=bool(replay), optimizer=optimizer).attach(model) as adaptation,
     ):
-        for step, (inputs, _) in enumerate(golden):
+        for step in range(len(golden)):
+            inputs, _ = golden[step]
             before.clear()
             check(model(*inputs), golden.expected(f"after_{step}"))
             check(before[0], golden.expected(f"before_{step}"))

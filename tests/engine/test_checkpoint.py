@@ -1,17 +1,17 @@
 """A stream that is cut and goes on elsewhere predicts, to the last bit, what it would have uncut."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch.utils.data import DataLoader
 
 from lightning_abpem import ABPEM
 from tests.engine.resumed import ADAM, CUT, LENGTH, METHODS, made, predict
 from tests.ranks import in_two_processes
 from tests.reference import same_state
-from tests.toy import MODALITIES, batches, loader, make_toy
+from tests.toy import MODALITIES, Toy, batches, listed, loader, make_toy
 from tests.trainer.test_callback import trainer
 
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_adapted_weights_is_no_source(tmp_path):
 def test_a_run_that_crashed_can_be_saved(tmp_path):
     """The state is that of the last step that was taken."""
 
-    class Breaks(type(make_toy())):
+    class Breaks(Toy):
         def test_step(self, batch, batch_idx, dataloader_idx=0):
             if batch_idx == CUT:
                 raise OSError("the sensor is gone")
@@ -183,7 +183,7 @@ def test_nothing_to_save(tmp_path):
     assert made("abpem").state_dict() == {}
 
 
-class Trained(type(make_toy())):
+class Trained(Toy):
     def training_step(self, batch, batch_idx):
         return self(*batch[:2]).square().mean()
 
@@ -235,17 +235,18 @@ def test_a_stream_is_cut_between_dataloaders():
     trainer(first, taken).test(model, [loader(2), loader(3, seed=5)], verbose=False)
     assert same_state(taken.weights, dict(make_toy().named_parameters()))
     second, again = ABPEM("fusion.*.attn", MODALITIES, optimizer=ADAM, reset="dataloader"), make_toy()
+    assert taken.state is not None
     second.load_state_dict(taken.state)
     trainer(second).test(again, loader(3, seed=5), verbose=False)
     assert all(torch.equal(a, b) for a, b in zip(model.seen[2:], again.seen, strict=True))
 
 
 def test_a_loaded_state_is_not_reset_by_a_dataloader_without_batches():
-    options = {"optimizer": ADAM, "reset": "dataloader"}
+    options: dict[str, Any] = {"optimizer": ADAM, "reset": "dataloader"}
     first = ABPEM("fusion.*.attn", MODALITIES, **options)
     trainer(first).test(make_toy(), loader(2), verbose=False)
     seen = []
-    for loaders in ([loader(2, seed=5)], [DataLoader([], batch_size=4), loader(2, seed=5)]):
+    for loaders in ([loader(2, seed=5)], [listed([], batch_size=4), loader(2, seed=5)]):
         second, model = ABPEM("fusion.*.attn", MODALITIES, **options), make_toy()
         second.load_state_dict(first.state_dict())
         trainer(second).test(model, loaders, verbose=False)

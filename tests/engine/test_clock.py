@@ -1,5 +1,7 @@
 """Time on a device is read by events, after the work: with stand-ins for those of CUDA."""
 
+from typing import Any
+
 import torch
 
 from lightning_abpem.engine.clock import Clock
@@ -8,7 +10,7 @@ from lightning_abpem.engine.clock import Clock
 class Event:
     """Stands for an event of CUDA; its time is the number of events before it, in half seconds."""
 
-    made = []
+    made: list[Any] = []
 
     def __init__(self, enable_timing):
         assert enable_timing

@@ -13,11 +13,11 @@ class Teacher(Toy):
 
     def __init__(self):
         super().__init__()
-        self.slow, self.seen = nn.Linear(WIDTH, WIDTH), 0
+        self.slow, self.count = nn.Linear(WIDTH, WIDTH), 0
 
     def forward(self, *inputs):
-        self.seen += 1
-        if self.seen > 1:
+        self.count += 1
+        if self.count > 1:
             for slow, p in zip(self.slow.parameters(), self.fusion[0].attn.proj.parameters(), strict=True):
                 slow.data.mul_(0.9).add_(0.1 * p.data)
         return super().forward(*inputs)

@@ -2,10 +2,11 @@
 
 from collections import UserDict
 from dataclasses import dataclass, is_dataclass
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.engine.attached import abpem, predictions
 from tests.toy import (
@@ -13,6 +14,7 @@ from tests.toy import (
     VIDEO,
     WIDTH,
     FusedAttention,
+    Toy,
     batches,
     make_toy,
 )
@@ -37,12 +39,17 @@ class Frozen:
 class Stashing(nn.Module):
     """A frozen head that reads what the fusion left behind, with a gradient, and gets no tensor."""
 
+    state: Tensor
+
     def __init__(self):
         super().__init__()
         self.toy = make_toy()
         self.toy.fusion.register_forward_hook(lambda module, args, output: setattr(self, "state", output))
-        self.reader = nn.Linear(WIDTH, CLASSES)
-        self.reader.forward = lambda: nn.functional.linear(self.state.mean(1), self.reader.weight)
+        self.reader: Any = nn.Linear(WIDTH, CLASSES)
+        self.reader.forward = self._read  # type: ignore[assignment]
+
+    def _read(self) -> Any:
+        return nn.functional.linear(self.state.mean(1), self.reader.weight)
 
     def forward(self, audio, video):
         self.toy(audio, video)
@@ -55,7 +62,8 @@ class InPlace(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.proj, self.norm = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
-        self.fusion, self.head = nn.Sequential(nn.ModuleDict({"attn": FusedAttention()})), nn.Linear(WIDTH, CLASSES)
+        self.fusion: Any = nn.Sequential(nn.ModuleDict({"attn": FusedAttention()}))
+        self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, audio, video):
         x = self.proj(self.embed(torch.cat([audio, video], 1)))
@@ -102,7 +110,7 @@ def test_a_forward_that_edits_its_inputs(steps):
             assert set(batch) == {"video"}
 
 
-class Twice(type(make_toy())):
+class Twice(Toy):
     """Its forward calls itself on the sequence turned around."""
 
     def forward(self, audio, video, turned=False):
@@ -126,13 +134,13 @@ def test_a_forward_that_calls_itself_is_one_call(options):
             outputs.append(model(*args))
             if options.get("predicts") != "before":  # both views by the weights of now
                 audio, video = args
-                views = [Twice.__mro__[1].forward(model, view, video) for view in (audio, audio.flip(1))]
+                views = [Toy.forward(model, view, video) for view in (audio, audio.flip(1))]
                 torch.testing.assert_close(outputs[-1], sum(views) / 2)
         assert adaptation.calls == adaptation.updates == 4
 
 
 def test_a_call_that_was_interrupted_is_over():
-    model = make_toy()
+    model: Any = make_toy()
     model.__class__ = Twice
     with torch.no_grad(), abpem().attach(model) as adaptation:
         calls = []
@@ -152,7 +160,7 @@ def test_a_call_that_was_interrupted_is_over():
         assert adaptation.calls == adaptation.updates == 4
 
 
-class Streaming(type(make_toy())):
+class Streaming(Toy):
     """Its video is mixed with a hidden state, which every call moves."""
 
     def __init__(self, way):
@@ -198,7 +206,7 @@ def test_a_forward_that_edits_other_containers(kind, inference_mode):
             self.inner = make_toy()
 
         def forward(self, batch):
-            if is_dataclass(batch):
+            if isinstance(batch, Frozen | Pair):
                 audio, video = batch.audio, batch.video["tokens"]
             else:
                 audio, video = batch.pop("audio"), batch["video"]["tokens"]

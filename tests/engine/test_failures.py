@@ -114,7 +114,7 @@ def test_a_loss_that_raises(options, monkeypatch):
     model, callback = Stateful().eval(), abpem(optimizer=SGD, on_error="raise", **options)
     kind = type(callback.settings.method)
     loss = kind.loss
-    fails = []
+    fails: list[bool] = []
 
     def lost(self, step):
         if fails:
@@ -122,7 +122,7 @@ def test_a_loss_that_raises(options, monkeypatch):
         return loss(self, step)
 
     monkeypatch.setattr(kind, "loss", lost)
-    adaptation, outputs = run(callback, model, lambda now: fails.append(1) if now else fails.clear())
+    adaptation, outputs = run(callback, model, lambda now: fails.append(True) if now else fails.clear())
     assert adaptation.skipped == 0
     assert all(map(torch.equal, outputs, without_the_second(options)))
 

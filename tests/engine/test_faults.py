@@ -3,16 +3,16 @@
 import copy
 import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader
 
 from lightning_abpem.engine.faults import Skips, is_out_of_memory
 from lightning_abpem.methods import EATA, Tent
 from tests.engine.interrupts import Stateful, abpem, left_behind, marks
-from tests.toy import MODALITIES, Toy, batches, make_toy
+from tests.toy import MODALITIES, Toy, batches, listed, make_toy
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 WAYS = [{"memory_batches": 2}, {"replay": False}, {"predicts": "before"}, {"steps": 2}]
@@ -243,7 +243,10 @@ def test_the_error_of_the_users_forward_is_the_users():
         assert adaptation.skipped == 0
 
 
-HELD, ALIVE, TRIED = [], [], []  # outside the models and their closures, whose state is put back
+# Outside the models and their closures, whose state is put back.
+HELD: list[Any] = []
+ALIVE: list[bool] = []
+TRIED: list[Any] = []
 
 
 def test_the_error_does_not_hold_the_failed_pass(monkeypatch):
@@ -403,7 +406,7 @@ def test_a_trainer_goes_on(stage, tmp_path):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    getattr(trainer, stage)(Cameras(), DataLoader(stream, batch_size=None))
+    getattr(trainer, stage)(Cameras(), listed(stream))
     assert (callback.updates, callback.skipped, callback.skipped_for) == (3, 1, {"does not fit": 1})
     assert callback.state_dict()["weights"]["skipped_for"] == {"does not fit": 1}
     assert callback.averages[0]["updated"] == 1

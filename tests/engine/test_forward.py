@@ -15,6 +15,8 @@ from tests.toy import MODALITIES, PAPER, Toy, batches, make_toy
 class Scales(Toy):
     """Multiplies by a buffer that each call edits in place."""
 
+    scale: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("scale", torch.ones(1))

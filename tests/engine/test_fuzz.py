@@ -17,7 +17,7 @@ from lightning_abpem.engine.weights import AdaptedWeights
 from tests.engine.fuzzed import ATTENTIONS, METHODS, Case, sgd, try_case
 
 FEW, CASES = 50, int(os.environ.get("FUZZ", "500"))
-FOUND = Counter()
+FOUND: Counter[str] = Counter()
 
 
 def mostly(usual, *rare):

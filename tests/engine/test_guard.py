@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lightning_abpem.methods import Tent
 from tests.ranks import in_two_processes
 from tests.toy import MODALITIES, batches, loader, make_toy
 
-FAST = {"optimizer": partial(torch.optim.SGD, lr=3.0)}
+FAST: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, lr=3.0)}
 """With these Tent and ABPEM ruin the toy within some batches."""
 
 
@@ -163,7 +164,9 @@ def test_the_weights_that_come_back_are_copies_of_good_ones():
         guard.judge(good)
         assert guard.act(weights) is None
     guard.judge(bad)
-    assert guard.act(weights).batch == 41
+    event = guard.act(weights)
+    assert event is not None
+    assert event.batch == 41
     assert torch.equal(p, history[40 - 2 * 8 - 1])
     weights.step([-torch.ones(2)], torch.zeros(()))
     weights.settle()
@@ -182,7 +185,8 @@ def test_the_weights_that_come_back_are_copies_of_good_ones():
 def test_a_broken_batch_does_not_blind_the_guard(broken):
     """Its step is not taken, its predictions do not count, and the state can be saved and loaded with it."""
     data = batches(40, 8)
-    data[broken] = tuple(torch.full_like(x, torch.nan) for x in data[broken])
+    audio, video = (torch.full_like(x, torch.nan) for x in data[broken])
+    data[broken] = (audio, video)
     _, _, events, _ = adapt(Tent, data, monitor="source", guard="reset")
     assert events
     callback = Tent(**FAST, monitor="source", guard="reset")

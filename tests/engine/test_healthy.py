@@ -1,13 +1,14 @@
 """Samples whose logits are not finite: the step is that of the others, held against a twin that never saw them."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
 
-from lightning_abpem import ABPEM
+from lightning_abpem import ABPEM, TestTimeAdaptation
 from lightning_abpem.methods import EATA, MMTTA, READ, SAR, Source, SuMi, Tent
 from tests.ranks import in_two_processes
 from tests.toy import (
@@ -21,6 +22,7 @@ from tests.toy import (
     FusedAttention,
     Toy,
     batches,
+    listed,
     loader,
     make_toy,
 )
@@ -29,7 +31,7 @@ RATE, SIZE = 0.5, 8
 SGD = partial(torch.optim.SGD, lr=RATE)
 BROKEN = {1: [2], 2: [0, 7], 4: [5]}  # by batch, which samples
 SPLIT = 5  # of a batch, the samples of the first of two processes
-CLOSE = {"rtol": 0, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
 
 
 def stream(count=6):
@@ -92,7 +94,8 @@ def twins_run(memory, broken=BROKEN, away=None):
     twin, logits = Twin(memory), []
     of_first = [sum(row not in broken.get(i, ()) for row in range(SPLIT)) for i in range(6)]
     for i, batch in enumerate(stream()):
-        logits.append(twin.adapt(*(healthy(i, x, broken) for x in batch), rows=of_first if i == away else None))
+        audio, video = (healthy(i, x, broken) for x in batch)
+        logits.append(twin.adapt(audio, video, rows=of_first if i == away else None))
     return logits, twin.params
 
 
@@ -127,9 +130,9 @@ def test_in_a_trainer(tmp_path):
     expected, params = twins_run(4)
     model, callback = make_toy().double(), published(memory_batches=4, restore=False)
     own = [(*batch, torch.zeros(SIZE, dtype=torch.long)) for batch in spoiled(stream())]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **quiet)
-    trainer.test(model, DataLoader(own, batch_size=None), verbose=False)
+    trainer.test(model, listed(own), verbose=False)
     for i, logits in enumerate(model.seen):
         torch.testing.assert_close(healthy(i, logits), expected[i], **CLOSE)
     check_weights([p.detach() for p in model.fusion[0].attn.qkv.parameters()], params)
@@ -208,7 +211,7 @@ def test_arguments_in_containers_and_masks_that_they_make(memory):
 
 
 INPUTS = {"audio": 0, "video": 1}
-OTHERS = {
+OTHERS: dict[str, Callable[..., TestTimeAdaptation]] = {
     "tent": Tent,
     "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0),
     "sar": partial(SAR, entropy_margin=1.0),
@@ -317,8 +320,8 @@ def test_a_broken_loader_in_a_trainer_costs_no_result(tmp_path):
     whole = list(loader(3, SIZE))
     whole[1][0][3] = torch.nan
     callback = published()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **quiet)
-    trainer.predict(make_toy(), DataLoader(whole, batch_size=None))
+    trainer.predict(make_toy(), listed(whole))
     assert all(value.isfinite() for value in callback.averages[0].values())
     assert callback.left_out == 1

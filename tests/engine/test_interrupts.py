@@ -134,7 +134,7 @@ def test_closing_goes_on_where_it_was_interrupted():
 
 def test_a_list_of_changes_that_is_lost_is_undone():
     class Owner:
-        pass
+        a: int
 
     owner, changes = Owner(), Changes()
     changes.set(owner, "a", 1)

@@ -1,6 +1,7 @@
 """Finding the logits in what a model returns."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ class PerToken(nn.Module):
 def test_logits_of_every_token(order, way_out):
     """They are refused with the shape, and the ways out that the error names are ways out."""
     model, args = PerToken(order).eval(), batches(1)[0]
-    options = {"fusion": "toy.fusion.*.attn", "modalities": MODALITIES, "k": 2}
+    options: dict[str, Any] = {"fusion": "toy.fusion.*.attn", "modalities": MODALITIES, "k": 2}
     shape = tuple(model(*args).shape)
     with pytest.raises(ValueError, match=rf"but got \({shape[0]}, {shape[1]}, {shape[2]}\) torch.float32"):
         adapted(ABPEM(**options), model, args)
@@ -122,7 +123,7 @@ def test_heads_that_are_no_distribution(module, message):
     model = with_module(module)
     with pytest.raises(ValueError, match=f"{message}: ABPEM minimises the entropy of one distribution"):
         check_head(model)
-    options = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2}
+    options: dict[str, Any] = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2}
     with pytest.raises(ValueError, match=message), ABPEM(**options).attach(model):
         pass
     with torch.no_grad(), ABPEM(**options, logits=lambda output: output).attach(model) as adaptation:  # one's own word
@@ -159,7 +160,7 @@ def test_probabilities_are_no_logits():
     with pytest.raises(ValueError, match="these are probabilities"):
         refuse_probabilities(torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.6, 0.0]]))  # of which some are 0
     model = make_toy()
-    options = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2}
+    options: dict[str, Any] = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2}
     with (
         pytest.raises(ValueError, match="adds up to 1: these are probabilities"),
         ABPEM(**options, logits=lambda output: output.softmax(-1)).attach(model),

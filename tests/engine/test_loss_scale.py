@@ -1,6 +1,7 @@
 """The scale of losses whose gradients pass through float16."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_small_gradients_do_not_vanish(start):
     assert moved == (start > 1)
 
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "abpem": partial(abpem, fusion="toy.fusion.*.attn", attention_weight=0.0),
     "read": partial(READ, "toy.fusion.*.attn"),  # whose attention calls are not watched
 }

@@ -82,7 +82,7 @@ class Positioned(nn.Module):
 def test_arguments_without_a_batch_are_left_alone():
     run = Remembering(Positioned(), "block", 3)
     positions = torch.arange(2.0).view(1, 2, 1)
-    stored = []
+    stored: list[torch.Tensor] = []
     for size in (4, 1, 4, 1, 1, 2):
         x = torch.full((size, 2, 1), float(size))
         assert torch.equal(run(x, positions), torch.cat([*stored[-2:], x]) + positions)

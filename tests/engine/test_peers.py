@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ from tests.toy import MODALITIES, Toy, batches, make_toy
 class Failing(Toy):
     """Meets its fate in its second batch."""
 
-    fate = None
+    fate: str | None = None
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         super().test_step(batch, batch_idx)
         if self.fate == "raise" and batch_idx == 1:
             raise OSError("the camera is gone")
-        if self.fate in ("SIGKILL", "SIGSTOP") and batch_idx == 1:
+        if self.fate is not None and self.fate.startswith("SIG") and batch_idx == 1:
             os.kill(os.getpid(), getattr(signal, self.fate))
 
 
@@ -46,7 +47,7 @@ def run_of(rank, fate, sync="local"):
     torch.manual_seed(0)
     model, callback = Failing(), ABPEM("fusion.*.attn", MODALITIES, sync=sync)
     model.fate = fate if rank == 1 else None
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         accelerator="cpu", strategy="ddp", devices=WORLD, callbacks=[callback], use_distributed_sampler=False, **quiet
     )
@@ -61,7 +62,7 @@ def run_of(rank, fate, sync="local"):
 
 def alone():
     model, callback = make_toy(), ABPEM("fusion.*.attn", MODALITIES)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(accelerator="cpu", callbacks=[callback], **quiet).test(
         model, DataLoader(own_stream(0), batch_size=None), verbose=False
     )

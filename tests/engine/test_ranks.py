@@ -1,11 +1,12 @@
 """Several processes, real ones: the same steps as one process with the whole batch, whatever their streams are like."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
-from lightning_abpem import ABPEM
+from lightning_abpem import ABPEM, TestTimeAdaptation
 from lightning_abpem.engine.method import Step
 from lightning_abpem.engine.ranks import Ranks
 from lightning_abpem.methods import EATA, READ, SAR, Tent
@@ -27,7 +28,7 @@ def stream(sizes, seed=10):
     ]
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., TestTimeAdaptation]] = {
     "abpem": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3),
     "abpem published": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3, **PAPER),
     "abpem masked": partial(ABPEM, "fusion.*.attn", MASKS),
@@ -195,6 +196,7 @@ def resting(rank):
 def reached(rank):
     """By loss, which parameters the loss of a process reaches: the first here, the second there, the third nowhere."""
     here, there = torch.full((2,), 1.0 + rank), None
+    losses: list[list[torch.Tensor | None]]
     losses = [[here, there, None], [here, there, None]] if rank == 0 else [[None, None, None], [None, here, None]]
     return Ranks(torch.device("cpu")).sum(losses, [torch.zeros(2)] * 3)
 

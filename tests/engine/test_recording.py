@@ -11,7 +11,12 @@ CPU = torch.device("cpu")
 def test_many_steps_are_copied_at_once(monkeypatch):
     copies = []
     plain = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: copies.append(len(x)) or plain(x))
+
+    def copied(x):
+        copies.append(len(x))
+        return plain(x)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", copied)
     recorder = Recorder(CPU)
     for i in range(300):
         logits = torch.eye(4)[[i % 4, 3]]
@@ -41,8 +46,8 @@ def test_marks_stand_at_the_step_that_they_came_before():
 
 def test_a_batch_that_cannot_be_copied_is_told(caplog):
     recorder = Recorder(CPU)
-    recorder.keep((x for x in "ab"), {})
-    recorder.keep(torch.zeros(2), {})
+    recorder.keep(((x for x in "ab"),), {})
+    recorder.keep((torch.zeros(2),), {})
     recorder.see_blocks(None)
     assert recorder.result()["blocks"] is None
     assert "cannot be copied" in recorder.result()["no_blocks"]

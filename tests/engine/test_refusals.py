@@ -3,6 +3,7 @@
 import pickle
 from collections import OrderedDict
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -232,7 +233,8 @@ def test_a_method_with_a_loss_moves_something():
 
 
 def test_a_method_is_an_instance_with_a_name():
-    for method in (Wrong, Method(), "tent"):
+    methods: tuple[Any, ...] = (Wrong, Method(), "tent")
+    for method in methods:
         with pytest.raises(ValueError, match="Expected `method` to be an instance of a Method with a `name`"):
             TestTimeAdaptation(method, "fusion.*.attn")
 
@@ -240,7 +242,7 @@ def test_a_method_is_an_instance_with_a_name():
 @pytest.mark.parametrize("copy", [deepcopy, pickle.dumps])
 @pytest.mark.parametrize("target", [None, "inner"])
 def test_a_model_is_not_copied_while_it_adapts(copy, target):
-    model = nn.Sequential(OrderedDict(inner=make_toy())).eval()
+    model: Any = nn.Sequential(OrderedDict(inner=make_toy())).eval()
     model.forward = model.inner.forward
     with abpem(fusion="inner.fusion.*.attn", target=target).attach(model) as adaptation:
         model.inner(*batches(1)[0]) if target else model(*batches(1)[0])

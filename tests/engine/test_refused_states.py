@@ -4,6 +4,7 @@ import copy
 import re
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def other_weights():
     return type(make_toy())().eval()
 
 
-BAD = {
+BAD: dict[str, Any] = {
     "method": (lambda: READ("fusion.*.attn"), make_toy, "Expected a state of READ, but got one of ABPEM"),
     "pattern": (
         lambda: ABPEM("fusion.1.attn", MODALITIES),
@@ -263,7 +264,7 @@ def test_a_damaged_state_changes_nothing(state, damage):
     refused(put(state, path, value), message)
 
 
-JUNK = {
+JUNK: dict[str, Any] = {
     **{"text": "x", "None": None, "-1": -1, "list": [], "dict": {}},
     **{"tensor": torch.zeros(3, 7), "NaN": torch.tensor(torch.nan)},
 }

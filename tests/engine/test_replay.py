@@ -1,10 +1,11 @@
 """Replaying the frozen part: the same bits with fewer runs, and recomputing wherever that might not hold."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lightning_abpem.engine.replay import FrozenReplay
@@ -250,6 +251,8 @@ def test_other_weights_that_move_between_the_passes_are_computed():
 
 
 class Gated(Encoder):
+    level: Tensor
+
     def __init__(self):
         super().__init__()
         self.gate = 0
@@ -407,9 +410,10 @@ class Leaving(nn.Module):
 
     def __init__(self, way):
         super().__init__()
-        self.first, self.encoder = Encoder(), Encoder()
-        self.first.requires_grad_(False), self.encoder.requires_grad_(False)
-        self.adapted, self.way, self.features = nn.Linear(WIDTH, 2), way, []
+        self.first = Encoder().requires_grad_(False)
+        self.encoder: Any = Encoder().requires_grad_(False)
+        self.adapted, self.way = nn.Linear(WIDTH, 2), way
+        self.features: list[Tensor] = []
         if way == "hook":
             self.encoder.embed.register_forward_hook(lambda module, args, output: self.features.append(output))
         else:
@@ -420,7 +424,7 @@ class Leaving(nn.Module):
         given = {"x": x} if self.way == "dict" else x
         self.encoder.kept = []
         y = self.encoder(given, self.features) if self.way == "list" else self.encoder(given)
-        extra = {"hook": self.features, "list": self.features, "attribute": self.encoder.kept}.get(self.way)
+        extra: Any = {"hook": self.features, "list": self.features, "attribute": self.encoder.kept}.get(self.way)
         extra = [given["tokens"]] if self.way == "dict" else [self.encoder.last] if self.way == "tensor" else extra
         self.encoder.last = torch.zeros(())
         return self.adapted(self.first(x).mean(1) + y.mean(1) + sum(part.mean() for part in extra))

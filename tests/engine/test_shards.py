@@ -1,6 +1,7 @@
 """Models that FSDP2 cuts into shards, in two real processes: the steps of one process with the whole model."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,14 +11,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_abpem import ABPEM
+from lightning_abpem import ABPEM, TestTimeAdaptation
 from lightning_abpem.methods import EATA, READ, SAR, Tent
 from lightning_abpem.trainer.strategies import check_strategy
 from tests.ranks import WORLD, in_two_processes
 from tests.toy import MODALITIES, PAPER, Toy, batches, loader, make_toy
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
-METHODS = {
+METHODS: dict[str, Callable[..., TestTimeAdaptation]] = {
     "abpem": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3),
     "abpem published": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=3, **PAPER),
     "read": partial(READ, "fusion.*.attn"),

@@ -233,7 +233,7 @@ def dies_at(point, state, path):
             die()
 
     if point == "in writing":
-        Path.open = lambda self, mode: DiesInWriting(self, mode.replace("b", ""))
+        Path.open = lambda self, mode: DiesInWriting(self, mode.replace("b", ""))  # type: ignore[assignment]
     elif point == "before it is on disk":
         os.fsync = die
     elif point == "before it has its name":

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_no_stale_casts_in_a_surrounding_autocast(reset):
 
 def test_gradients_of_the_caller_stay_apart():
     expected = predictions(make_toy(), batches())
-    model = make_toy()
+    model: Any = make_toy()
     outside = nn.Linear(5, 5)
     model.extra = [outside]
     with abpem(logits=lambda output: output + 0 * model.extra[0](output)).attach(model):
@@ -146,13 +147,14 @@ def test_narrow_weights_move_by_way_of_float32(dtype):
 
 def test_a_step_that_ruins_the_weights_is_taken_back():
     class Ruin(torch.optim.SGD):
+        countdown = 2
+
         def step(self, closure=None):
             super().step(closure)
             if Ruin.countdown == 0:
                 self.param_groups[0]["params"][0].data.fill_(float("inf"))
             Ruin.countdown -= 1
 
-    Ruin.countdown = 2
     stream, model = batches(5), make_toy()
     with torch.no_grad(), abpem(optimizer=partial(Ruin, lr=0.1)).attach(model) as adaptation:
         got = [model(*args) for args in stream]

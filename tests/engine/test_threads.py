@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ from tests.engine.interrupts import abpem
 from tests.reference import same_state
 from tests.toy import Toy, batches, make_toy
 
-REFUSED = []  # out of the models' reach, whose state is put back
+REFUSED: list[tuple[int, str]] = []  # out of the models' reach, whose state is put back
 
 
 class Waits(Toy):
     """Its forward lets another thread go on, and waits for it."""
 
-    pause = None
+    pause: Callable[[], None] | None = None
 
     def forward(self, audio, video):
         if self.pause is not None:

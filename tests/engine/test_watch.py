@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def nats(p):
 
 def written_out(pairs, classes=5):
     """The figures of each batch; a sample's part in a mean is exp(-n / (5 C)) with n samples in later batches."""
-    every, figures = [], []
+    every: list[Any] = []
+    figures = []
     for logits, source in pairs:
         size = len(logits)
         every = [(weight * math.exp(-size / (5 * classes)), *rest) for weight, *rest in every]
@@ -96,7 +98,7 @@ def run(model, make, data, **options):
     return logits, weights, records
 
 
-ABPEM_OPTIONS = {"fusion": "fusion.*.attn", "modalities": MODALITIES}
+ABPEM_OPTIONS: dict[str, Any] = {"fusion": "fusion.*.attn", "modalities": MODALITIES}
 
 
 @pytest.mark.parametrize("memory", [1, 3])

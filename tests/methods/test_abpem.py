@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,7 @@ def test_shuffledness_by_hand(sizes):
     stream = None
     for part in logits.split(sizes):
         stream = extend_stream(stream, part)
+    assert stream is not None
     expected = naive_shuffledness([reference.softmax(row) for row in logits.tolist()])
     assert shuffledness(stream).item() == pytest.approx(expected, abs=1e-12)
     torch.testing.assert_close(stream.last, logits.softmax(1)[-1])
@@ -225,7 +227,8 @@ def test_k_is_the_square_root_of_the_classes():
 )
 def test_published_recipes(recipe, expected):
     settings = ABPEM.published("a", {"x": 2, "y": 3}, recipe, steps=2).settings
-    objective = settings.method.objective
+    method: Any = settings.method
+    objective = method.objective
     assert (objective.k, objective.attention_weight, settings.memory_batches) == expected
     assert (objective.balance, objective.balance_weight, objective.entropy_weight) == ("marginal", 1.0, 1.0)
     assert settings.steps == 2

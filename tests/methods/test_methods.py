@@ -3,13 +3,15 @@
 import csv
 import json
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_abpem import ABPEM, TestTimeAdaptation
 from lightning_abpem.engine.method import Method, record_of
@@ -25,7 +27,7 @@ from tests.toy import CLASSES, MODALITIES, PAPER, WIDTH, batches, loader, make_t
 SGD = partial(torch.optim.SGD, lr=0.05)
 NORMS = {"audio.norm", "video.norm", "fusion.0.norm", "head.0"}
 NORM_PARAMS = {f"{name}.{kind}" for name in NORMS for kind in ("weight", "bias")}
-METHODS = {
+METHODS: dict[str, Callable[..., TestTimeAdaptation]] = {
     "source": Source,
     "tent": Tent,
     "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0),
@@ -39,7 +41,7 @@ METHODS = {
 
 def sharp_toy():
     """In float64, with predictions of all degrees of confidence."""
-    model = make_toy().double()
+    model: Any = make_toy().double()
     torch.manual_seed(3)
     nn.init.normal_(model.head[1].weight, std=1.5)
     return model
@@ -89,10 +91,12 @@ def by_hand(model, data, gradients):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 def test_read_golden(dtype, bound):
     golden = Golden("read", dtype)
-    model, config = golden.model(), golden.config
+    model: Any = golden.model()
+    config = golden.config
     method = READ("blocks_u.*.attn", optimizer=partial(torch.optim.Adam, lr=config["lr"]), restore=False)
     with torch.no_grad(), method.attach(model) as adaptation:
-        for step, (inputs, _) in enumerate(golden):
+        for step in range(len(golden)):
+            inputs, _ = golden[step]
             after = model(inputs) if not isinstance(inputs, tuple) else model(*inputs)
             torch.testing.assert_close(after.double(), golden.expected(f"after_{step}"), rtol=0, atol=bound)
             confidence, balance = golden.record["losses"][step]
@@ -138,9 +142,10 @@ def test_predictions_after_the_update_are_those_before_the_next_one():
 class BatchNormed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
-        self.layers[1].running_mean.fill_(3.0)
-        self.layers[1].running_var.fill_(0.2)
+        norm: Any = nn.BatchNorm1d(WIDTH)
+        self.layers = nn.Sequential(nn.Linear(3, WIDTH), norm, nn.Tanh(), nn.Linear(WIDTH, CLASSES))
+        norm.running_mean.fill_(3.0)
+        norm.running_var.fill_(0.2)
 
     def forward(self, x):
         return self.layers(x)
@@ -174,7 +179,7 @@ class NormAct(nn.BatchNorm1d):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_running_statistics_are_there_while_batches_have_their_own(kind, compiled):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, WIDTH), kind(WIDTH), nn.Linear(WIDTH, CLASSES)).eval()
+    model: Any = nn.Sequential(nn.Linear(3, WIDTH), kind(WIDTH), nn.Linear(WIDTH, CLASSES)).eval()
     x = torch.randn(6, 3)
     source = {name: value.clone() for name, value in model.state_dict().items()}
     run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
@@ -219,9 +224,12 @@ def test_norm_params():
 
 @pytest.mark.parametrize("fisher", [False, True])
 def test_eata_written_out(fisher):
-    options = {"entropy_margin": 0.6, "redundancy": 0.7, "fisher_weight": 5.0}
+    options: dict[str, Any] = {"entropy_margin": 0.6, "redundancy": 0.7, "fisher_weight": 5.0}
     fishing = stream(2, 5) if fisher else []
-    margin, mean, kept_counts, importance, start = 0.6 * math.log(CLASSES), None, [], {}, {}
+    margin, mean = 0.6 * math.log(CLASSES), None
+    kept_counts: list[int] = []
+    importance: dict[str, Tensor] = {}
+    start: dict[str, Tensor] = {}
 
     def gradients(model, args, params):
         nonlocal mean
@@ -262,7 +270,9 @@ def test_eata_written_out(fisher):
 
 
 def test_sar_written_out():
-    margin, averages, kept_counts = 0.7 * math.log(CLASSES), [], []
+    margin = 0.7 * math.log(CLASSES)
+    averages: list[float] = []
+    kept_counts: list[tuple[int, int]] = []
 
     def gradients(model, args, params):
         values = list(params.values())
@@ -395,7 +405,11 @@ class Sometimes(Method):
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
 def test_a_figure_that_not_every_step_has(log_every_n_steps, tmp_path):
     """As SuMi's `sharing`, which a batch of which no sample is kept does not have."""
-    silent = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    silent: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
     logger, method = CSVLogger(tmp_path), TestTimeAdaptation(Sometimes(), figures="all")
     trainer = Trainer(
         callbacks=[method], logger=logger, log_every_n_steps=log_every_n_steps, accelerator="cpu", **silent
@@ -485,7 +499,7 @@ def test_impossible_classes_that_differ_from_sample_to_sample(balance):
 
 def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match='`predicts` to be one of "after", "before", but got \'never\''):
-        Tent(predicts="never")
+        Tent(predicts="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='`steps` to be 1 with predicts="before", but got 2'):
         Tent(steps=2)
     with pytest.raises(ValueError, match='`memory_batches` to be 1 with predicts="before", but got 3'):
@@ -520,7 +534,7 @@ def test_a_step_whose_prediction_fails_is_not_taken(name):
     """Nor is anything remembered of it, however the prediction was broken off."""
     for error in (RuntimeError, KeyboardInterrupt):
         model, data = make_toy(), batches()
-        calls = []
+        calls: list[bool] = []
 
         def fail(module, args, output, calls=calls, error=error):
             calls.append(torch.is_grad_enabled())

@@ -20,7 +20,8 @@ def compare(calls, spans):
 
 def layers(count, spans=SPANS):
     torch.manual_seed(0)
-    calls = [FusedCall("a", *torch.randn(2, 4, 15, 12, dtype=torch.float64), 0.5 / 3) for _ in range(count)]
+    pairs = [torch.randn(2, 4, 15, 12, dtype=torch.float64) for _ in range(count)]
+    calls = [FusedCall("a", q, k, 0.5 / 3) for q, k in pairs]
     scores = [reference.mean_scores(call.q, call.k, 3, 0.5) for call in calls]
     return compare(calls, spans), scores
 
@@ -96,4 +97,4 @@ def test_k_above_the_number_of_classes():
 
 
 def test_k_may_be_any_integer_type():
-    assert Objective(k=np.int64(2)).k == 2
+    assert Objective(k=np.int64(2)).k == 2  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def sumi_by_hand(model, data, total, fused_margin, unimodal_margin, weight):
 
 
 def test_sumi():
-    options = {"total_batches": 12, "fused_margin": 1.1, "unimodal_margin": 0.3, "sharing_weight": 2.0}
+    options: dict[str, Any] = {"total_batches": 12, "fused_margin": 1.1, "unimodal_margin": 0.3, "sharing_weight": 2.0}
     data = stream(10, 16)
     expected, taken = sumi_by_hand(sharp_toy(), data, *(options.values()))
     ours, adaptation = adapted(SuMi(INPUTS, ENCODERS, optimizer=SGD, **options), sharp_toy(), data)
@@ -306,7 +307,7 @@ def test_bad_options():
     with pytest.raises(ValueError, match="Expected `fused_margin` to be a finite number above 0"):
         SuMi(INPUTS, ENCODERS, fused_margin=0)
     with pytest.raises(ValueError, match='Expected `selection` to be one of "soft", "hard", but got \'both\''):
-        MMTTA(INPUTS, selection="both")
+        MMTTA(INPUTS, selection="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Expected `momentum` to be in \[0, 1\), but got 1"):
         MMTTA(INPUTS, momentum=1)
     with (

@@ -1,5 +1,8 @@
 """Figures of attention: class = function = a twin that makes every score map, in float64, a head at a time."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,10 @@ from tests.toy import MODALITIES, batches, make_toy
 
 HEADS, WIDTH = 3, 4
 SPANS = {"audio": (0, 6), "video": (6, 10), "text": (10, 15)}
-FIGURES = {"gap": (AttentionGap, attention_gap), "divergence": (AttentionDivergence, attention_divergence)}
+FIGURES: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "gap": (AttentionGap, attention_gap),
+    "divergence": (AttentionDivergence, attention_divergence),
+}
 every_figure = pytest.mark.parametrize("figure", FIGURES)
 
 
@@ -32,7 +38,7 @@ def values_of(figure, cross, own):
 
 def by_pair(figure, data, spans, keep=None, scale=WIDTH**-0.5):
     """Means over all samples of all batches, and the mean of these."""
-    found = {f"{m}_to_{n}": [] for m in spans for n in spans if m != n}
+    found: dict[str, list[Any]] = {f"{m}_to_{n}": [] for m in spans for n in spans if m != n}
     for q, k in data:
         for i in range(len(q)):
             maps = [scale * np.asarray(q[i, h].double()) @ np.asarray(k[i, h].double()).T for h in range(q.shape[1])]
@@ -133,13 +139,13 @@ def test_without_a_sample_there_is_no_figure(figure):
 def test_scores_that_are_not_numbers_do_not_pass_unnoticed():
     [(q, k)] = queries_and_keys((3,))
     q[1, 0, 2] = torch.nan
-    assert attention_gap(q, k, modalities=SPANS).isnan()
+    assert FIGURES["gap"][1](q, k, modalities=SPANS).isnan()
 
 
 def test_the_gradient_is_that_of_the_cross_blocks():
     [(q, k)] = queries_and_keys((3,))
     q, k = q.requires_grad_(), k.requires_grad_()
-    attention_divergence(q, k, modalities={"audio": (0, 6), "video": (6, 10)}).backward()
+    FIGURES["divergence"][1](q, k, modalities={"audio": (0, 6), "video": (6, 10)}).backward()
     assert q.grad.isfinite().all()
     assert q.grad[:, :, :10].abs().sum() > 0
     assert q.grad[:, :, 10:].abs().sum() == 0
@@ -160,6 +166,7 @@ def test_captured_calls_of_a_forward(figure, depth):
             model(*(x.double() for x in batches(1, size)[0]))
         metric.update(calls)
         for call in calls:
+            assert isinstance(call, FusedCall)
             by_hand.update(*(x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (call.q, call.k)))
     assert metric.compute().item() == pytest.approx(by_hand.compute().item(), abs=1e-12)
     single = FIGURES[figure][1](calls[0], modalities=MODALITIES)
@@ -175,7 +182,7 @@ def test_modules_by_pair(figure):
     torch.manual_seed(0)
     family = FAMILIES["BridgeTower"]()
     callback = ABPEM(**family.options, steps=0)
-    fusion = find_fusion(family.model, callback.settings.patterns)
+    fusion = find_fusion(family.model, callback.settings.patterns or [])
     with torch.no_grad(), callback.attach(family.model) as adaptation:
         family.model(**family.inputs)
     metric = FIGURES[figure][0](["text", "image"], fusion, average="none")
@@ -214,8 +221,8 @@ SEPARATE = find_fusion(make_toy(depth=2), {("a", "b"): ["fusion.0.attn"], ("b", 
         (lambda: AttentionGap(["audio", "video"]), r"`modalities` to say how many tokens .* but got \['audio'"),
         (lambda: AttentionGap("auto"), "`modalities` to say how many tokens .* but got 'auto'"),
         (lambda: AttentionGap({"a": lambda x: x, "b": (0, 2)}), "a length or .* for modality 'a', but got <function"),
-        (lambda: AttentionGap(MODALITIES, average="micro"), '`average` to be "macro" or "none", but got \'micro\''),
-        (lambda: attention_gap(Q, Q, modalities=MODALITIES, average=None), "`average` .* but got None"),
+        (lambda: AttentionGap(MODALITIES, average="micro"), '`average` to be "macro" or "none", but got \'micro\''),  # type: ignore[arg-type]
+        (lambda: attention_gap(Q, Q, modalities=MODALITIES, average=None), "`average` .* but got None"),  # type: ignore[arg-type]
         (lambda: attention_gap(Q, modalities=MODALITIES), r"`q` and `k` to be .* got \(2, 3, 10, 4\) and NoneType"),
         (lambda: attention_gap(Q[0], Q[0], modalities=MODALITIES), r"`q` and `k` .* got \(3, 10, 4\) and \(3, 10, 4\)"),
         (lambda: attention_gap(Q, Q[:, :2], modalities=MODALITIES), r"got \(2, 3, 10, 4\) and \(2, 2, 10, 4\)"),
@@ -226,7 +233,7 @@ SEPARATE = find_fusion(make_toy(depth=2), {("a", "b"): ["fusion.0.attn"], ("b", 
         (lambda: attention_gap(Q[:, :, :9], Q[:, :, :9], modalities=MODALITIES), "got 10 .* and 9 tokens"),
         (lambda: attention_gap(Q, Q, torch.ones(5, 10), modalities=MODALITIES), r"`mask` to expand .* got \(5, 10\)"),
         (lambda: attention_gap([], modalities=MODALITIES), r"queries and keys, or the calls .* but got \[\]"),
-        (lambda: attention_gap([1], modalities=MODALITIES), r"but got \['int'\]"),
+        (lambda: attention_gap([1], modalities=MODALITIES), r"but got \['int'\]"),  # type: ignore[list-item]
         (lambda: attention_gap(calls_of((2, 10, 4)), Q, modalities=MODALITIES), "captured calls alone"),
         (
             lambda: attention_gap(calls_of((2, 10, 4), (3, 10, 4)), modalities=MODALITIES),
@@ -248,4 +255,4 @@ def test_an_attention_is_found_by_its_module():
     model = make_toy()
     with torch.no_grad(), capture_attention([find_attention(model.fusion[0].attn, "attn")]) as calls:
         model(*batches(1)[0])
-    assert attention_gap(calls, modalities=MODALITIES).isfinite()
+    assert FIGURES["gap"][1](calls, modalities=MODALITIES).isfinite()

@@ -1,6 +1,7 @@
 """Metrics inside a LightningModule, logged as torchmetrics' own are, with and without a callback."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from lightning_abpem.methods import Tent
 from lightning_abpem.metrics import AttentionDivergence, AttentionGap, ClassShare, Entropy, FlipRate, Information
 from tests.toy import CLASSES, MODALITIES, Toy, loader, make_toy
 
-QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+NAMES = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+QUIET: dict[str, Any] = dict.fromkeys(NAMES, False)
 
 
 class Measured(Toy):
@@ -37,7 +39,9 @@ class Measured(Toy):
         self.divergence.update(calls)
 
     def on_test_epoch_end(self):
-        self.log_dict(self.divergence.compute())
+        pairs = self.divergence.compute()
+        assert isinstance(pairs, dict)
+        self.log_dict(pairs)
         self.divergence.reset()
 
 

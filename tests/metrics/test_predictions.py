@@ -1,11 +1,14 @@
 """Figures of predictions: class = function = a float64 twin, over batches of different sizes."""
 
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torchmetrics import MetricCollection
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_abpem import functional as F
@@ -38,7 +41,7 @@ def class_share(logits, _):
     return nats(softmax(logits).mean(0))
 
 
-METRICS = {
+METRICS: dict[str, tuple[Callable[..., Metric], Callable[..., Tensor], Callable[..., Any]]] = {
     "Entropy": (Entropy, lambda x, s: F.entropy(x).mean(), lambda x, s: np.mean(reference.entropies(x))),
     "PrincipalEntropy, k=3": (
         lambda **kwargs: PrincipalEntropy(3, **kwargs),
@@ -111,7 +114,7 @@ def test_half_precision_is_widened(name, dtype):
 
 @every_metric
 def test_a_module_that_is_cast_leaves_the_sums_as_they_are(name):
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.metric = METRICS[name][0]()
     module.to(torch.float16)
     for _ in range(2):
@@ -164,7 +167,7 @@ def test_nothing_keeps_a_graph(name):
     logits = BATCHES[0][0].clone().requires_grad_()
     metric = METRICS[name][0]()
     update(metric, logits, BATCHES[0][1])
-    assert not any(state.requires_grad for state in metric.metric_state.values())
+    assert not any(torch.as_tensor(state).requires_grad for state in metric.metric_state.values())
 
 
 def test_bounds_of_the_information():
@@ -211,13 +214,13 @@ def test_calibration_is_torchmetrics_own():
     [
         (lambda: PrincipalEntropy(0), '`k` to be an integer in .* or "auto", but got 0'),
         (lambda: ClassShare(0), "`num_classes` to be an integer >= 1, but got 0"),
-        (lambda: Information(2.0), "`num_classes` to be an integer >= 1, but got 2.0"),
+        (lambda: Information(2.0), "`num_classes` to be an integer >= 1, but got 2.0"),  # type: ignore[arg-type]
         (
             lambda: Entropy().update(torch.zeros(3)),
             r"`logits` to be a .* \(samples, classes\), but got .*float32 \(3,\)",
         ),
         (lambda: Entropy().update(torch.zeros(3, 2).long()), r"but got torch.int64 \(3, 2\)"),
-        (lambda: Entropy().update(None), "but got NoneType"),
+        (lambda: Entropy().update(None), "but got NoneType"),  # type: ignore[arg-type]
         (lambda: Entropy().update(torch.zeros(3, 0)), r"but got torch.float32 \(3, 0\)"),
         (lambda: ClassShare(5).update(torch.zeros(3, 4)), r"of \(samples, 5\), but got torch.float32 \(3, 4\)"),
         (lambda: PrincipalEntropy(5).update(torch.zeros(3, 4)), "but got 5 and logits of 4 classes"),

@@ -1,7 +1,10 @@
 """Two real processes: each has other batches, and both compute what one has of all of them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torchmetrics import Metric
 
 from lightning_abpem.metrics import (
     AttentionDivergence,
@@ -15,7 +18,7 @@ from lightning_abpem.metrics import (
 from tests.ranks import in_two_processes
 
 CLASSES, SPANS = 5, {"audio": 6, "video": 4}
-METRICS = {
+METRICS: dict[str, Callable[[], Metric]] = {
     "Entropy": Entropy,
     "PrincipalEntropy": PrincipalEntropy,
     "FlipRate": FlipRate,

@@ -1,13 +1,15 @@
 """CAV-MAE: the published architecture, and loading its checkpoints."""
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
 
 from lightning_abpem.models import CAVMAE
 from tests.golden_runs import Golden, published_weights
 from tests.reference import same_state
+from tests.toy import listed
 
 
 def small():
@@ -30,7 +32,8 @@ def test_published_size():
     head = 2 * width + width * 50 + 50
     expected = 23 * block + patches + tokens * width + 2 * width + 2 * width + head
     assert sum(p.numel() for p in model.parameters()) == expected
-    assert model.blocks_u[0].attn.qkv.weight.shape == (3 * 768, 768)
+    fusion: Any = model.blocks_u[0]
+    assert fusion.attn.qkv.weight.shape == (3 * 768, 768)
     assert (len(model.blocks_a), len(model.blocks_v), len(model.blocks_u)) == (11, 11, 1)
 
 
@@ -86,7 +89,7 @@ def test_accuracy_is_per_dataloader_and_weighted_by_samples():
             return audio
 
     def loader(*batches):
-        return DataLoader([((torch.eye(10)[: len(b)], torch.zeros(len(b))), torch.tensor(b)) for b in batches], None)
+        return listed([((torch.eye(10)[: len(b)], torch.zeros(len(b))), torch.tensor(b)) for b in batches])
 
     runner = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     loaders = [loader([0, 1, 2, 3], [0, 9]), loader([9])]

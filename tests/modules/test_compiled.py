@@ -1,6 +1,7 @@
 """The engine and torch.compile: what each way of compiling gives, and that nothing is compiled anew for each batch."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ class Encoder(nn.Module):
 
 
 def toy():
-    model = make_toy()
+    model: Any = make_toy()
     torch.manual_seed(1)
     model.audio, model.video = Encoder(), Encoder()
     return model.eval()
@@ -114,7 +115,8 @@ def fresh():
 
 
 def abpem(**changes):
-    return ABPEM(**({"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2, "optimizer": ADAM} | changes))
+    options: dict[str, Any] = {"fusion": "fusion.*.attn", "modalities": MODALITIES, "k": 2, "optimizer": ADAM}
+    return ABPEM(**(options | changes))
 
 
 def adapted(model, **changes):
@@ -168,7 +170,7 @@ def test_everything_compiled_by_the_trainer():
     expected = toy()
     run = partial(Trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu")
     run(enable_model_summary=False, callbacks=[abpem()]).test(expected, loader(), verbose=False)
-    compiled = torch.compile(toy(), backend="eager")
+    compiled: Any = torch.compile(toy(), backend="eager")
     run(enable_model_summary=False, callbacks=[abpem()]).test(compiled, loader(), verbose=False)
     torch.testing.assert_close(torch.cat(compiled._orig_mod.seen), torch.cat(expected.seen), rtol=0, atol=1e-6)
 
@@ -191,7 +193,7 @@ def test_a_target_inside_compiled_code():
 
 
 def test_a_compiled_target():
-    model = nn.Module()
+    model: Any = nn.Module()
     model.net = torch.compile(toy(), backend="eager")
     model.eval()
     with torch.no_grad(), abpem(fusion="net.fusion.*.attn", target="net").attach(model):
@@ -200,7 +202,7 @@ def test_a_compiled_target():
 
 
 def test_entries():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3))
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)), nn.Linear(3, 3))
     assert not is_compiled(model)
     model[0].compile(backend="eager")
     assert compiled_entry(model[0]) == "_compiled_call_impl"
@@ -215,7 +217,7 @@ def test_entries():
 
 def test_going_around():
     model, backend = nn.Sequential(nn.Linear(3, 3)), Graphs()
-    compiled = torch.compile(model, backend=backend)
+    compiled: Any = torch.compile(model, backend=backend)
     before = dict(compiled.__dict__)
     with Changes() as changes:
         eagerly(changes, compiled_around(compiled, [model[0]]))

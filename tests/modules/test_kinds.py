@@ -30,6 +30,7 @@ class Kind(NamedTuple):
 
 class Slotted(Tensor):
     __slots__ = ("count",)
+    count: int
     calls = 0
 
 
@@ -103,7 +104,7 @@ def config():
 
 
 def queue():
-    own = asyncio.Queue()
+    own: asyncio.Queue[int] = asyncio.Queue()
     own.put_nowait(1)
     own.put_nowait(2)
     return own
@@ -111,9 +112,9 @@ def queue():
 
 def empty_cell():
     def count():
-        nonlocal calls
+        nonlocal calls  # type: ignore[misc]
         try:
-            calls += 1
+            calls += 1  # type: ignore[has-type]
         except NameError:
             calls = 1
 
@@ -173,7 +174,7 @@ class Data(LightningDataModule):
 
 def trainer():
     own = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
-    own.datamodule = Data()
+    own.datamodule = Data()  # type: ignore[attr-defined]
     return own
 
 

@@ -1,5 +1,7 @@
 """Flags and gradients of parameters: the user's, or those of a pass."""
 
+from typing import Any
+
 import torch
 
 from lightning_abpem.modules.parameters import GradientFlags
@@ -11,7 +13,7 @@ def flags_of(model):
 
 
 def test_flags_and_gradients_are_those_of_a_pass_or_the_users_of_the_moment():
-    model = make_toy()
+    model: Any = make_toy()
     own, frozen = model.head[1].weight, model.audio.embed.weight
     flags = GradientFlags(model, [own, frozen])
     frozen.requires_grad_(False)

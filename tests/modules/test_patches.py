@@ -1,5 +1,7 @@
 """Finding modules by pattern, and changing a model for a while."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -80,7 +82,7 @@ def test_inference_tensors_are_replaced_for_a_while():
 
 
 def test_inference_tensors_in_lists_and_dicts_are_replaced_for_a_while():
-    model = nn.Module()
+    model: Any = nn.Module()
     with torch.inference_mode():
         model.cache, model.maps = {7: torch.ones(3)}, ["a", torch.zeros(2)]
     before = model.cache[7], model.maps[1]
@@ -128,9 +130,11 @@ def test_what_the_run_wrote_over_inference_tensors_stays():
 
 
 def test_names_leave_out_what_compiling_adds():
-    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(3, 3))))
+    inner: Any = torch.compile(nn.Sequential(nn.Linear(3, 3)))
+    model: Any = nn.Sequential(inner)
     assert list(find_modules(model, "0.*")) == list(find_modules(model, "0._orig_mod.*")) == ["0.0"]
-    assert find_modules(torch.compile(model), "0")["0"] is model[0]._orig_mod
+    whole: Any = torch.compile(model)
+    assert find_modules(whole, "0")["0"] is model[0]._orig_mod
 
 
 def streaming_model():

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ class Keeps(Toy):
 
     def __init__(self):
         super().__init__()
-        self.kept = None
+        self.kept: Any = None
 
     def forward(self, audio, video):
         if self.kept is None:

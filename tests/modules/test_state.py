@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_a_latent_is_the_same_leaf_in_a_pass():
     assert torch.equal(model.latent, torch.ones(3))
     assert model.latent.requires_grad
     assert model.latent.grad is gradient
+    assert gradient is not None
     assert torch.equal(gradient, torch.ones(3))
 
 
@@ -63,7 +65,9 @@ def test_a_nested_tensor_is_kept_unless_it_is_edited(layout):
 
 
 def test_a_snapshot_is_let_go_of_without_a_collection():
-    snapshot = Snapshot(Holds(), [torch.zeros(2, 3), [torch.ones(3)], (x for x in ())], {"more": {"a": torch.ones(1)}})
+    none: list[int] = []
+    nothing = (x for x in none)
+    snapshot = Snapshot(Holds(), [torch.zeros(2, 3), [torch.ones(3)], nothing], {"more": {"a": torch.ones(1)}})
     is_there = weakref.ref(snapshot)
     gc.collect()
     gc.disable()
@@ -93,7 +97,7 @@ def test_every_table_of_a_module_is_put_back(name):
 
 
 def test_too_deep_a_chain_of_tuples_is_named():
-    model = Holds()
+    model: Any = Holds()
     for i in range(2000):
         model.history = (getattr(model, "history", None), i)
     with pytest.raises(ValueError, match="'history' of module 'Holds' holds tuples in tuples, too deep"):

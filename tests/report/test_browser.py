@@ -42,11 +42,13 @@ def test_in_a_browser(tmp_path, kind, scheme):
         for width in WIDTHS
     )
     (tmp_path / "frame.html").write_text(FRAME.format(frames=frames), encoding="utf-8")
+    assert BROWSER is not None
     words = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     words += ["--enable-logging=stderr", "--window-size=1800,1000", "--virtual-time-budget=5000", "--dump-dom"]
     words += ["--blink-settings=preferredColorScheme=0"] * (scheme == "dark")
     ran = subprocess.run([*words, f"file://{tmp_path}/frame.html"], capture_output=True, text=True, timeout=120)
-    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', ran.stdout, flags=re.DOTALL)[1]))
+    [found] = re.findall(r'<pre id="seen">(.*?)</pre>', ran.stdout, flags=re.DOTALL)
+    seen = json.loads(html.unescape(found))
     assert [own["width"] for own in seen] == list(WIDTHS)
     for own in seen:
         assert own["scroll"] <= own["width"]

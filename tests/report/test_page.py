@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,10 @@ class Seen(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes, self.words, self.open = set(), [], [], []
+        self.tags: set[str] = set()
+        self.attributes: list[Any] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
         self.feed(page)
         self.close()
         assert self.open == []
@@ -96,7 +100,7 @@ def test_colours_and_sizes_are_the_pages(kind):
         assert not re.match(r"<svg[^>]*(width|height)=", svg)
     used, known = set(re.findall(r"var\((--\w+)\)", page)), set(re.findall(r"(--\w+):", page))
     assert used <= known
-    dark = re.search(r"prefers-color-scheme: dark\) \{(.*?)\} \}", page, flags=re.DOTALL)[1]
+    [dark] = re.findall(r"prefers-color-scheme: dark\) \{(.*?)\} \}", page, flags=re.DOTALL)
     assert set(re.findall(r"(--\w+):", dark)) == known
 
 
@@ -155,21 +159,21 @@ def test_resets_that_are_too_many_are_told_and_not_drawn():
 
 @pytest.mark.usefixtures("undrawn")
 def test_metrics_stand_with_their_dataloader():
-    row = re.search(r"<tr><td>accuracy</td>(.*?)</tr>", run_page(record()))[1]
+    row = re.findall(r"<tr><td>accuracy</td>(.*?)</tr>", run_page(record()))[0]
     assert re.findall(r">([^<]+)</td>", row) == ["0.5", "0.25", "-"]
     content = record()
     content["dataloaders"] = content["dataloaders"][:1]
     content["metrics"] = {"accuracy": 0.75}
-    row = re.search(r"<tr><td>accuracy</td>(.*?)</tr>", run_page(content))[1]
+    row = re.findall(r"<tr><td>accuracy</td>(.*?)</tr>", run_page(content))[0]
     assert re.findall(r">([^<]+)</td>", row) == ["0.75"]
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_accuracy_of_a_benchmark_is_averaged_over_seeds():
     page = bench_page("iid", lines())
-    row = re.search(r"<tr><td>image: fog</td>(.*?)</tr>", page)[1]
+    row = re.findall(r"<tr><td>image: fog</td>(.*?)</tr>", page)[0]
     assert re.sub(r"<[^>]*>", " ", row).split() == ["51.0", "±", "1.4", "61.0", "±", "1.4"]
     assert re.findall(r'class="number best">([\d.]+)', page) == ["61.0"] * 3
-    assert re.search(r"<tr><td>other</td>(.*?)</tr>", page)[1].count("1.5") == 1
+    assert re.findall(r"<tr><td>other</td>(.*?)</tr>", page)[0].count("1.5") == 1
     with pytest.raises(ValueError, match="but got 0"):
         bench_page("none", [])

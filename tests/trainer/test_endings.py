@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ class Ends(Callback):
 class Model(Stateful):
     """Its own hooks and its step may do something at the bad batch."""
 
-    acts = {}
+    acts: dict[str, Any] = {}
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         super().test_step(batch, batch_idx)
@@ -97,8 +98,13 @@ ENDS = {  # by name: what does it, how many batches were adapted to before
 
 
 def run(model, callback, data, callbacks=(), workers=0, checkpoint=None):
-    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    trainer = Trainer(callbacks=[*callbacks, callback], **options)
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+    }
+    trainer: Any = Trainer(callbacks=[*callbacks, callback], **options)
     loop = trainer.test_loop
     try:
         loader = DataLoader(

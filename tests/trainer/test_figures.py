@@ -10,13 +10,12 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
 
 from lightning_abpem import ABPEM, __version__
 from lightning_abpem.display import plain_text
 from lightning_abpem.methods import EATA, Tent
 from lightning_abpem.trainer.figures import HEADLINE
-from tests.toy import MODALITIES, batches, loader, make_toy
+from tests.toy import MODALITIES, batches, listed, loader, make_toy
 from tests.trainer.test_callback import abpem, trainer
 
 
@@ -95,7 +94,7 @@ def test_steps_between_two_rows_are_averaged_over_samples(tmp_path):
     def rows(every):
         logger = CSVLogger(tmp_path, version=every)
         runner = trainer(abpem(), logger=logger, log_every_n_steps=every)
-        runner.test(make_toy(), DataLoader(stream, batch_size=None), verbose=False)
+        runner.test(make_toy(), listed(stream), verbose=False)
         logger.save()
         with open(f"{logger.log_dir}/metrics.csv") as file:
             own = [row for row in csv.DictReader(file) if row["abpem/test/updated_step"]]

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from contextlib import nullcontext
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -29,7 +30,8 @@ class Log:
     """Record of the modes that each hook saw, in order; one of the hooks may raise."""
 
     def __init__(self, fails_in=None):
-        self.seen, self.fails_in, self.model = [], fails_in, None
+        self.seen, self.fails_in = [], fails_in
+        self.model: Any = None
 
     def __call__(self, name):
         modes = [(where, module.training) for where, module in self.model.named_modules()]
@@ -39,7 +41,7 @@ class Log:
             raise ValueError(name)
 
 
-def logging_class(kind, own_name):
+def logging_class(kind, own_name) -> Any:
     """A subclass whose hooks first tell `self.told`."""
 
     def told(name):
@@ -55,7 +57,8 @@ def logging_class(kind, own_name):
     return type(f"Logging{own_name}", (kind,), {name: told(name) for name in hooks_of(kind)})
 
 
-LoggingModule, LoggingCallback = logging_class(Toy, "module"), logging_class(pl.Callback, "callback")
+LoggingModule: Any = logging_class(Toy, "module")
+LoggingCallback: Any = logging_class(pl.Callback, "callback")
 
 
 class Model(LoggingModule):

@@ -4,6 +4,7 @@ import json
 import sqlite3
 import zlib
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -101,7 +102,9 @@ def wandb(monkeypatch, tmp_path):
 
 def records_of(path):
     """The records of a .wandb file: blocks of 32 KiB, in them parts with a checksum, length and kind before each."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
+
+    made: Any = wandb_internal_pb2
 
     data, part, at = path.read_bytes(), b"", 7
     assert data[:4] == b":W&B"
@@ -114,13 +117,13 @@ def records_of(path):
         assert checksum == zlib.crc32(bytes([kind]) + piece)
         part, at = part + piece, at + 7 + size
         if kind in (1, 4):  # a record in one part, or the last part of one
-            yield Record.FromString(part)
+            yield made.Record.FromString(part)
             part = b""
 
 
 def items(entries):
     """The items of a record by their names; those of one item have its name in front of theirs."""
-    found = {}
+    found: dict[str, Any] = {}
     for entry in entries:
         *outer, last = entry.nested_key or [entry.key]
         inside = found
@@ -146,7 +149,7 @@ def test_wandb(wandb, tmp_path):
         assert [row[f"abpem/test/{name}_step"] for row in steps] == pytest.approx(own)
         [average] = [row[f"abpem/test/{name}"] for row in rows if f"abpem/test/{name}" in row]
         assert average == pytest.approx(run.averages[name])
-    options = {}
+    options: dict[str, Any] = {}
     for record in records:
         options |= items(record.run.config.update) | items(record.config.update)
     assert_options(options)

@@ -10,7 +10,7 @@ from lightning_abpem import ABPEM
 from lightning_abpem.methods import Tent
 from lightning_abpem.report.record import read_record
 from tests.engine.attached import fingerprint
-from tests.toy import AUDIO, CLASSES, HEADS, MODALITIES, Toy, batches, heads_first, loader, make_toy
+from tests.toy import AUDIO, CLASSES, HEADS, MODALITIES, Toy, batches, heads_first, listed, loader, make_toy
 from tests.trainer.test_callback import trainer
 from tests.trainer.test_several_processes import left_by, run
 from tests.trainer_program import UNEVEN
@@ -144,7 +144,7 @@ def test_steps_that_are_skipped_and_resets_are_marked(page):
     stream = [(*own, torch.zeros(4, dtype=torch.long)) for own in batches(6)]
     stream[2] = (torch.full_like(stream[2][0], torch.nan), *stream[2][1:])
     callback = adapting(page, reset=3)
-    trainer(callback).test(make_toy(), torch.utils.data.DataLoader(stream, batch_size=None), verbose=False)
+    trainer(callback).test(make_toy(), listed(stream), verbose=False)
     record = record_of(page)
     assert record["counts"]["skipped"] == callback.skipped == 1
     assert record["steps"]["figures"]["updated"] == [1, 1, 0, 1, 1, 1]
@@ -297,5 +297,5 @@ def test_batches_that_could_not_be_adapted_are_listed_by_reason(page):
     stream = [(*own, torch.zeros(4, dtype=torch.long)) for own in batches(4)]
     stream[2] = (torch.full_like(stream[2][0], torch.nan), *stream[2][1:])
     callback = adapting(page)
-    trainer(callback).test(make_toy(), torch.utils.data.DataLoader(stream, batch_size=None), verbose=False)
+    trainer(callback).test(make_toy(), listed(stream), verbose=False)
     assert record_of(page)["skipped"] == callback.skipped_for != {}

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
 
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.methods import Tent
 from tests.engine.attached import abpem, fingerprint, predictions
 from tests.reference import same_state
-from tests.toy import Toy, batches, loader, make_toy
+from tests.toy import Toy, batches, listed, loader, make_toy
 from tests.trainer.test_callback import trainer
 
 # ---------------------------------------------------------------------------------------------------- runs inside runs
@@ -188,8 +188,9 @@ class Reports(Toy):
 
     def __init__(self):
         super().__init__()
-        self.audio.report, report_all = self.log, self.log_dict
-        options = {"on_step": False, "on_epoch": True, "reduce_fx": "sum"}
+        audio: Any = self.audio
+        audio.report, report_all = self.log, self.log_dict
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "reduce_fx": "sum"}
 
         def hook(module, args, output):
             module.report("calls", 1.0, **options)
@@ -333,5 +334,5 @@ def test_two_callbacks_for_one_stage_are_refused():
     model = make_toy()
     for pair in ((abpem(), Tent()), (Tent(), abpem(stages=("test", "validate")))):
         with pytest.raises(MisconfigurationException, match="one callback that adapts in `trainer.test`, but .* 2"):
-            trainer(*pair).test(model, DataLoader(batches(2), batch_size=None), verbose=False)
+            trainer(*pair).test(model, listed(batches(2)), verbose=False)
     assert fingerprint(model)["hooks"] == fingerprint(make_toy())["hooks"]

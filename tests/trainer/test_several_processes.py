@@ -14,6 +14,7 @@ from lightning_abpem.engine.forward import Forward
 from lightning_abpem.engine.ranks import GlobalBatch, Ranks
 from tests.ranks import WORLD
 from tests.reference import same_state
+from tests.toy import listed
 from tests.trainer_program import (
     BATCH_SIZE,
     EMPTY,
@@ -107,7 +108,7 @@ def compare(own, twin, sizes):
                 if len(part):
                     index, logits = next(outputs[rank])
                     assert index == dataloader
-                    close(logits, part, msg=lambda text, rank=rank: f"process {rank}: {text}")
+                    close(logits, part, msg=partial("process {}: {}".format, rank))
     assert all(next(rest, None) is None for rest in [*outputs, expected])
     for seen in own:
         close(seen["adapted"], twin["adapted"])
@@ -237,7 +238,7 @@ def test_each_on_its_own_stream(streams, tmp_path):
             assert torch.equal(logits, expected)
         assert same_state(seen["adapted"], twin["adapted"])
         total += sum(own[0]) * twin["averages"][0]["entropy"]
-    average = total / sum(sum(own[0]) for own in UNEVEN)
+    average = torch.as_tensor(total / sum(sum(own[0]) for own in UNEVEN))
     for seen, result in zip(everybody, left_by(out, "local-result"), strict=True):
         close_float32(seen["averages"][0]["entropy"], average)
         assert result[0]["abpem/test/entropy/dataloader_idx_0"] == pytest.approx(average.item(), abs=1e-6)
@@ -280,6 +281,6 @@ def test_a_failure_shows_and_weights_return_also_if_the_others_are_gone(monkeypa
     monkeypatch.setattr(Forward, "find_ranks", lambda forward: setattr(forward, "ranks", Unreachable()))
     model = Model(fails_on=0)
     with pytest.raises(ValueError, match="a sample that cannot be read"):
-        trainer(adapting(), devices=1).test(model, DataLoader(stream([2] * 5, 0, 0), batch_size=None), verbose=False)
+        trainer(adapting(), devices=1).test(model, listed(stream([2] * 5, 0, 0)), verbose=False)
     assert "could not be told that this one fails: Connection closed by peer" in caplog.text
     assert same_state(weights_of(model), weights_of(Model()))

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,11 +87,16 @@ def everything(model):
     return {name: value.clone() for name, value in model.state_dict().items()}, [m.training for m in model.modules()]
 
 
+def numpy_state():
+    state: Any = np.random.get_state()
+    return state[1].tolist()
+
+
 @pytest.mark.parametrize("data", [LABELLED, Data()], ids=["batches", "data module"])
 def test_the_model_and_the_random_numbers_stay_as_they_are(data):
     model, abpem = make_toy().train(), ABPEM(FUSION)
     (weights, modes), seen = everything(model), list(model.seen)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    states = torch.get_rng_state(), random.getstate(), numpy_state()
     kept = copy.deepcopy(LABELLED)
     abpem.tune(model, data, rates=(0.1,))
     after, modes_after = everything(model)
@@ -98,7 +104,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are(data):
     assert (modes_after, model.seen) == (modes, seen)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    assert (random.getstate(), numpy_state()) == states[1:]
     assert all(torch.equal(x, y) for a, b in zip(kept, LABELLED, strict=True) for x, y in zip(a, b, strict=True))
     assert (abpem.updates, abpem.averages, abpem.state_dict()) == (0, {}, {})
 
@@ -182,7 +188,7 @@ def test_the_rule():
 
 
 def test_the_line_runs():
-    given = {"modalities": {"audio": 6, "video": 4}, "memory_batches": 2, "target": None}
+    given: dict[str, Any] = {"modalities": {"audio": 6, "video": 4}, "memory_batches": 2, "target": None}
     abpem = ABPEM([FUSION], **given)
     line = abpem.line(learning_rate=0.1, anchor=0.01)
     again = eval(line, {"ABPEM": ABPEM})

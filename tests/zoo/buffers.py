@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.zoo.nets import WIDTH, Encoder, Net, Refusal, entry
 
 
 @entry("a buffer that another tensor replaces")
 class BufferReassigned(Encoder):
+    mean: Tensor
+
     def build(self):
         self.register_buffer("mean", torch.zeros(WIDTH))
 
@@ -21,6 +23,8 @@ class BufferReassigned(Encoder):
 
 @entry("a buffer edited in place, not saved with the model")
 class BufferInPlace(Encoder):
+    mean: Tensor
+
     def build(self):
         self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
 
@@ -32,6 +36,8 @@ class BufferInPlace(Encoder):
 
 @entry("a buffer edited by way of .data, which torch's version does not tell")
 class BufferData(Encoder):
+    mean: Tensor
+
     def build(self):
         self.register_buffer("mean", torch.zeros(WIDTH))
 
@@ -75,6 +81,8 @@ class RegistersAnew(Encoder):
 
 @entry("a buffer that takes another shape, as a cache of keys", memory="")
 class GrowingBuffer(Encoder):
+    keys: Tensor
+
     def build(self):
         self.register_buffer("keys", torch.zeros(3, 0, WIDTH))
 
@@ -111,6 +119,8 @@ class BatchNormTrain(Net):
     memory_refused="bypasses",
 )
 class ScaleBehind(Net):
+    scale: Tensor
+
     def build(self):
         self.register_buffer("scale", torch.ones(1))
 
@@ -129,24 +139,24 @@ class ScaleBehind(Net):
 class RingOfViews(Net):
     def build(self):
         self.ring = torch.zeros(4, WIDTH, dtype=torch.double)
-        self.rows, self.calls = [self.ring[i] for i in range(4)], 0
+        self.rows, self.count = [self.ring[i] for i in range(4)], 0
 
     def classify(self, x):
         x = self.fusion(x).mean(1)
-        self.rows[self.calls % 4].copy_(x.mean(0))
-        self.calls += 1
+        self.rows[self.count % 4].copy_(x.mean(0))
+        self.count += 1
         return 3 * self.head(x + self.ring.sum(0))
 
 
 @entry("the same, into the buffer itself; its windows overlap", memory_refused="bypasses")
 class RingItself(Net):
     def build(self):
-        self.ring, self.calls = torch.zeros(4, WIDTH, dtype=torch.double), 0
+        self.ring, self.count = torch.zeros(4, WIDTH, dtype=torch.double), 0
         self.windows = torch.zeros(8).unfold(0, 4, 1)
 
     def classify(self, x):
         x = self.fusion(x).mean(1)
         self.windows[2].add_(1)
-        self.ring[self.calls % 4] = x.mean(0)
-        self.calls += 1
+        self.ring[self.count % 4] = x.mean(0)
+        self.count += 1
         return 3 * self.head(x + self.ring.sum(0)) * (1 + self.windows.sum())

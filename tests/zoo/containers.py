@@ -237,13 +237,19 @@ def attribute(kind: Any) -> Any:
     return Takes
 
 
+_TakesOwnObject: Any = attribute(Batch)
+
+
 @entry("the user's own object, whose attributes are set, also one that was not there")
-class OwnObject(attribute(Batch)):
+class OwnObject(_TakesOwnObject):
     pass
 
 
+_TakesDataclassArgument: Any = attribute(Data)
+
+
 @entry("a dataclass whose field is set")
-class DataclassArgument(attribute(Data)):
+class DataclassArgument(_TakesDataclassArgument):
     pass
 
 

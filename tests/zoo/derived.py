@@ -25,7 +25,7 @@ class DerivedOnce(Encoder):
 @entry("a weight behind the fusion that is derived in the first call, as a constant, and kept")
 class DerivedBehind(Net):
     def build(self):
-        self.kept = {}
+        self.kept: dict[str, Tensor] = {}
 
     def classify(self, x):
         if "head" not in self.kept:

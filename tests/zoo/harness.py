@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,18 +21,20 @@ from tests.zoo.nets import Call, Entry, Net
 from tests.zoo.pictures import Album, Picture, differences
 
 LR, K = 0.05, 2
-MODES = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "grad": nullcontext,
-    "autocast": lambda: _stacked(torch.no_grad(), torch.autocast("cpu", torch.bfloat16)),
-}
 
 
 @contextmanager
 def _stacked(*contexts: Any) -> Iterator[None]:
     with contexts[0], contexts[1]:
         yield
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "grad": nullcontext,
+    "autocast": lambda: _stacked(torch.no_grad(), torch.autocast("cpu", torch.bfloat16)),
+}
 
 
 @dataclass
@@ -117,15 +119,18 @@ def loop_of_trainer(
     entry: Entry, model: Net, calls: list[Call], callback: ABPEM | None, given: list[Picture], outputs: list[Any]
 ) -> Any:
     callbacks = [_Takes(given, outputs), *([] if callback is None else [callback])]
-    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    off: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+    )
     trainer = Trainer(accelerator="cpu", callbacks=callbacks, **off)
+    data: Any = calls  # a list will do for a data set
     # Its own generator: a loader draws its workers' seed, also without workers.
-    loader = DataLoader(calls, batch_size=None, collate_fn=_untouched, generator=torch.Generator())
+    loader: DataLoader[Any] = DataLoader(data, batch_size=None, collate_fn=_untouched, generator=torch.Generator())
     trainer.predict(model, loader, return_predictions=False)
     return callback
 
 
-def _untouched(call: Call) -> Call:
+def _untouched(call: Any) -> Any:
     return call
 
 

@@ -10,6 +10,7 @@ import itertools
 import queue
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,9 @@ _KEPT_ALIVE: list[Any] = []
 class WeakReferences(Encoder):
     def build(self):
         _KEPT_ALIVE.append(Empty())
-        self.reference, self.proxy = weakref.ref(_KEPT_ALIVE[-1]), weakref.proxy(_KEPT_ALIVE[-1])
-        self.others = weakref.WeakValueDictionary()
+        self.reference: Callable[[], Any] = weakref.ref(_KEPT_ALIVE[-1])
+        self.proxy = weakref.proxy(_KEPT_ALIVE[-1])
+        self.others: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
     def forward(self, x):
         self.reference().count += 1
@@ -128,7 +130,7 @@ class FilesInMemory(Encoder):
 @entry("a queue of the last features")
 class FifoQueue(Encoder):
     def build(self):
-        self.queue = queue.Queue(maxsize=2)
+        self.queue: queue.Queue[Tensor] = queue.Queue(maxsize=2)
 
     def forward(self, x):
         x = super().forward(x)
@@ -167,7 +169,8 @@ class CountsInContext(Encoder):
     twin="its passes would set the module's variable too",
 )
 def context_variables() -> Net:
-    net, seen = Net(CountsInContext()), contextvars.ContextVar("seen")
+    net = Net(CountsInContext())
+    seen: contextvars.ContextVar[list[int]] = contextvars.ContextVar("seen")
     _CALLS.set(0)
     seen.set([])
     net.video.register_forward_pre_hook(lambda *_: seen.get().append(1))
@@ -320,7 +323,8 @@ def defaults_of_methods() -> Net:
 
 @entry("methods of a list in a closure, which is itself in none")
 def methods_of_a_list() -> Net:
-    net, seen = Net(), []
+    net = Net()
+    seen: list[int] = []
     append, count = seen.append, seen.__len__
     net.audio.register_forward_pre_hook(lambda *_: append(1))
     net.video.register_forward_hook(lambda module, args, output: output * (1 + count()))
@@ -364,6 +368,8 @@ class OwnTensorKept(Encoder):
 
 @entry("the first Python attribute of an argument, a buffer and a parameter")
 class FirstTensorAttribute(Net):
+    mark: Any
+
     def build(self):
         self.register_buffer("mark", torch.ones(1))
 

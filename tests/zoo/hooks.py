@@ -22,7 +22,8 @@ def keeps_gradients() -> Net:
 
 @entry("hooks on weights that adapt keep the norms of their gradients, as loggers do")
 def keeps_norms() -> Net:
-    net, norms = Net(), {}
+    net = Net()
+    norms: dict[str, list[Tensor]] = {}
 
     def watch(name: str) -> Any:
         def hook(gradient: Tensor) -> None:

@@ -9,6 +9,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 from mmap import mmap
 from typing import Any
 
@@ -42,7 +43,7 @@ class AttrDicts(Net):
         return Call(AttrDict(audio=audio, video=video, steps=1))
 
     def build(self):
-        self.state = AttrDict(calls=0)
+        self.state: Any = AttrDict(calls=0)
 
     def forward(self, batch):
         self.state.calls += 1
@@ -92,8 +93,9 @@ class Thing:
 @entry("a weak set, an event and a read-only view of a dict")
 class SmallOnes(Encoder):
     def build(self):
-        self.things, self.seen = [Thing() for _ in range(9)], weakref.WeakSet()
-        self.table = types.MappingProxyType({"calls": []})
+        self.things = [Thing() for _ in range(9)]
+        self.seen: weakref.WeakSet[Thing] = weakref.WeakSet()
+        self.table: Mapping[str, list[int]] = types.MappingProxyType({"calls": []})
         self.is_over, self.factor = threading.Event(), 1
 
     def forward(self, x):
@@ -121,8 +123,9 @@ class AttributesBesides(Net):
 
     def build(self):
         self.random = OwnRandom(3)
-        self.partial = functools.partial(int)
-        self.partial.calls = 0
+        own: Any = functools.partial(int)
+        own.calls = 0
+        self.partial: Any = own
 
     def forward(self, row):
         row.reads += 1
@@ -157,7 +160,7 @@ class AttrsAndPydantic(Net):
         return Call(AttrsBatch(audio, video))
 
     def build(self):
-        self.state = Model()
+        self.state: Any = Model()
 
     def forward(self, batch):
         self.state.calls += 1
@@ -197,7 +200,8 @@ class Frame(np.ndarray):
 class Arrays(Encoder):
     def build(self):
         self.frame, self.log = np.zeros(WIDTH).view(Frame), np.zeros(1)
-        self.masked, self.fixed = np.ma.array([1.0, 2.0], mask=[True, False]), np.frombuffer(b"12345678")
+        self.masked: Any = np.ma.array([1.0, 2.0], mask=[True, False])
+        self.fixed = np.frombuffer(b"12345678")
 
     def forward(self, x):
         self.frame += 1
@@ -264,7 +268,7 @@ class OwnOptimizer(Encoder):
 @entry("metrics that share their states, and one over the last batches")
 class MetricsTogether(Net):
     def build(self):
-        kinds = {"accuracy": MulticlassAccuracy(CLASSES), "precision": MulticlassPrecision(CLASSES)}
+        kinds: dict[str, Any] = {"accuracy": MulticlassAccuracy(CLASSES), "precision": MulticlassPrecision(CLASSES)}
         self.metrics = torchmetrics.MetricCollection(kinds)
         self.running = torchmetrics.wrappers.Running(torchmetrics.MeanMetric(), window=2)
 
@@ -287,15 +291,16 @@ class FitsFurther(Encoder):
         return super().forward(x) + self.pca.transform(flat).sum()
 
 
-SMALL = {"hidden_size": WIDTH, "vocab_size": 8}
+SMALL: dict[str, Any] = {"hidden_size": WIDTH, "vocab_size": 8}
 ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
 @entry("Hugging Face's Llama, whose rotary positions grow, with a cache that stays in the module")
 class StreamingLlama(Encoder):
     def build(self):
-        sizes = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = LlamaConfig(**SMALL, **sizes, max_position_embeddings=8, rope_scaling=ROPE)
+        sizes: dict[str, Any] = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes |= {"max_position_embeddings": 8, "rope_scaling": ROPE}
+        config = LlamaConfig(**SMALL, **sizes)
         self.llama, self.cache = LlamaModel(config), DynamicCache(config=config)
 
     def forward(self, x):

@@ -30,14 +30,14 @@ class DropoutInEval(Dropout):
 )
 def left_in_training() -> Net:
     net = Dropout()
-    net.eval = lambda: net  # type: ignore[method-assign]
+    net.eval = lambda: net
     return net
 
 
 @entry("nobody called .eval(): the Trainer does, and undoes it", only=("Trainer", "refused in a loop of one's own"))
 def left_to_the_trainer() -> Net:
     net = Dropout()
-    net.eval = lambda: type(net).eval(net) if net._trainer is not None else net  # type: ignore[method-assign]
+    net.eval = lambda: type(net).eval(net) if net._trainer is not None else net
     return net
 
 

@@ -30,8 +30,11 @@ class Call:
 def tensors(count: int = BATCHES, size: int = SIZE) -> list[tuple[Tensor, Tensor]]:
     """Batches of (audio, video), float64, the same every time."""
     generator = torch.Generator().manual_seed(1)
-    shapes = ((size, AUDIO, 3), (size, VIDEO, 3))
-    return [tuple(torch.randn(s, generator=generator, dtype=torch.double) for s in shapes) for _ in range(count)]
+
+    def draw(tokens: int) -> Tensor:
+        return torch.randn(size, tokens, 3, generator=generator, dtype=torch.double)
+
+    return [(draw(AUDIO), draw(VIDEO)) for _ in range(count)]
 
 
 class Encoder(nn.Module):
@@ -77,9 +80,11 @@ class Net(LightningModule):
 
     def __init__(self, audio: nn.Module | None = None) -> None:
         super().__init__()
-        self.audio, self.video = audio or Encoder(), Encoder()
-        self.fusion = nn.Sequential(Block())
-        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES))
+        # Any: the models of single entries put parts of many kinds there.
+        self.audio: Any = audio or Encoder()
+        self.video: Any = Encoder()
+        self.fusion: Any = nn.Sequential(Block())
+        self.head: Any = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES))
         self.build()
 
     def build(self) -> None:

@@ -117,8 +117,9 @@ class Album:
             self._out[f"{path}.set"] = sorted(repr(own() if isinstance(own, weakref.ref) else own) for own in x)
 
     def _attributes(self, x: Any, path: str) -> None:
+        kind: Any = type(x)
         own = x.__dict__ if type(x).__dictoffset__ or isinstance(x, threading.local) else {}
-        held = {name: getattr(x, name) for name in _slots(type(x)) if hasattr(x, name)}
+        held = {name: getattr(x, name) for name in _slots(kind) if hasattr(x, name)}
         named = {name: value for name, value in {**held, **own}.items() if not _is_left_out(name, value)}
         self._out[f"{path}.attributes"] = sorted(named)
         for name, value in sorted(named.items()):
@@ -150,7 +151,7 @@ class Album:
 
 
 @cache
-def _slots(kind: type) -> list[str]:
+def _slots(kind: Any) -> list[str]:
     of_all = [c.__dict__.get("__slots__", ()) for c in kind.__mro__]
     names = itertools.chain.from_iterable([s] if isinstance(s, str) else s for s in of_all)
     return [name for name in names if name not in ("__weakref__", "__dict__")]

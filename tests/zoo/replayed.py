@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.zoo.nets import Block, Call, Encoder, Net, entry
 
@@ -53,6 +54,8 @@ class EncoderBetween(Float):
 
 class Borrows(Encoder):
     """Uses a weight of the fusion, of which it knows by a function."""
+
+    weight: Callable[[], Tensor]
 
     def forward(self, x, on=True):
         x = super().forward(x)
@@ -139,10 +142,12 @@ class CopiedLater(_FromTheThird):
 
 
 class Settings:
-    level = None
+    level: float | None = None
 
 
 class Reads(Encoder):
+    settings: Settings
+
     def forward(self, x):
         level = self.settings.level
         return super().forward(x) if level is None else super().forward(x) * level

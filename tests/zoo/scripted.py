@@ -29,6 +29,7 @@ class _Around(nn.Module):
 
 class _Lists(nn.Module):
     seen: list[Tensor]
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()

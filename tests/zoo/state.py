@@ -93,7 +93,8 @@ class DictOfTensors(Encoder):
 @entry("a deque that lets the oldest go, and a set")
 class DequeAndSet(Encoder):
     def build(self):
-        self.last, self.names = deque(maxlen=2), set()
+        self.last: deque[Tensor] = deque(maxlen=2)
+        self.names: set[int] = set()
 
     def forward(self, x):
         x = super().forward(x)
@@ -103,8 +104,11 @@ class DequeAndSet(Encoder):
 
 
 class Keeps:
+    inner: dict[str, Any]
+
     def __init__(self) -> None:
-        self.state, self.steps = None, 0
+        self.steps = 0
+        self.state: Any = None
 
 
 @entry("an object of one's own")
@@ -172,14 +176,15 @@ def hook_with_a_count() -> Net:
 def hook_of_an_object() -> Net:
     class Counts:
         def __init__(self) -> None:
-            self.count, self.features = 0, []
+            self.count = 0
+            self.features: list[Tensor] = []
 
         def hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
             self.count += 1
             self.features.append(output)
             return output * self.count
 
-    net = Net()
+    net: Any = Net()
     net.counts = Counts()
     net.video.register_forward_hook(net.counts.hook)
     return net
@@ -254,6 +259,8 @@ class CachedTable(Encoder):
 
 @entry("the prediction is the state itself, which the next call edits", memory=ROWS)
 class OutputIsState(Net):
+    last: Tensor
+
     def build(self):
         self.register_buffer("last", torch.zeros(3, 5))
 

@@ -73,15 +73,15 @@ class CheckpointedFusion(Net):
 @entry("checkpointing around a part with a state: the backward pass runs it again", memory="its state has rows")
 class CheckpointedState(Net):
     def build(self):
-        self.calls = 0
+        self.count = 0
 
     def part(self, x):
-        self.calls += 1
+        self.count += 1
         return self.fusion(x)
 
     def classify(self, x):
         x = checkpoint(self.part, x, use_reentrant=False, preserve_rng_state=False)
-        return self.head(x.mean(1)) * (1 + self.calls)
+        return self.head(x.mean(1)) * (1 + self.count)
 
 
 @entry("a compiled encoder", memory="")
@@ -182,23 +182,35 @@ def output(kind: Any) -> Any:
     return Gives
 
 
+_GivesTupleOutput: Any = output(lambda logits, x: (logits, {"tokens": x}))
+
+
 @entry("a tuple as output")
-class TupleOutput(output(lambda logits, x: (logits, {"tokens": x}))):
+class TupleOutput(_GivesTupleOutput):
     pass
+
+
+_GivesDictOutput: Any = output(lambda logits, x: {"tokens": x, "logits": logits})
 
 
 @entry("a dict as output")
-class DictOutput(output(lambda logits, x: {"tokens": x, "logits": logits})):
+class DictOutput(_GivesDictOutput):
     pass
+
+
+_GivesDataclassOutput: Any = output(DataOutput)
 
 
 @entry("a dataclass as output")
-class DataclassOutput(output(DataOutput)):
+class DataclassOutput(_GivesDataclassOutput):
     pass
 
 
+_GivesHuggingFaceOutput: Any = output(lambda logits, x: SequenceClassifierOutput(logits=logits, hidden_states=(x,)))
+
+
 @entry("Hugging Face's output, and logits found by a function", options={"logits": lambda output: output["logits"]})
-class HuggingFaceOutput(output(lambda logits, x: SequenceClassifierOutput(logits=logits, hidden_states=(x,)))):
+class HuggingFaceOutput(_GivesHuggingFaceOutput):
     pass
 
 

@@ -20,8 +20,8 @@ from tests.zoo.harness import (
     run,
     seed,
 )
-from tests.zoo.nets import Refusal
-from tests.zoo.pictures import differences
+from tests.zoo.nets import Call, Refusal
+from tests.zoo.pictures import Picture, differences
 from tests.zoo.twin import twin_run
 
 WAYS = list(itertools.product(("attach", "Trainer"), (True, False), (1, 4)))
@@ -87,9 +87,16 @@ def check_adapted(got: Outcome, entry: Entry, how: str, memory: int) -> None:
 @pytest.mark.parametrize(("entry", "how", "replay", "memory"), cases(is_refused, fast=0))
 def test_what_cannot_be_kept_is_refused_by_name(entry, how, replay, memory, steps):
     refused = entry.refused or Refusal("call", entry.memory_refused, batch=1, steps=(1,))
-    model, calls, given, stepped = entry.make(), entry.calls(), [], []
+    model, calls = entry.make(), entry.calls()
+    given: list[Picture] = []
+    stepped: list[Call] = []
     before, step = fingerprint(model, names=False), model.step
-    model.step = lambda call: stepped.append(call) or step(call)
+
+    def count(call):
+        stepped.append(call)
+        return step(call)
+
+    model.step = count
     loop = loop_by_hand if how == "attach" else loop_of_trainer
     options = {"steps": steps, "replay": replay, "memory_batches": memory, "on_error": "raise"}
     seed()

@@ -62,7 +62,7 @@ def adapting_pass(
     model.requires_grad_(False)
     for p in params.values():
         p.requires_grad_(True)
-    core = model.get_submodule(entry.core)
+    core: Any = model.get_submodule(entry.core)
     entered = joins(core.fusion[0], stored) if has_memory else []
     pairs = seen_projections(core.fusion[0].attn)
     target = model.get_submodule(entry.options.get("target") or "")
@@ -119,7 +119,7 @@ def joins(block: nn.Module, stored: list[Tensor]) -> list[Tensor]:
     return entered
 
 
-def seen_projections(attention: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def seen_projections(attention: Any) -> list[tuple[Tensor, Tensor]]:
     """Queries and keys of every call, once they are there."""
     pairs: list[tuple[Tensor, Tensor]] = []
     queries: list[Tensor] = []
@@ -129,7 +129,8 @@ def seen_projections(attention: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def projections(model: Net, entry: Entry) -> dict[str, nn.Parameter]:
-    attention = model.get_submodule(entry.core).fusion[0].attn
+    core: Any = model.get_submodule(entry.core)
+    attention = core.fusion[0].attn
     return {name: p for name, p in attention.named_parameters() if name.split(".")[0] in "qkv"}
 
 
