@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -14,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from lightning_abpem.data.audio_corruptions import AUDIO_KINDS, Recordings
 from lightning_abpem.data.corrupt_files import corrupt_data_set
 from lightning_abpem.data.corrupt_folder import corrupt_folder
+from lightning_abpem.data.corrupt_work import CorruptOptions
 from lightning_abpem.data.corruptions import KINDS, Corruption, Sensor
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
 from lightning_abpem.display import literal
+from lightning_abpem.trainer.options import argument_words
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,13 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", required=True, help="one or several with commas, or all (held-out ones excepted)")
     parser.add_argument("--severity", required=True, help="1 to 5, or several with commas")
     parser.add_argument("--root", type=Path, help="what relative paths in the list are relative to; its own folder")
-    parser.add_argument("--allow-outside", action="store_true", help="paths and links may lead out of that folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--recordings", type=Path, help="folder of KIND.wav; without it noises are procedural")
-    parser.add_argument("--frost", type=Path, help="folder of pictures of frost; without it frost is procedural")
-    parser.add_argument("--quality", type=int, default=85, help="of the JPEGs, as ImageNet-C has it")
-    parser.add_argument("--size", type=int, default=224, help="of the frames, in pixels")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; one per core by default")
+    meanings = argument_words(CorruptOptions)
+    for own in fields(CorruptOptions):
+        flag, meaning = own.name.replace("_", "-"), meanings.get(own.name, "")
+        parser.add_argument(f"--{flag}", help=meaning.rstrip("."), **_form(own.default))
+    parser.set_defaults(workers=os.cpu_count() or 1)
+
+
+def _form(default: object) -> dict[str, Any]:
+    """Return how argparse takes an option with this default."""
+    if isinstance(default, bool):
+        return {"action": "store_true"}
+    return {"type": Path if default is None else type(default), "default": default}
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
@@ -88,14 +97,12 @@ def _modality_of(kind: str, modalities: Sequence[Sensor]) -> Sensor:
 
 def _corrupt(fault: Corruption, options: argparse.Namespace, advance: Callable[[int, int], None]) -> str:
     """Make one corruption's files; return a line that says where they are."""
-    what = options.input, options.output, fault.modality, fault.kind, fault.severity
-    names = ("allow_outside", "seed", "recordings", "frost", "workers", "quality", "size")
-    how = {name: getattr(options, name) for name in names}
+    how = CorruptOptions(**{own.name: getattr(options, own.name) for own in fields(CorruptOptions)})
     if not options.input.is_dir():
-        return str(corrupt_data_set(*what, root=options.root, progress=advance, **how))
+        return str(corrupt_data_set(options.input, options.output, fault, how, advance, root=options.root))
     if options.root is not None:
         raise ValueError(f"Expected no `--root` with a folder, whose files are its own, but got {options.root}.")
-    made = corrupt_folder(*what, progress=advance, **how)
+    made = corrupt_folder(options.input, options.output, fault, how, advance)
     skipped = f", {made.skipped} others skipped" if made.skipped else ""
     return f"{made.folder}: {made.files} {fault.modality} files{skipped}"
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_abpem.data.corrupt_work import PICTURES, SOUNDS, Corrupt, Job, check_integers, prepare, run
+from lightning_abpem.data.corrupt_work import PICTURES, SOUNDS, Corrupt, CorruptOptions, Job, Progress, prepare, run
 from lightning_abpem.data.corruptions import Corruption, Sensor
 from lightning_abpem.data.published_layout import File, relative, write_json
-from lightning_abpem.data.roots import AllowOutside, Roots, is_inside
+from lightning_abpem.data.roots import Roots, is_inside
 
 __all__ = ["CorruptedFolder", "corrupt_folder"]
 
@@ -26,18 +26,9 @@ class CorruptedFolder(NamedTuple):
 def corrupt_folder(
     folder: Path,
     out: Path,
-    modality: Sensor,
-    kind: str,
-    severity: int,
-    *,
-    allow_outside: AllowOutside = False,
-    seed: int = 0,
-    recordings: Path | None = None,
-    frost: Path | None = None,
-    workers: int = 1,
-    quality: int = 85,
-    size: int = 224,
-    progress: Callable[[int, int], None] | None = None,
+    corruption: Corruption,
+    options: CorruptOptions | None = None,
+    progress: Progress | None = None,
 ) -> CorruptedFolder:
     """Write corrupted copies of all images, or of all sounds, of a folder and of the folders in it.
 
@@ -47,42 +38,34 @@ def corrupt_folder(
     to folders, and `out` if it is in `folder`. ``severity_{s}.meta.json`` is written last and says how it was made.
 
     An interrupted run goes on when it is started again with the same settings, and new files of `folder` are added.
-    The bytes are the same for any number of `workers`. Two runs at once must not write the same corruption.
+    The bytes are the same for any number of workers. Two runs at once must not write the same corruption.
 
     Args:
         folder: whose files.
         out: folder of its corruptions, of any kinds and severities.
-        modality: "audio" or "image": which files are taken.
-        kind: see `Corruption`.
-        severity: 1 to 5.
-        allow_outside: by default no link in `folder` may lead out of it. True allows any folder; a list, those.
-        seed: >= 0; every file has its own random numbers, drawn with this, the corruption and its path in `folder`.
-        recordings: folder of noises, see `Recordings`; None for procedural ones. White noise needs neither.
-        frost: folder of pictures for the kind of that name, see `load_frost`; None for drawn ones.
-        workers: processes; 1 is this one. They are spawned, as those of `corrupt_data_set`.
-        quality: of JPEG and WebP, 1 to 100.
-        size: height and width of the images, in pixels.
-        progress: called with the number of finished files, kept ones included, and the number of all.
+        corruption: made of them; its modality says which files are taken.
+        options: of the work; a file's name in them is its path in `folder`.
+        progress: called after each file.
 
     Raises:
-        ValueError: a setting is out of range, `folder` has no such file, a link leads out of it or of `out`, a file
-            cannot be read, or there are files already that were made with other settings.
+        ValueError: `folder` has no such file, a link leads out of it or of `out`, a file cannot be read, or there are
+            files already that were made with other settings.
         NotADirectoryError: `folder` is none.
     """
-    check_integers(seed=(seed, 0), workers=(workers, 1), quality=(quality, 1, 100), size=(size, 1))
-    job = Job(Corruption(modality, kind, severity), seed, recordings, frost, quality, size)
+    job = Job(corruption, options or CorruptOptions())
+    modality = corruption.modality
     folder, out = Path(folder), Path(out).resolve()
     if not folder.is_dir():
         raise NotADirectoryError(f"Expected {folder} to be a folder, but it is none.")
     if out == folder.resolve():
         raise ValueError(f"Expected `out` to be another folder than that of the files, but got {out} for both.")
-    target = out / modality / kind / f"severity_{severity}"
-    files, skipped = _files(folder, out, target, modality, Roots(folder, allow_outside))
+    target = out / modality / corruption.kind / f"severity_{corruption.severity}"
+    files, skipped = _files(folder, out, target, modality, Roots(folder, job.options.allow_outside))
     _stay_inside(out, {target, *(file.target.parent for file in files)})
     corrupt = Corrupt(job)
     settings = job.settings(out) | {"folder": relative(folder.resolve(), out)}
     prepare(target, settings)
-    run(files, corrupt, workers, progress)
+    run(files, corrupt, progress)
     counts = {"files": len(files), "skipped": skipped}
     write_json(target.parent / f"{target.name}.meta.json", {**settings, **counts})
     return CorruptedFolder(target, len(files), skipped)

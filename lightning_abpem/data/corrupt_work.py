@@ -21,9 +21,13 @@ from lightning_abpem.data.frames import centre_square
 from lightning_abpem.data.image_corruptions import corrupt_image
 from lightning_abpem.data.image_weather import load_frost
 from lightning_abpem.data.published_layout import File, read_json, relative, remove_partial, write, write_json
+from lightning_abpem.data.roots import AllowOutside
 from lightning_abpem.processes import Workers
 
-__all__ = ["PICTURES", "SOUNDS", "Corrupt", "Job", "check_integers", "prepare", "run"]
+__all__ = ["PICTURES", "SOUNDS", "Corrupt", "CorruptOptions", "Job", "Progress", "prepare", "run"]
+
+Progress = Callable[[int, int], None]
+"""Function that gets the number of finished files, kept ones included, and the number of all."""
 
 PICTURES = {
     ".bmp": "BMP",
@@ -39,16 +43,38 @@ SOUNDS = {".aif": "AIFF", ".aiff": "AIFF", ".flac": "FLAC", ".ogg": "OGG", ".wav
 _BROKEN = (OSError, SyntaxError, ValueError, soundfile.SoundFileError, Image.DecompressionBombError)
 
 
-def check_integers(**named: tuple[int, ...]) -> None:
-    """Check integers, given by name: the value, the least allowed, and the greatest allowed if there is one.
+@dataclass(frozen=True, kw_only=True)
+class CorruptOptions:
+    """Options of making corrupted files. The command `abpem corrupt` has the same, in these words.
+
+    Args:
+        allow_outside: paths and links may lead out of the data's folder; in a program a list names the folders allowed.
+        seed: of the random numbers, >= 0; each file has its own, drawn with this, the corruption and the file's name.
+        recordings: folder of noises, KIND.wav; without it noises are procedural, and white noise needs none.
+        frost: folder of pictures of frost; without it frost is procedural.
+        quality: of JPEG and WebP files, 1 to 100; ImageNet-C has 85.
+        size: height and width of the images, in pixels.
+        workers: processes; 1 is the calling one, and the command's default is one per core.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: an option is out of its range.
     """
-    for name, (value, least, *most) in named.items():
-        if not isinstance(value, int) or value < least or any(value > bound for bound in most):
-            wanted = f"an integer in [{least}, {most[0]}]" if most else f"an integer >= {least}"
-            raise ValueError(f"Expected `{name}` to be {wanted}, but got {value!r}.")
+
+    allow_outside: AllowOutside = False
+    seed: int = 0
+    recordings: Path | None = None
+    frost: Path | None = None
+    quality: int = 85
+    size: int = 224
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, tuple[int, ...]] = {"seed": (0,), "quality": (1, 100), "size": (1,), "workers": (1,)}
+        for name, (least, *most) in bounds.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least or any(value > bound for bound in most):
+                wanted = f"an integer in [{least}, {most[0]}]" if most else f"an integer >= {least}"
+                raise ValueError(f"Expected `{name}` to be {wanted}, but got {value!r}.")
 
 
 def prepare(folder: Path, settings: dict[str, object]) -> None:
@@ -85,21 +111,17 @@ class Job:
     """The work on every file, as a worker process gets it."""
 
     corruption: Corruption
-    seed: int
-    recordings: Path | None
-    frost: Path | None
-    quality: int
-    size: int
+    options: CorruptOptions
 
     def settings(self, out: Path) -> dict[str, Any]:
         """Return everything that the files' bytes depend on; `noise` or `frost` is None for kinds that use none."""
         modality, kind, severity = self.corruption.modality, self.corruption.kind, self.corruption.severity
-        settings = {"modality": modality, "kind": kind, "severity": severity, "seed": self.seed}
+        settings = {"modality": modality, "kind": kind, "severity": severity, "seed": self.options.seed}
         settings |= {"version": __version__}
         if modality == "audio":
-            return {**settings, "noise": None if kind == "gaussian_noise" else _origin(self.recordings, out)}
-        frost = _origin(self.frost, out) if kind == "frost" else None
-        return {**settings, "frost": frost, "quality": self.quality, "size": self.size}
+            return {**settings, "noise": None if kind == "gaussian_noise" else _origin(self.options.recordings, out)}
+        frost = _origin(self.options.frost, out) if kind == "frost" else None
+        return {**settings, "frost": frost, "quality": self.options.quality, "size": self.options.size}
 
 
 def _origin(folder: Path | None, out: Path) -> str:
@@ -113,11 +135,12 @@ class Corrupt:
         self.job = job
         modality, kind = job.corruption.modality, job.corruption.kind
         noisy = modality == "audio" and kind != "gaussian_noise"
-        self._recordings = Recordings(job.recordings) if noisy and job.recordings is not None else None
+        recordings, frost = job.options.recordings, job.options.frost
+        self._recordings = Recordings(recordings) if noisy and recordings is not None else None
         if self._recordings is not None:
             self._recordings(kind, 16000)  # at any rate: a missing or broken one is found before anything is written
         icy = modality == "image" and kind == "frost"
-        self._frost = load_frost(job.frost) if icy and job.frost is not None else None
+        self._frost = load_frost(frost) if icy and frost is not None else None
 
     def __call__(self, file: File) -> None:
         make = self._sound if self.job.corruption.modality == "audio" else self._picture
@@ -132,7 +155,7 @@ class Corrupt:
         if not np.isfinite(wave).all():
             raise ValueError("Expected samples to be finite, but got NaN or infinite ones.")
         fault = self.job.corruption
-        rng = sample_rng(self.job.seed, fault, file.key)
+        rng = sample_rng(self.job.options.seed, fault, file.key)
         noisy = corrupt_audio(wave.mean(1).clip(-1, 1), fault.kind, fault.severity, rng, rate, self._recordings)
         content = io.BytesIO()
         samples = np.rint(noisy * 32768).clip(-32768, 32767).astype(np.int16)
@@ -142,13 +165,13 @@ class Corrupt:
 
     def _picture(self, file: File) -> bytes:
         with Image.open(file.source) as image:
-            picture = centre_square(image.convert("RGB"), self.job.size)
+            picture = centre_square(image.convert("RGB"), self.job.options.size)
         fault = self.job.corruption
-        rng = sample_rng(self.job.seed, fault, file.key)
+        rng = sample_rng(self.job.options.seed, fault, file.key)
         corrupted = corrupt_image(picture, fault.kind, fault.severity, rng, self._frost)
         content = io.BytesIO()
         form = PICTURES[file.target.suffix.lower()]
-        options = {"quality": self.job.quality} if form in ("JPEG", "WEBP") else {}
+        options = {"quality": self.job.options.quality} if form in ("JPEG", "WEBP") else {}
         Image.fromarray(np.rint(corrupted * 255).astype(np.uint8)).save(content, form, **options)
         return content.getvalue()
 
@@ -156,16 +179,13 @@ class Corrupt:
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def run(
-    files: Sequence[File], corrupt: Corrupt, workers: int, progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Make the files that are not there yet.
+def run(files: Sequence[File], corrupt: Corrupt, progress: Progress | None = None) -> None:
+    """Make the files that are not there yet, in as many processes as the job's options say.
 
     Args:
-        files: which.
+        files: to be made.
         corrupt: makes one.
-        workers: processes; 1 is this one.
-        progress: called with the number of finished files, kept ones included, and the number of all.
+        progress: called after each file.
 
     Raises:
         ValueError: a file cannot be read.
@@ -175,7 +195,7 @@ def run(
     kept = len(files) - len(left)
     for done in range(1, kept + 1):
         progress(done, len(files))
-    finished = _in_turn(left, corrupt) if workers == 1 else _in_processes(left, corrupt.job, workers)
+    finished = _in_turn(left, corrupt) if corrupt.job.options.workers == 1 else _in_processes(left, corrupt.job)
     with closing(finished):  # also if `progress` raises: then the processes end here
         for done, _ in enumerate(finished, kept + 1):
             progress(done, len(files))
@@ -187,8 +207,9 @@ def _in_turn(files: Sequence[File], corrupt: Corrupt) -> Generator[None, None, N
         yield
 
 
-def _in_processes(files: Sequence[File], job: Job, workers: int) -> Generator[None, None, None]:
+def _in_processes(files: Sequence[File], job: Job) -> Generator[None, None, None]:
     """Yield once for each finished file, in any order; few files are queued, so an interrupt has little to wait for."""
+    workers = job.options.workers
     pool = Workers(workers, _start_worker, job)
     running: set[Future[None]] = set()
     try:

@@ -36,6 +36,7 @@ __all__ = [
     "RunOptions",
     "Stage",
     "Verbose",
+    "argument_words",
     "constructor_signature",
     "documented",
     "refuse_unknown",
@@ -56,8 +57,8 @@ class RunOptions:
 
     Args:
         stages: the Trainer's functions that adapt: "test", "predict", "validate". Never inside `fit`.
-        verbose: 0 shows nothing but warnings, 1 a few lines at the start and a table at the end of a Trainer's run, 2
-            every tensor that adapts besides. `trainer.test(verbose=False)` has no table either.
+        verbose: 0 shows nothing but warnings, 1 a few lines at the start and a table at the end of a Trainer's run. 2
+            also lists every tensor that adapts. `trainer.test(verbose=False)` has no table either.
         figures: names of the figures whose averages are in Lightning's results: "headline", "all" or a list. All go to
             the loggers.
         report: the .html file that shows each run when it ends, also one that fails; the next run writes it anew. Its
@@ -123,11 +124,18 @@ def refuse_unknown(cls: type, given: Mapping[str, object]) -> None:
             raise TypeError(f"{words}, but got `{name}` ({shown(given[name])}).{near}")
 
 
+def argument_words(cls: type) -> dict[str, str]:
+    """Return what a docstring says of each argument, in one line."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section, flags=re.MULTILINE | re.DOTALL)
+    return {name: " ".join(words.split()) for name, words in found}
+
+
 def documented(cls: _Class) -> _Class:
     """Add the shared options to a class's docstring, for `help` and for what parses configs: they stand here alone."""
     if cls.__doc__ is None:  # of python -OO
         return cls
-    words = _arguments(EngineOptions) | _arguments(RunOptions)
+    words = argument_words(EngineOptions) | argument_words(RunOptions)
     added = "\n".join(f"    {name}: {words[name]}" for name in SHARED)
     head, _, rest = inspect.cleandoc(cls.__doc__).partition("\n\nArgs:\n")
     own, gap, more = rest.partition("\n\n")
@@ -137,10 +145,3 @@ def documented(cls: _Class) -> _Class:
 
 def _is_page(value: object) -> bool:
     return isinstance(value, str | Path) and Path(value).suffix.lower() in (".html", ".htm")
-
-
-def _arguments(cls: type) -> dict[str, str]:
-    """Return what a docstring says of each argument, in one line."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section, flags=re.MULTILINE | re.DOTALL)
-    return {name: " ".join(words.split()) for name, words in found}

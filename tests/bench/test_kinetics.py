@@ -19,6 +19,7 @@ from lightning_abpem.bench.command import run_benchmark
 from lightning_abpem.bench.kinetics import Kinetics50C, VGGSoundC
 from lightning_abpem.bench.variants import METHODS, Variant
 from lightning_abpem.data.corrupt_files import corrupt_data_set
+from lightning_abpem.data.corrupt_work import CorruptOptions
 from lightning_abpem.data.corruptions import Corruption, Sensor
 from lightning_abpem.models import CAVMAE
 from tests.data.test_audio_visual import folder  # noqa: F401  # a fixture
@@ -74,7 +75,7 @@ def test_samples_are_corrupted_as_they_are_read(arguments):
 def test_data_corrupted_beforehand(arguments, tmp_path):
     clean_list = arguments["data_root"] / "list.json"
     for fault in (FOG, WIND):
-        corrupt_data_set(clean_list, tmp_path / "made", fault.modality, fault.kind, fault.severity, quality=100)
+        corrupt_data_set(clean_list, tmp_path / "made", fault, CorruptOptions(quality=100))
     lists = tmp_path / "made" / "json"
     here, before = Kinetics50C(**arguments), Kinetics50C(**arguments, corrupted_lists=lists)
     for index in (0, 4):
@@ -91,7 +92,7 @@ def test_lists_lead_nowhere_else_unless_told(arguments, tmp_path):
     """Neither the clean list nor those made beforehand, whose originals and copies lie apart."""
     secret = tmp_path / "secret.wav"
     clean_list = arguments["data_root"] / "json_csv_files" / "ks50" / "clean" / "severity_0.json"
-    made = corrupt_data_set(arguments["data_root"] / "list.json", tmp_path / "made", "audio", "wind", 3)
+    made = corrupt_data_set(arguments["data_root"] / "list.json", tmp_path / "made", WIND)
     before = {"corrupted_lists": tmp_path / "made" / "json"}
     shutil.copy(arguments["data_root"] / json.loads(clean_list.read_text())["data"][0]["wav"], secret)
     Kinetics50C(**arguments, **before).load([WIND])
@@ -180,7 +181,7 @@ def test_missing_recordings_are_told_before_anything_is_computed(arguments, tmp_
 
 def test_a_sample_that_corrupted_lists_lack_is_told_when_they_are_read(arguments, tmp_path):
     clean_list = arguments["data_root"] / "list.json"
-    made = corrupt_data_set(clean_list, tmp_path / "made", "audio", "wind", 3)
+    made = corrupt_data_set(clean_list, tmp_path / "made", WIND)
     document = json.loads(made.read_text())
     gone = document["data"].pop(2)["video_id"]
     made.write_text(json.dumps(document))

@@ -4,6 +4,8 @@ import json
 import os
 
 from lightning_abpem.data.corrupt_files import corrupt_data_set
+from lightning_abpem.data.corrupt_work import CorruptOptions
+from lightning_abpem.data.corruptions import Corruption
 
 IDS = ("-aB_000030", "b", "ünï c")
 
@@ -25,12 +27,13 @@ def change(data, i, **changed):
     return store(data, entries)
 
 
-def images(data, out, kind="gaussian_noise", severity=3, **options):
-    return corrupt_data_set(data, out, "image", kind, severity, **{"size": 16, **options})
+def images(data, out, kind="gaussian_noise", severity=3, progress=None, **options):
+    made = CorruptOptions(**{"size": 16, **options})
+    return corrupt_data_set(data, out, Corruption("image", kind, severity), made, progress)
 
 
-def sounds(data, out, kind="rain", severity=3, **options):
-    return corrupt_data_set(data, out, "audio", kind, severity, **options)
+def sounds(data, out, kind="rain", severity=3, progress=None, **options):
+    return corrupt_data_set(data, out, Corruption("audio", kind, severity), CorruptOptions(**options), progress)
 
 
 def contents(folder):

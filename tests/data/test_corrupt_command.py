@@ -1,16 +1,20 @@
 """`abpem corrupt` of a data set: kinds and modalities, its words, its errors."""
 
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+import lightning_abpem
 from lightning_abpem.cli import main
 from lightning_abpem.data.audio_corruptions import AUDIO_KINDS
-from lightning_abpem.data.corrupt_files import corrupt_data_set
+from lightning_abpem.data.corrupt_work import CorruptOptions
 from lightning_abpem.data.image_corruptions import IMAGE_KINDS
-from tests.data.clean import RATE, leads_out
+from lightning_abpem.trainer.options import argument_words
+from tests.data.clean import RATE, images, leads_out
 
 
 def test_the_command_finds_all_missing_recordings_before_it_makes_anything(data, tmp_path, capsys):
@@ -46,7 +50,7 @@ def test_the_command(data, tmp_path, capsys):
     shown = "".join(capsys.readouterr().out.split())
     for path in lists:
         assert str(path) in shown
-    first = corrupt_data_set(data, tmp_path / "again", "image", "fog", 5, size=32)
+    first = images(data, tmp_path / "again", "fog", 5, size=32)
     picture = "video/fog/severity_5/frame_5/" + json.loads(first.read_text())["data"][0]["video_id"] + ".jpg"
     assert (tmp_path / "out" / picture).read_bytes() == (tmp_path / "again" / picture).read_bytes()
 
@@ -99,3 +103,15 @@ def test_errors_of_the_command(data, tmp_path, capsys, words, message):
     assert "abpem corrupt: " in error
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_and_the_page_have_the_words_of_the_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["corrupt", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    page = (Path(lightning_abpem.__file__).parents[1] / "docs" / "command-line.md").read_text()
+    words = argument_words(CorruptOptions)
+    assert list(words) == [own.name for own in fields(CorruptOptions)]
+    for name, said in words.items():
+        assert said.rstrip(".") in shown
+        assert f"| `--{name.replace('_', '-')}` | {said.rstrip('.')} |" in page

@@ -9,7 +9,6 @@ from PIL import Image
 
 import lightning_abpem
 from lightning_abpem.data.audio_corruptions import corrupt_audio
-from lightning_abpem.data.corrupt_files import corrupt_data_set
 from lightning_abpem.data.corruptions import Corruption, sample_rng
 from lightning_abpem.data.image_corruptions import corrupt_image
 from tests.data.clean import IDS, RATE, contents, images, load, sounds, stop_after, store
@@ -195,7 +194,7 @@ def test_a_sound_that_is_too_loud_is_clipped(data, tmp_path):
     made = []
     for name, samples in (("loud", wave), ("clipped", wave.clip(-1, 1))):
         soundfile.write(data.parent / "sound" / "b.wav", samples, RATE, subtype="FLOAT")
-        corrupt_data_set(data, tmp_path / name, "audio", "gaussian_noise", 2)
+        sounds(data, tmp_path / name, "gaussian_noise", 2)
         made.append((tmp_path / name / "audio/gaussian_noise/severity_2/b.wav").read_bytes())
     assert made[0] == made[1]
 

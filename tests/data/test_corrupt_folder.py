@@ -11,6 +11,7 @@ from PIL import Image
 from lightning_abpem.cli import main
 from lightning_abpem.data.audio_corruptions import corrupt_audio
 from lightning_abpem.data.corrupt_folder import corrupt_folder
+from lightning_abpem.data.corrupt_work import CorruptOptions
 from lightning_abpem.data.corruptions import Corruption, sample_rng
 from lightning_abpem.data.frames import centre_square
 from lightning_abpem.data.image_corruptions import corrupt_image
@@ -41,8 +42,12 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def corrupt(folder, out, modality, kind, severity, progress=None, **options):
+    return corrupt_folder(folder, out, Corruption(modality, kind, severity), CorruptOptions(**options), progress)
+
+
 def images(folder, out, **options):
-    return corrupt_folder(folder, out, "image", "shot_noise", 3, **{"size": 16, **options})
+    return corrupt(folder, out, "image", "shot_noise", 3, **{"size": 16, **options})
 
 
 def test_images_keep_their_names_and_formats(folder, tmp_path):
@@ -61,7 +66,7 @@ def test_images_keep_their_names_and_formats(folder, tmp_path):
 
 
 def test_sounds_keep_their_names_and_formats(folder, tmp_path):
-    made = corrupt_folder(folder, tmp_path / "out", "audio", "rain", 2)
+    made = corrupt(folder, tmp_path / "out", "audio", "rain", 2)
     assert names(made.folder) == set(SOUNDS)
     assert (made.files, made.skipped) == (3, 6)
     for name in SOUNDS:
@@ -111,7 +116,7 @@ def test_other_settings_are_refused(folder, tmp_path):
 
 def test_a_copy_inside_the_folder_is_not_copied_again(folder):
     first = images(folder, folder / "out")
-    again = corrupt_folder(folder, folder / "out", "image", "fog", 1, size=16)
+    again = corrupt(folder, folder / "out", "image", "fog", 1, size=16)
     assert (first.files, again.files) == (4, 4)
     with pytest.raises(ValueError, match="Expected `out` to be another folder"):
         images(folder, folder)
@@ -154,7 +159,7 @@ def test_bad_arguments(folder, tmp_path, options, error, message):
     (folder / "empty").mkdir()
     given = {"folder": ".", "modality": "image", "kind": "fog", "severity": 1} | options
     with pytest.raises(error, match=message):
-        corrupt_folder(folder / given.pop("folder"), tmp_path / "out", **given)
+        corrupt(folder / given.pop("folder"), tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 

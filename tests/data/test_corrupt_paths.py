@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from lightning_abpem.data.corrupt_files import corrupt_data_set
+from lightning_abpem.data.corruptions import Corruption
 from tests.data.clean import IDS, change, contents, images, leads_out, load, sounds
 
 
@@ -23,8 +24,8 @@ def test_paths_relative_to_a_root(data, tmp_path):
     moved = tmp_path / "lists" / "deep" / "severity_0.json"
     moved.parent.mkdir(parents=True)
     moved.write_bytes(data.read_bytes())
-    made = corrupt_data_set(moved, tmp_path / "a", "audio", "wind", 3, root=data.parent)
-    plain = corrupt_data_set(data, tmp_path / "b", "audio", "wind", 3)
+    made = corrupt_data_set(moved, tmp_path / "a", Corruption("audio", "wind", 3), root=data.parent)
+    plain = corrupt_data_set(data, tmp_path / "b", Corruption("audio", "wind", 3))
     for one, other in zip(*(json.loads(path.read_text())["data"] for path in (made, plain)), strict=True):
         assert (made.parent / one["wav"]).read_bytes() == (plain.parent / other["wav"]).read_bytes()
         assert (made.parent / one["video_path"]).resolve() == (plain.parent / other["video_path"]).resolve()
