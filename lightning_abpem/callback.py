@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 class TestTimeAdaptation(Callback):
     """Adapts a model to each test batch without labels, by a method: what all methods' callbacks are.
 
-    In `test` and `predict` the model's own step sees the adapted logits; nothing in the LightningModule changes, and
+    In `test` and `predict` the model's own step sees the adapted logits. Nothing in the LightningModule changes, and
     the source weights return after the run, also after a crash.
 
     The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
@@ -223,9 +223,9 @@ class TestTimeAdaptation(Callback):
     ) -> Tuning:
         """Find the learning rate for a stream, without labels: each candidate adapts to its first batches.
 
-        The source meets them first, then each candidate, from the source on, in a copy of the model: the model, the
-        random number generators and this callback stay as they are. `lightning_abpem.tuning.search.tune` documents
-        the arguments; see docs/tune for the rule, and how good it is.
+        The source meets them first, then each candidate, from the source on, in a copy of the model. The model, the
+        random number generators and this callback stay as they are. `lightning_abpem.tuning.search.tune` documents the
+        arguments; see docs/tune for the rule, and how good it is.
         """
         self._refuse_second_use()
         stage = self.stages[0] if stage is None else stage

@@ -4,7 +4,7 @@ Source: Zhao et al., "Attention Bootstrapping for Multi-Modal Test-Time Adaptati
 `docs/method.md` maps every equation to its function and its test. Shapes: B samples, C classes, N tokens, D width
 (all heads side by side). Everything is computed in float32 at least, whatever the inputs' precision.
 
-A class with a logit of -inf has probability 0: it adds 0 to every loss (x log x is 0 at 0) and gets a gradient of 0. A
+A class with a logit of -inf has probability 0. It adds 0 to every loss (x log x is 0 at 0) and gets a gradient of 0. A
 sample all of whose logits are -inf has no prediction: its loss is NaN.
 """
 
@@ -267,8 +267,8 @@ def token_moments(x: Tensor, keep: Tensor | None = None) -> TokenMoments:
 def moment_score_statistics(q: TokenMoments, k: TokenMoments, scale: float) -> ScoreStatistics:
     """Statistics of S = scale * q k^T without the map, in memory O(B D^2): exact, and free of cancellation.
 
-    mean = s q.k ; population variance = s^2 [ k^T Cov_q k + q^T Cov_k q + <Cov_q, Cov_k> ], q and k the token means;
-    every term is non-negative.
+    mean = s q.k ; population variance = s^2 [ k^T Cov_q k + q^T Cov_k q + <Cov_q, Cov_k> ], q and k the token means.
+    Every term is non-negative.
     """
 
     def form(v: Tensor, cov: Tensor) -> Tensor:

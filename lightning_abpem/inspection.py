@@ -82,7 +82,7 @@ class Inspection:
 def inspect(model: nn.Module, *inputs: object, **kwargs: object) -> Inspection:
     """Run `model(*inputs, **kwargs)` once, in eval mode, without gradients, and show its attention.
 
-    The line that fits is tried before it is shown: a copy of the model adapts to the same inputs or, where it cannot be
+    The line that fits is tried before it is shown. A copy of the model adapts to the same inputs or, where it cannot be
     copied, the model observes them with ``steps=0``. The model is left as it was. Where the batch is only known to a
     LightningModule's step, ``abpem inspect`` runs that.
 

@@ -35,8 +35,8 @@ class Workers(ProcessPoolExecutor):
 def _ctrl_c_held_back() -> Iterator[None]:
     """Let Ctrl-C wait until the block ends; a process that starts in it goes on without.
 
-    Such a process inherits what is blocked. The parent gets the signal all the same if it has other threads, and a
-    process of which it had started one half would not know what to do.
+    Such a process inherits what is blocked. The parent gets the signal all the same if it has other threads. A process
+    of which it had started one half would not know what to do.
     """
     if current_thread() is not main_thread() or not hasattr(signal, "pthread_sigmask"):  # Windows has none
         yield

@@ -93,8 +93,8 @@ def _cross_options(
 ) -> tuple[list[_Options], list[str]]:
     """Pairs of modalities and their modules: cross as seen, self as near as possible to the cross ones.
 
-    The self pairs of modalities that only ask are there for their padding, which a mask of their own attention tells;
-    the second candidate goes without them.
+    Some modalities only ask. Their self pairs are there for their padding, which a mask of their own attention tells.
+    The second candidate goes without these pairs.
     """
     by_pair: dict[Pair, list[TracedCall]] = {}
     for call in cross:

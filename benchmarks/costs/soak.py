@@ -2,8 +2,8 @@
 
     python -m benchmarks.costs.soak [--updates 50000] [--way attach|Trainer] [--processes 2]
 
-It reads, every so many updates: resident memory (Linux), live objects, open files, hooks, the longest container inside
-the engine, and the time of a step. `make soak` runs both ways, in one process and in two.
+Every so many updates it reads resident memory (Linux), live objects, open files, hooks, the longest container in the
+engine, and the time of a step. `make soak` runs both ways, in one process and in two.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks.experiments.attention_names
 
 The source text of the installed transformers is parsed; no model is imported.
-An attention class is in a `modeling_*.py`, has "Attention" in its name, and makes a linear in `__init__`, itself or by
-a base in the same file. Classes named as a part of an attention do not count: a projection, an output, an MLP, a cell.
-A class is known if its linears are known by name, or those of an attention that it makes.
+An attention class is in a `modeling_*.py`, has "Attention" in its name, and makes a linear in `__init__`. A base in the
+same file may make it. Classes named as a part of an attention do not count: a projection, an output, an MLP, a cell. A
+class is known if its linears are known by name, or those of an attention that it makes.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 Digits seen and heard, batches of 8. A source model adapts to 80 batches of a stream, then to 40 clean ones. Helpful
 streams are clean data and corruptions of one sensor at severity 5; hostile ones teach nothing. It prints a line for
-each run, and a table: the accuracy against the source's, on the streams and on the clean data after them, and in how
-many runs the guard acted. A run is harmed if it lost more than 2 points on its stream, or more than 1 afterwards.
+each run, and a table. That has the accuracy against the source's, on the streams and on the clean data after them, and
+in how many runs the guard acted. A run is harmed if it lost more than 2 points on its stream, or more than 1
+afterwards.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
     python -m benchmarks.experiments.tune [--split dev|test] [--sources NAME ...] [--batches N ...]
 
-Digits seen and heard, 80 batches of 8: the streams of `benchmarks.experiments.guard`, which are clean data and
-corruptions of one sensor at severity 5, and four that are no place to tune. Accuracy is of the whole stream.
-A row is printed for each stream: the source, each rate for the whole stream, and the rates picked on all batches and
-on the first ones.
+Digits seen and heard, 80 batches of 8. The streams are those of `benchmarks.experiments.guard`, clean data and
+corruptions of one sensor at severity 5, and four that are no place to tune. Accuracy is of the whole stream. Each
+stream has a row: the source, each rate for the whole stream, the rates picked on all batches and on the first ones.
 """
 
 from __future__ import annotations

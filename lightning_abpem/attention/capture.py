@@ -1,10 +1,9 @@
 """Capturing the scores of a fusion attention, without touching the model.
 
 Scores are wanted before the softmax, with gradients, also where the attention is fused and never materialises them. So
-`capture_attention` watches the calls made inside the attention module: `F.scaled_dot_product_attention` and
-`F.multi_head_attention_forward` give q and k, and in eager code, where there are neither, the softmax gives the scores
-themselves, with whatever scale, bias or rotation they have. Shapes: B samples, N tokens, D width (all heads side by
-side), H heads.
+`capture_attention` watches the calls made inside the attention module. `F.scaled_dot_product_attention` and
+`F.multi_head_attention_forward` give q and k. Eager code calls neither: there the softmax gives the scores themselves,
+with whatever scale, bias or rotation they have. Shapes: B samples, N tokens, D width (all heads side by side), H heads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The fusion: which attention modules are watched, which adapt, which call holds which scores.
 
-Two shapes of fusion exist. In a joint sequence one attention holds all blocks of scores; elsewhere each ordered pair of
+Two shapes of fusion exist. In a joint sequence one attention holds all blocks of scores. Elsewhere each ordered pair of
 modalities has an attention of its own, the cross blocks here, the self blocks there.
 """
 
@@ -202,9 +202,9 @@ def check_samples(calls: Iterable[AttentionCall], samples: int) -> None:
         if call.shape[0] != samples:
             raise ValueError(
                 f"Expected '{call.name}' to attend with {samples} samples, as many as the logits have, but got "
-                f"{call.shape[0]}. Give it tokens batch-first. If heads and samples are one dimension, which are told "
-                "apart where q, k or v holds what its projections put out, give the heads a dimension of their own, "
-                "(batch, heads, tokens, width). If frames of a sample are, give logits for each frame; or "
+                f"{call.shape[0]}. Give it tokens batch-first. If heads and samples are one dimension, give the heads "
+                "one of their own, (batch, heads, tokens, width), or let q, k or v hold what its projections put out, "
+                "which tells heads from samples. If frames of a sample are, give logits for each frame; or "
                 f"{NO_SCORES.format(call.name)}."
             )
 

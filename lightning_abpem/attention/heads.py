@@ -1,6 +1,6 @@
 """Heads folded into the batch dimension: which row holds which head of which sample.
 
-Shapes say nothing of the order, so it is read off the values: a projection's output has the samples in a known order,
+Shapes say nothing of the order, so it is read off the values. A projection's output has the samples in a known order,
 and q, k or v holds it unchanged. Shapes: B samples, N tokens, H heads, d width of a head.
 """
 

@@ -28,8 +28,8 @@ def call_multi_head(
 ) -> tuple[tuple[Tensor, Tensor | None], FusedCall]:
     """Call F.multi_head_attention_forward for the attention `name`, and tell its q and k.
 
-    In its plainest form, self-attention without masks or weights asked for, q and k are projected once, and its three
-    lines are done here; in any other they are projected once more, beside the function.
+    Self-attention without masks, of which nobody asks the weights, is its plainest form: three lines, done here, that
+    project q and k once. In any other form they are projected once more, beside the function.
 
     Returns:
         what the function returns, (N, B, D) and the weights or None; and its q and k.

@@ -127,8 +127,8 @@ def is_projection(name: str) -> bool:
 def projection_names(names: Iterable[str]) -> list[str]:
     """Choose the projections among the names of a module's linears; none if there are not queries as well as keys.
 
-    A name counts if its words tell queries, keys or values, one or several of them at once, and nothing else but how
-    they are made: `q_proj`, `to_kv`, `Wqkv`, `query_key_value`, `kv_a_proj_with_mqa`; not `pos_key_proj`.
+    A name counts if its words tell queries, keys or values, or several of these, and else only how they are made:
+    `q_proj`, `to_kv`, `Wqkv`, `query_key_value`, `kv_a_proj_with_mqa`; not `pos_key_proj`.
     """
     roles = {name: _role(name) for name in names}
     told = "".join(roles.values())

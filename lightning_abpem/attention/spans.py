@@ -35,8 +35,8 @@ Modalities = Mapping[str, int | Span | TokenMask]
 class Tokens(NamedTuple):
     """The tokens of one modality.
 
-    `span` is a span of the sequence, `keep` says which of its n tokens count, (B or 1, n) bool, all if None; `of` is
-    the number of tokens that the sequence must have, None for any.
+    `span` is a span of the sequence. `keep`, (B or 1, n) bool, is True for those of its n tokens that count; None for
+    all. `of` is the number of tokens that the sequence must have, None for any.
     """
 
     span: slice

@@ -46,7 +46,7 @@ class Compared(NamedTuple):
 def compare_samples(comparisons: Sequence[Comparison]) -> Compared:
     """Compute divergence and gap of all comparisons at once, each of (B,) statistics.
 
-    A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same: those of a
+    A sample counts if a mask leaves it two scores at least in both blocks, and they are not all the same. Those of a
     silent sensor may be, and no Gaussian is near that.
     """
     cross, own = zip(*comparisons, strict=True)
@@ -78,8 +78,8 @@ def score_statistics(
         call: the attention call.
         rows: which of its query tokens belong to which modality.
         columns: the same of its key tokens.
-        form: of a fused call: "dense" makes the N x N map; "moments" needs O(D^2) memory, and cannot be had where the
-            mask or the bias differs from query to query; "auto" takes the cheaper one, "moments" where N > 2D.
+        form: of a fused call: "dense" makes the N x N map. "moments" needs O(D^2) memory, and cannot be had where the
+            mask or the bias differs from query to query. "auto" takes the cheaper one, "moments" where N > 2D.
     """
     rows, columns = _counted(rows, call.shape[1], call.device), _counted(columns, call.shape[2], call.device)
     if isinstance(call, EagerCall):

@@ -1,7 +1,7 @@
 """Watching one forward: which attention calls it makes, and from which modules' outputs their tokens come.
 
-A sequence starts where a module first puts out (batch, tokens, width); what is made of it later, token by token, keeps
-its origin, and a concatenation along the tokens keeps those of its pieces.
+A sequence starts where a module first puts out (batch, tokens, width). What is made of it later, token by token, keeps
+its origin. A concatenation along the tokens keeps those of its pieces.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def corrupt_audio(
         severity: 1 to 5.
         rng: draws white and procedural noise; a recording is not random, it is taken from its start and repeated.
         rate: of the wave, in Hz.
-        recordings: of the kinds other than white noise; None for procedural noises. Those are 1 to 8 dB louder than
-            the wave is (RMS over all of it), or than 0.01 of full scale if the wave is silent.
+        recordings: of the kinds other than white noise; None for procedural noises. Those are 1 to 8 dB louder than the
+            wave (RMS over all of it). If it is silent, 0.01 of full scale stands for it.
 
     Raises:
         ValueError: an unknown kind, a severity outside 1 to 5, a rate that is not a positive integer, or a wave that

@@ -24,10 +24,10 @@ FLOOR = np.finfo(np.float32).eps
 def filterbank(wave: Array, rate: int, mel_bins: int, frames: int | None = None) -> NDArray[np.float32]:
     """Compute the log-mel energies of one waveform, whose mean is removed first.
 
-    As `torchaudio.compliance.kaldi.fbank` with a Hanning window, no dither and no energy: windows of 25 ms every
-    10 ms, each within the waveform; of each window the mean removed and the treble raised by 0.97; power spectrum;
-    triangular filters of equal width in mel = 1127 ln(1 + Hz / 700), from 20 Hz to half the rate; natural logarithm,
-    of 1.2e-7 at least.
+    As `torchaudio.compliance.kaldi.fbank` with a Hanning window, no dither and no energy. Windows of 25 ms begin every
+    10 ms, each within the waveform. Of each the mean is removed and the treble raised by 0.97. Triangular filters of
+    the power spectrum have equal width in mel = 1127 ln(1 + Hz / 700), from 20 Hz to half the rate. The logarithm is
+    natural, of 1.2e-7 at least.
 
     Args:
         wave: (T,), in [-1, 1].

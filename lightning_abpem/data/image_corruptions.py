@@ -3,11 +3,11 @@
 Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR
 2019; Kinetics50-C and VGGSound-C use the same parameters. They are made for images of 224 x 224 pixels. Every length
 among them (radii and sigmas of blurs, shifts, displacements, sizes of flakes, drops and ice) is multiplied by
-min(H, W) / 224, so that an image of 32 x 32 is hit comparably; amplitudes of noise, qualities and ratios are not.
+min(H, W) / 224, so that an image of 32 x 32 is hit comparably. Amplitudes of noise, qualities and ratios are not.
 
-Departures from ImageNet-C's program: the frost pictures, which are not ours to ship; zooms are centred exactly; pixels
-swapped by glass change places (there a swap of array views copies one over the other); nothing is rounded to bytes
-on the way, but for JPEG.
+Departures from ImageNet-C's program: the frost pictures are not ours to ship. Zooms are centred exactly. Pixels swapped
+by glass change places (there a swap of array views copies one over the other). Nothing is rounded to bytes on the way,
+but for JPEG.
 """
 
 from __future__ import annotations

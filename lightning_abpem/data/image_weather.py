@@ -1,8 +1,8 @@
 """Weather on images: fog, frost, snow and spatter, and the filters that they share with the blurs.
 
-Layers of fog, ice, snow and liquid are drawn on a canvas whose shorter side has 224 pixels, for which the parameters of
-ImageNet-C (Hendrycks and Dietterich, ICLR 2019) are made. Then they are resized to the image. Images are (H, W, C)
-floats in [0, 1]; results are not yet clipped.
+Layers of fog, ice, snow and liquid are drawn on a canvas whose shorter side has 224 pixels, and resized to the image.
+ImageNet-C (Hendrycks and Dietterich, ICLR 2019) has its parameters for that size. Images are (H, W, C) floats in [0,
+1]; results are not yet clipped.
 """
 
 from __future__ import annotations

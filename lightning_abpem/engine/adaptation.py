@@ -1,8 +1,8 @@
 """The engine: adapts a model at its call, without labels. It needs torch alone.
 
-While an `Adaptation` is open, a call of the target module first adapts parameters of the model, as a method says, to
-the batch it is called with. Then it proceeds as it would have: the caller sees the adapted logits without any change.
-The way of a batch: `_call` -> `Stepper.adapt` (forward, gradients, step) -> the call itself, its frozen part replayed.
+While an `Adaptation` is open, a call of the target module first adapts parameters of the model to its batch, as a
+method says. Then it proceeds as it would have: the caller sees the adapted logits without any change. The way of a
+batch: `_call` -> `Stepper.adapt` (forward, gradients, step) -> the call itself, its frozen part replayed.
 """
 
 from __future__ import annotations

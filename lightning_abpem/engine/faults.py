@@ -92,9 +92,9 @@ class _TooLargeError(Exception):
 class Faults:
     """Tells the faults of a batch from errors that end the run.
 
-    An error is a batch's own once the configuration has proven itself: one batch has adapted and, if tokens of earlier
-    batches are in front of this one, a batch has adapted with some in front. Too little memory is so from the first
-    batch on. An error that says that the model does not fit, whatever the batch, never is.
+    An error is a batch's own once the configuration has proven itself, that is once a batch has adapted. If tokens of
+    earlier batches are in front of this one, a batch has to have adapted with some in front. Too little memory is so
+    from the first batch on. An error that says that the model does not fit, whatever the batch, never is.
 
     Args:
         on_error: "predict" without adapting to such a batch, or "raise".

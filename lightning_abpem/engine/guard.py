@@ -49,9 +49,9 @@ class Event:
 def harm(means: Means) -> Tensor:
     """Return how much less sure than the source the adapted model is, as a share of ln C: a scalar.
 
-    (H - H_source - min(G, 0.1 ln C)) / ln C with H the mean entropy of a prediction and G how much larger the entropy
-    of the mean prediction is than the source's. A model that spreads over more classes may be less sure, up to a point:
-    where a sensor fails the source may predict one class for all. Collapse makes G negative, which counts in full.
+    (H - H_source - min(G, 0.1 ln C)) / ln C. H is the mean entropy of a prediction. G is how much larger the entropy of
+    the mean prediction is than the source's. A model that spreads over more classes may be less sure, up to a point.
+    Where a sensor fails the source may predict one class for all. Collapse makes G negative, which counts in full.
     """
     unit = math.log(len(means.share))
     evener = (entropy_of(means.share) - entropy_of(means.source_share)).clamp(max=CREDIT * unit)
@@ -63,7 +63,7 @@ class Guard:
 
     Args:
         action: "rollback" puts the last good weights back, the source's if there are none, and goes on with less of the
-            learning rate; "reset" puts the source's back; "freeze" does so and takes no more steps; "warn" only says
+            learning rate. "reset" puts the source's back. "freeze" does so and takes no more steps. "warn" only says
             so.
 
     Attributes:

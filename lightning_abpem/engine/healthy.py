@@ -29,7 +29,7 @@ class HealthySamples:
 
     A NaN has no gradient, not even where the loss does not see it. So their rows in the arguments are replaced by
     another sample's, and the forward runs once more, in the same shapes. If the other samples' logits are the same bit
-    for bit, none depends on a broken one, and the step is that of the others alone. Else it is the whole batch's.
+    for bit, none depends on a broken one. Then the step is that of the others alone. Else it is the whole batch's.
 
     To look at logits means to wait for a GPU. So there, in one process, they are looked at once a step was not finite.
 

@@ -57,8 +57,8 @@ class RememberedBatch:
 class TokenMemory:
     """First in, first out store of the tokens that entered the fusion block, the current batch included.
 
-    Stored batches with other numbers of tokens than the current one, with other arguments that are no tensors, or that
-    came without a mask where it has one, are left out of its step.
+    A stored batch with other numbers of tokens than the current one is left out of its step. So is one with other
+    arguments that are no tensors, and one without a mask where the current one has one.
 
     Args:
         block: the fusion block. Everything after it must depend on the batch through its input alone.

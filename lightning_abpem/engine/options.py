@@ -65,21 +65,21 @@ class EngineOptions:
         replay: compute the frozen part of the model once per batch; False computes it in every pass.
         predicts: whether the step sees predictions from "after" the update to its batch or from "before" it. Default:
             as the method's paper has it.
-        sync: with several processes, "global" takes one step for the batches of all of them together, the same in each;
+        sync: with several processes, "global" takes one step for the batches of all of them together, the same in each.
             "local" lets each adapt on its own stream, such as that of a sensor of its own.
-        projections: what adapts in the fusion attention, where its q, k and v projections have unusual names or other
-            parameters are wanted: patterns of names inside it, as `fusion` has them, or a function from the module to
-            its parameters by name. Default: the linears whose names tell q, k and v.
+        projections: parameters of the fusion attention that adapt: patterns of names inside it, as `fusion` has them,
+            or a function from the module to its parameters by name. For projections with unusual names, or other
+            parameters. Default: the linears whose names tell q, k and v.
         learning_rate: of the optimizer. Default: its own, 1e-4.
         clip_gradients: greatest length of the gradient over all adapted weights; longer ones are scaled down.
         anchor: share of the way back to the source that every step ends with, in [0, 1).
         max_drift: greatest length of the weights' way from the source, relative to the source's own length.
         monitor: compare the adapted model with the source on every batch ("source"), on every n-th (a number), or never
             ("off"). It costs a forward of what is not frozen.
-        guard: what to do when the comparison says that adapting does harm: "rollback" puts the last good weights back
-            and goes on with less of the learning rate, "reset" puts the source's back, "freeze" does so and takes no
-            more steps, "warn" says so if there is a comparison and does nothing, "off" does not judge.
-        on_error: what to do with a batch that cannot be adapted, for instance because it lacks a modality: "predict" by
+        guard: what to do when the comparison says that adapting does harm. "rollback" puts the last good weights back
+            and goes on with less of the learning rate. "reset" puts the source's back. "freeze" does so and takes no
+            more steps. "warn" says so if there is a comparison, and does nothing. "off" does not judge.
+        on_error: what to do with a batch that cannot be adapted, for instance because it lacks a modality. "predict" by
             the weights as they are, count it in `skipped_for` and go on; or "raise". Before a batch has adapted every
             error is raised, but for too little memory: it may be the configuration's.
 

@@ -24,9 +24,9 @@ _LEFT: list[Any] = []  # messages of runs that failed, which the others take whe
 class Peers:
     """The other processes of a run in which each adapts on its own stream: they meet at the end of a dataloader.
 
-    What one has to say goes to each of the others by itself, so that one that is gone is known by its number, and the
-    rest do without it. One that fails calls `abandon`. One that is killed is lost with its connection, one that stands
-    still after the process group's timeout.
+    What one has to say goes to each of the others by itself. So one that is gone is known by its number, and the rest
+    do without it. One that fails calls `abandon`. One that is killed is lost with its connection, one that stands still
+    after the process group's timeout.
 
     Attributes:
         size: the number of processes.

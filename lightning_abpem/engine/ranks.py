@@ -1,7 +1,7 @@
 """One global batch out of the batches of several processes, so that all of them take the step that one would.
 
 Every process computes the method's loss on the logits and the score statistics of all samples, of which its own carry
-gradients; so the sum of the processes' gradients is the gradient of the global batch, whatever the loss and however
+gradients. So the sum of the processes' gradients is the gradient of the global batch, whatever the loss and however
 uneven the batches. Per forward that is an exchange of six integers and one of a row per sample, per step one flat sum
 of the gradients.
 """

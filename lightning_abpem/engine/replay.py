@@ -42,10 +42,10 @@ class FrozenReplay(Uncopied):
     of its parameters, to modules whose state is the same. In any doubt the module simply runs, and so it does inside
     transforms of torch.func.
 
-    A module that does more than to give an output runs in every pass, and what it calls is replayed in its place:
-    one with hooks on others inside it, one that edits its arguments, one in training mode, one whose state a pass has
-    changed, and one that reaches adapted parameters by a reference or a closure. A model that draws random numbers is
-    not replayed at all. The first batches are audited: what would have been replayed is computed again and compared.
+    A module that does more than to give an output runs in every pass, and what it calls is replayed in its place. Such
+    is one with hooks on others inside it, one that edits its arguments, one in training mode, one whose state a pass
+    has changed, and one that reaches adapted parameters by a reference or a closure. A model that draws random numbers
+    is not replayed at all. The first batches are audited: what would have been replayed is computed again and compared.
 
     Args:
         model: the module whose submodules are replayed, itself excepted.

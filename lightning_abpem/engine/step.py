@@ -183,7 +183,8 @@ class Stepper:
             log.warning(
                 "The first step moved %s, but every logit (%s) is the same bit for bit as before it. That is so where "
                 "the forward uses projections that were fused or cached in an earlier call (compare their values with "
-                "the weights'), or where the step is too small for this precision (try a larger learning rate).",
+                "the weights'). It is so, too, where the step is too small for this precision (try a larger learning "
+                "rate).",
                 *(next(iter(self._params)), prediction.dtype),
             )
 

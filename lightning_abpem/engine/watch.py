@@ -59,10 +59,10 @@ class Watch:
             total: sums over processes; None for one.
 
         Returns:
-            `flip_rate`, the share of samples for which the two predict different classes; `source_entropy`, the
-            source's mean; of the means over the stream `class_share`, the entropy of the adapted model's mean
-            prediction, and `information`, that less the mean entropy: what a prediction tells of a sample. All scalars,
-            in nats but for the first.
+            scalars, in nats but for the first: `flip_rate`, the share of samples for which the two predict different
+            classes; `source_entropy`, the source's mean. Of the means over the stream: `class_share`, the entropy of
+            the adapted model's mean prediction; `information`, that less the mean entropy. It is what a prediction
+            tells of a sample.
         """
         batch = torch.zeros(0) if logits is None or source is None else _sums(widen(logits), widen(source))
         if total is not None:

@@ -33,7 +33,7 @@ _SAID = {
 class AdaptedWeights:
     """Parameters with an optimizer of their own and the way back to where they came from.
 
-    Parameters narrower than float32 move by way of float32 masters: Adam at 1e-4 would not move a bfloat16 weight of 1,
+    Parameters narrower than float32 move by way of float32 masters. Adam at 1e-4 would not move a bfloat16 weight of 1,
     and its epsilon is 0 in float16. Those cut into shards move by way of whole ones, the same in every process.
 
     Args:

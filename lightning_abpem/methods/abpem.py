@@ -107,7 +107,7 @@ class ABPEM(TestTimeAdaptation):
     """Adapts a multi-modal model to each test batch without labels, before the model predicts on it.
 
     Attention Bootstrapping with Principal Entropy Minimization (Zhao et al., AAAI 2025, arXiv 2503.02221). In `test`
-    and `predict` the model's own step sees logits from the adapted weights; nothing in the LightningModule changes, and
+    and `predict` the model's own step sees logits from the adapted weights. Nothing in the LightningModule changes, and
     the source weights return after the run, also after a crash. Only the q, k and v projections of the fusion attention
     move.
 
@@ -116,20 +116,22 @@ class ABPEM(TestTimeAdaptation):
     Args:
         fusion: name pattern(s) of the fusion attention module(s), relative to the LightningModule. `*` stands for one
             part of a dotted name, `**` for any number, `NAME[i]` for call i of a module that is called several times in
-            a forward. Where self- and cross-attention are modules of their own, a mapping from ordered pairs of
-            modalities, ("video", "audio") or "video->audio" with the queries first, to patterns, self pairs included;
-            or a rule for all pairs of `modalities`, {"self": ..., "cross": ...}, its patterns with {query} and {key}.
-        modalities: the modalities' tokens in the joint sequence: lengths in order, which have to cover it; ranges
-            (start, stop), which may leave tokens out; or functions from the target's arguments to (B, N) bool masks.
-            "auto" reads them off the concatenation of the encoders' outputs. Where `fusion` is a mapping, the tokens in
-            the modality's own sequence, or the names alone: "auto" takes all tokens. Padded tokens never count.
+            a forward. Where self- and cross-attention are modules of their own: a mapping from ordered pairs of
+            modalities to patterns, self pairs included. A pair is ("video", "audio") or "video->audio", the queries
+            first. Or a rule for all pairs of `modalities`, {"self": ..., "cross": ...}, its patterns with {query} and
+            {key}.
+        modalities: the modalities' tokens in the joint sequence: lengths in order, ranges (start, stop), or functions
+            from the target's arguments to (B, N) bool masks. Lengths have to cover the sequence; ranges may leave
+            tokens out. "auto" reads them off the concatenation of the encoders' outputs. Where `fusion` is a mapping,
+            the tokens in the modality's own sequence, or the names alone: "auto" takes all tokens. Padded tokens never
+            count.
         k: number of most probable classes whose entropy is minimised, in [1, C]; "auto" is the square root of C.
         attention_weight: weight of the attention bootstrapping, >= 0; "auto" makes its gradient, in every step, 0.3
             times as long as that of the other parts.
         balance_weight: weight of the balance term, >= 0.
-        balance: "marginal", the entropy of the batch-mean prediction (the paper); "stream", that as far as consecutive
-            predictions agree no more than any two of the stream, and for the rest the batch against the classes
-            predicted so far, so that labels need not be shuffled; or "read" (READ's variant).
+        balance: "marginal", the entropy of the batch-mean prediction (the paper), "stream", or "read" (READ's variant).
+            "stream" is "marginal" as far as consecutive predictions agree no more than any two of the stream. For the
+            rest it is the batch against the classes predicted so far, so that labels need not be shuffled.
         entropy_weight: weight of the principal entropy, >= 0.
         memory_batches: batches that the loss sees, the current one included; 1 is no memory.
         memory_at: the module whose input tokens are remembered. Default: the layer around the fusion attention,

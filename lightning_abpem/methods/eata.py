@@ -31,8 +31,8 @@ class SampleEfficientEntropy(NormMethod):
         redundancy: it is redundant if the cosine of its prediction with the running mean of those adapted to is at
             least that (equation 5).
         fisher_weight: weight of the Fisher regulariser (equation 8).
-        fisher_batches: the target's arguments for batches of unlabelled samples like the source's, from which the
-            Fisher information of every parameter is measured (equation 9); none, no regulariser.
+        fisher_batches: the target's arguments for batches of unlabelled samples like the source's. The Fisher
+            information of every parameter is measured on them (equation 9); without them there is no regulariser.
     """
 
     entropy_margin: float = 0.4
@@ -113,8 +113,8 @@ class EATA(TestTimeAdaptation):
         entropy_margin: a sample is reliable if its entropy is below this share of ln C.
         redundancy: it is redundant if its prediction's cosine with the running mean of predictions is at least that.
         fisher_weight: weight of the pull towards the source parameters.
-        fisher_batches: the target's arguments for batches of unlabelled source-like samples, from which it is measured
-            how much each parameter matters; without them there is no pull.
+        fisher_batches: the target's arguments for batches of unlabelled source-like samples. They measure how much each
+            parameter matters; without them there is no pull.
     """
 
     def __init__(

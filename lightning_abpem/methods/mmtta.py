@@ -117,10 +117,10 @@ def _values(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) ->
 class MMTTA(TestTimeAdaptation):
     """Adapts the normalisation layers to pseudo-labels of the more consistent modality.
 
-    The paper has a head per modality and labels points of a scan. Here one fused head is all there is: a modality's
-    prediction is that of a forward with the others' inputs zeroed, the slow model is a running mean of the affine
-    parameters (layer normalisation has no statistics to average), and the cross-entropy is that of the fused
-    prediction. Five forwards per step for two modalities.
+    The paper has a head per modality and labels points of a scan. Here one fused head is all there is. A modality's
+    prediction is that of a forward with the others' inputs zeroed. The slow model is a running mean of the affine
+    parameters (layer normalisation has no statistics to average). The cross-entropy is that of the fused prediction.
+    Five forwards per step for two modalities.
 
     The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
 

@@ -44,14 +44,15 @@ class Objective:
     """entropy_weight * principal entropy - balance_weight * balance + attention_weight * bootstrapping.
 
     Bootstrapping pulls the Gaussian of each cross block's scores towards that of the key modality's self block, which
-    is a constant here: the sum over ordered pairs of modalities of the batch-mean KL divergence.
+    is a constant here. The loss is the sum over ordered pairs of modalities of the batch-mean KL divergence.
 
     Args:
         k: classes the principal entropy keeps, in [1, C]; "auto" for the square root of C, 2 at least.
         attention_weight: weight of the bootstrapping, >= 0, or "auto", left to who has the gradients.
         balance_weight: weight of the balance, >= 0.
-        balance: "marginal", the entropy of the batch-mean prediction; "stream", that as far as the stream looks
-            shuffled, and for the rest the batch against the classes predicted so far; or "read", READ's form.
+        balance: "marginal", the entropy of the batch-mean prediction, "stream", or "read", READ's form. "stream" is
+            "marginal" as far as the stream looks shuffled, and for the rest the batch against the classes predicted so
+            far.
         entropy_weight: weight of the principal entropy, >= 0; 1 in the paper.
     """
 

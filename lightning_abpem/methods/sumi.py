@@ -26,7 +26,7 @@ def interquartile_share(features: Tensor, progress: float) -> Tensor:
     """Return the share of each sample's features that lie within the smoothed interquartile range: (B,).
 
     The quartiles of a feature are a quarter and three quarters of the way from its least to its largest value in the
-    batch; the range is widened by 3/2 of its length times `progress`, so that in the end nothing but outliers is out.
+    batch. The range is widened by 3/2 of its length times `progress`, so that in the end nothing but outliers is out.
 
     Args:
         features: (B, F), all modalities side by side.
@@ -157,8 +157,8 @@ def _watched(inputs: Inputs, encoders: Mapping[str, str]) -> tuple[str, ...]:
 class SuMi(TestTimeAdaptation):
     """Adapts the normalisation layers to samples that only both modalities together can tell, smoothly at first.
 
-    The unimodal passes are forwards of the target with the other modalities' inputs zeroed: three forwards per step for
-    two modalities, and one for the prediction.
+    The unimodal passes are forwards of the target with the other modalities' inputs zeroed. With two modalities a step
+    takes three forwards, and the prediction one.
 
     The options from `steps` on are those of every method: `EngineOptions` and `RunOptions` document them.
 

@@ -55,11 +55,11 @@ class AttentionGap(_PairMean):
     """Measure how much less a modality attends to another than that one to itself; `attention_gap` takes one batch.
 
     For each ordered pair (m, n) of modalities: mean score of n's queries and keys, less that of m's queries and n's
-    keys, averaged over heads, samples and layers, in units of scores before the softmax.
+    keys. It is averaged over heads, samples and layers, in units of scores before the softmax.
 
     Args:
         modalities: the modalities' tokens in the joint sequence: lengths in order, or ranges (start, stop).
-        fusion: as `find_fusion` gives it, for calls of attention modules by pair, or of some calls only; `modalities`
+        fusion: as `find_fusion` gives it, for calls of attention modules by pair, or of some calls only. `modalities`
             are then those in each one's own sequence, or names alone.
         average: "macro" for the mean over pairs, a scalar; "none" for each pair's by its name, "audio_to_video".
         kwargs: torchmetrics' own options.
@@ -79,7 +79,8 @@ class AttentionDivergence(_PairMean):
     """KL divergence of cross blocks' scores from self blocks'; `attention_divergence` is that of a batch.
 
     For each ordered pair (m, n) of modalities: that of the Gaussian of the scores of m's queries and n's keys from the
-    Gaussian of n's queries and keys, averaged over samples and layers, in nats. Arguments are those of `AttentionGap`.
+    Gaussian of n's queries and keys. It is averaged over samples and layers, in nats. Arguments are those of
+    `AttentionGap`.
     """
 
     figure = "divergence"

@@ -1,7 +1,7 @@
 """A batch's figures of attention between modalities, from q and k or from captured calls.
 
-Of an ordered pair (m, n) of modalities the cross block is that of m's queries and n's keys, and the self block that of
-n's queries and keys; scores are those before the softmax, averaged over heads.
+An ordered pair (m, n) of modalities has a cross block, of m's queries and n's keys, and a self block, of n's queries
+and keys. Scores are those before the softmax, averaged over heads.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def tune(
     Args:
         own: the callback whose learning rate is looked for.
         model: a LightningModule, whose own step runs in a Trainer, or any module, which is called.
-        data: a loader or another iterable of batches, of which the first are kept in memory; or a
-            LightningDataModule, which makes them anew for each candidate, from the same random numbers.
+        data: a loader or another iterable of batches, of which the first are kept in memory. A LightningDataModule
+            makes them anew for each candidate, from the same random numbers.
         rates: candidates of `learning_rate`.
         anchors: candidates of `anchor`, each with all rates; None for this callback's own.
         batches: how many of the stream; of each dataloader, if the LightningDataModule has several.
