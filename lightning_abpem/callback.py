@@ -267,7 +267,7 @@ class TestTimeAdaptation(Callback):
         self, report: RunReport | None, metrics: Mapping[str, object], error: BaseException | None = None
     ) -> None:
         if report is not None:
-            report.write(self.updates, self.skipped_for, metrics, error)
+            report.write(self.updates, self.skipped_for, self.left_out, metrics, error)
 
     def state_dict(self, memory: bool = True) -> dict[str, Any]:
         """Return what the stream of this run, or of the last one, needs to go on; see `Adaptation.state_dict`.

@@ -59,6 +59,7 @@ def _tiles(record: Json) -> str:
         ("steps computed", number(counts["steps"])),
         ("updates", number(counts["updates"])),
         ("steps skipped", number(counts["skipped"])),
+        *([("samples left out of steps", number(counts["left_out"]))] if counts["left_out"] else []),
         ("guard events", number(len(record["events"]))),
         ("resets to the source", number(counts["resets"])),
     ]

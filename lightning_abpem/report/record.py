@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["FORMAT", "VERSION", "check_writable", "read_record", "write_text"]
 
 FORMAT = "lightning_abpem report"
-VERSION = 1
+VERSION = 2
 _BYTES, _WORDS, _ITEMS, _SHOWN = 32 << 20, 4000, 20_000, 80
 
 Check = Callable[[Any, str], None]
@@ -163,7 +163,7 @@ _FORM = _parts(
     ),
     versions=_named(_text),
     options=_named(_text),
-    counts=_parts(steps=_count, resets=_count, updates=_count, skipped=_count),
+    counts=_parts(steps=_count, resets=_count, updates=_count, skipped=_count, left_out=_count),
     skipped=_named(_count),
     steps=_parts(
         every=_count,

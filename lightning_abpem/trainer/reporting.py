@@ -98,6 +98,7 @@ class RunReport:
         self,
         updates: int,
         skipped_for: Mapping[str, int],
+        left_out: int,
         metrics: Mapping[str, object],
         error: BaseException | None = None,
     ) -> None:
@@ -106,6 +107,7 @@ class RunReport:
         Args:
             updates: steps taken.
             skipped_for: steps not taken, by reason.
+            left_out: samples left out of steps.
             metrics: what the user logged, scalars by name.
             error: what ended the run early.
         """
@@ -114,7 +116,8 @@ class RunReport:
         self._is_written = True
         try:
             gathered = self.recorder.result()
-            gathered["counts"] |= {"updates": updates, "skipped": sum(skipped_for.values())}
+            skipped = sum(skipped_for.values())
+            gathered["counts"] |= {"updates": updates, "skipped": skipped, "left_out": left_out}
             own = f"{self._settings.method.name.lower()}/"
             record = {
                 "format": FORMAT,

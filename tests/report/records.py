@@ -26,7 +26,7 @@ def record(query: str = "audio", key: str = "video") -> dict[str, Any]:
     means = {"entropy": 1.2, f"attention_gap/{query}_to_{key}": 0.3, "loss": None}
     return {
         "format": "lightning_abpem report",
-        "version": 1,
+        "version": 2,
         "run": {
             "method": "ABPEM",
             "stage": "test",
@@ -38,7 +38,7 @@ def record(query: str = "audio", key: str = "video") -> dict[str, Any]:
         },
         "versions": {"torch": "2.13.0", "python": "3.11.7"},
         "options": {"fusion": repr([query]), "modalities": repr({query: 2, key: 3})},
-        "counts": {"steps": 6, "resets": 1, "updates": 5, "skipped": 1},
+        "counts": {"steps": 6, "resets": 1, "updates": 5, "skipped": 1, "left_out": 2},
         "skipped": {f"not finite in {query}": 1},
         "steps": {"every": 1, "first": [0, 1, 2, 3, 4, 5], "samples": [4] * 6, "figures": figures},
         "classes": {"first": [0, 2, 4], "names": [0, 3], "counts": [[3, 1, 0], [5, 7, 8], [0, 0, 0]], "used": 2},

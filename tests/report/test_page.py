@@ -130,7 +130,11 @@ def test_no_part_that_it_has_not():
     for name in ("attention_gap/audio_to_video", "divergence/audio_to_video"):
         del content["steps"]["figures"][name]
     content |= {"blocks": None, "no_blocks": "The first batch cannot be copied.", "metrics": {}, "events": []}
-    content |= {"resets": [], "skipped": {}, "counts": {"steps": 6, "resets": 0, "updates": 6, "skipped": 0}}
+    content |= {
+        "resets": [],
+        "skipped": {},
+        "counts": {"steps": 6, "resets": 0, "updates": 6, "skipped": 0, "left_out": 0},
+    }
     content["seconds"]["adapting"] = None
     found = titles(content)
     assert found[:3] == ["Over the stream", "Entropy", "Class share"]

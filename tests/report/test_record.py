@@ -70,8 +70,8 @@ def test_what_does_not_fit_is_named(tmp_path, path, value, words):
         ('{"a": NaN}', "NaN, which is no number of JSON"),
         ('{"a": -Infinity}', "-Infinity, which is no number"),
         ('{"a": ' + "9" * 5000 + "}", "to be a record in JSON"),
-        ('{"format": "lightning_abpem report", "version": 2}', "to be of version 1, but got 2"),
-        ('{"format": "lightning_abpem report", "version": 1}', "is damaged: expected record to hold"),
+        ('{"format": "lightning_abpem report", "version": 1}', "to be of version 2, but got 1"),
+        ('{"format": "lightning_abpem report", "version": 2}', "is damaged: expected record to hold"),
         (b"\xff\xfe\x00", "to be a record in JSON"),
     ],
 )

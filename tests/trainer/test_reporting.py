@@ -1,6 +1,7 @@
 """The report of a run: what it holds is the run's, and the run is what it would be without."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -68,7 +69,7 @@ def test_it_holds_the_figures_of_the_run(page):
     trainer(callback).test(model, [loader(), loader(3, seed=2)], verbose=False)
     record = record_of(page)
     assert record["run"]["status"] == "finished"
-    assert record["counts"] == {"steps": 7, "resets": 0, "updates": 7, "skipped": 0}
+    assert record["counts"] == {"steps": 7, "resets": 0, "updates": 7, "skipped": 0, "left_out": 0}
     assert record["steps"]["samples"] == [4] * 7
     for own in record["dataloaders"]:
         expected = {name: value.item() for name, value in callback.averages[own["index"]].items()}
@@ -152,6 +153,15 @@ def test_steps_that_are_skipped_and_resets_are_marked(page):
     words = page.read_text()
     assert "step skipped" in words
     assert "the source model came back" in words
+
+
+def test_samples_that_were_left_out_are_counted(page):
+    stream = [(*own, torch.zeros(4, dtype=torch.long)) for own in batches(3)]
+    stream[1][0][:2] = torch.nan
+    callback = adapting(page)
+    trainer(callback).test(make_toy(), torch.utils.data.DataLoader(stream, batch_size=None), verbose=False)
+    assert record_of(page)["counts"]["left_out"] == callback.left_out == 2
+    assert re.search(r">2<[^>]*>(<[^>]*>)*samples left out of steps<", page.read_text())
 
 
 def test_what_the_guard_does_is_listed(page, monkeypatch):
