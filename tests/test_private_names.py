@@ -133,7 +133,8 @@ class Scripted(nn.Module):
 
 def scripts_list_their_attributes():
     script = torch.jit.script(Scripted())
-    kinds = torch._C.ConcreteModuleType.from_jit_type(script._c._type()).get_attributes()
+    kind: Any = torch._C.ConcreteModuleType.from_jit_type(script._c._type())
+    kinds = kind.get_attributes()
     return {name: is_parameter for name, (_, is_parameter) in kinds.items() if name in ("count", "weight")} == {
         "count": False,
         "weight": True,

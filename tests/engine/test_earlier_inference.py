@@ -9,7 +9,7 @@ import torch
 from tests.engine.attached import abpem
 from tests.toy import Toy, batches
 
-CACHE = {}
+CACHE: dict[str, torch.Tensor] = {}
 
 
 def made():
@@ -46,8 +46,8 @@ class Scaled(Toy):
     """Multiplies the tokens, ahead of the fusion, by a scale that it gets somewhere."""
 
     def forward(self, audio, video):
-        x = torch.cat((self.audio(audio), self.video(video)), dim=1)
-        return self.head((self.fusion(x) * self.scale_of()).mean(1))
+        x, scale = torch.cat((self.audio(audio), self.video(video)), dim=1), vars(self)["scale_of"]()
+        return self.head((self.fusion(x) * scale).mean(1))
 
 
 def scaled(place):

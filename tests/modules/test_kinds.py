@@ -210,7 +210,7 @@ KINDS = {
     "a weak dict by tensors": Kind(
         lambda: WeakTensorKeyDictionary({CLIP: 1}), lambda x: x.update({CLIP: 2}), lambda x: list(x.values())
     ),
-    "indices of a subset": Kind(lambda: Subset([1, 2], [0]), lambda x: x.indices.append(1), len),
+    "indices of a subset": Kind(lambda: Subset(TensorDataset(CLIP), [0]), lambda x: x.indices.append(1), len),
     "a partial": Kind(
         lambda: functools.partial(max, 1, key=abs),
         lambda x: x.__setstate__((min, (2,), {}, None)),

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_steps_that_are_skipped_and_resets_are_marked(page):
 
 
 def test_samples_that_were_left_out_are_counted(page):
-    stream = [(*own, torch.zeros(4, dtype=torch.long)) for own in batches(3)]
+    stream: Any = [(*own, torch.zeros(4, dtype=torch.long)) for own in batches(3)]
     stream[1][0][:2] = torch.nan
     callback = adapting(page)
     trainer(callback).test(make_toy(), torch.utils.data.DataLoader(stream, batch_size=None), verbose=False)

@@ -199,7 +199,7 @@ class Reports(Toy):
         self.audio.register_forward_hook(hook)
 
 
-OPTIONS = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "batch_size": 1}
+OPTIONS: dict[str, Any] = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "batch_size": 1}
 
 
 def by_partial(own):
@@ -214,8 +214,8 @@ def by_tuple(own):
     return (own,)
 
 
-def counts(module, args, output):
-    own = module.reports[0] if isinstance(module.reports, tuple) else module.reports
+def counts(module: Any, args: Any, output: Any) -> None:
+    own: Any = module.reports[0] if isinstance(module.reports, tuple) else module.reports
     own = own() if isinstance(own, weakref.ref) else own
     if isinstance(own, Toy):
         own.log("calls", 1.0, **OPTIONS)

@@ -356,7 +356,7 @@ class SupportSet(Encoder):
 @entry("a subset of a support set, which grows by an index in each call")
 class GrowingSubset(Encoder):
     def build(self):
-        self.support = Subset(TensorDataset(torch.arange(8).double()), [0])
+        self.support: Any = Subset(TensorDataset(torch.arange(8).double()), [0])
 
     def forward(self, x):
         self.support.indices.append(len(self.support) % 8)
