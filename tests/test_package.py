@@ -199,3 +199,16 @@ def test_the_readme_runs():
     for block in blocks:
         exec(block, namespace)
     assert namespace["results"][0]["abpem/test/updated"] == 1
+
+
+def own_attributes(kind):
+    """The names that a class sets on `self`."""
+    stored = [node for node in ast.walk(kind) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return {node.attr for node in stored if isinstance(node.value, ast.Name) and node.value.id == "self"}
+
+
+def test_a_class_with_many_attributes_has_a_reason():
+    classes = {node for _, node in definitions("lightning_abpem") if isinstance(node, ast.ClassDef)}
+    table = (ROOT.parent / "docs" / "design.md").read_text().partition("## Classes with many attributes")[2]
+    rows = [line.split("|")[1] for line in table.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", "".join(rows))) == {c.name for c in classes if len(own_attributes(c)) > 10}

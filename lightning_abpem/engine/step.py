@@ -85,9 +85,6 @@ class Stepper:
         fault: of the last batch, if it was left out of the other processes' step.
         logits: (B, C) of the last batch, of all processes that share it, as the model was before the first step.
         resets: when the source model comes back.
-
-    It joins the parts of a step, each a module of its own, and keeps what lasts from one batch to the next. So it has
-    more attributes than other classes.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the benchmark's tests have in common."""
+"""Fixtures that the benchmark's tests have in common."""
 
 import pytest
 
