@@ -139,6 +139,7 @@ def test_wandb(wandb, tmp_path):
     logger = WandbLogger(save_dir=tmp_path, offline=True, mode="offline", settings=quiet)
     run = figures_of(logger, tmp_path)
     logger.experiment.finish()
+    wandb.teardown()  # only the end of its process is the end of the file
     [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     records = list(records_of(file))
     rows = [items(record.history.item) for record in records if record.HasField("history")]
