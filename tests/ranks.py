@@ -50,7 +50,7 @@ def in_two_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
         pool.close()
         raise
     if any(isinstance(result, Exception) for result in results):
-        pool.close()  # who knows what they are like
+        pool.end()  # who knows what they are like
     else:
         _kept.append(pool)
     return results
@@ -108,8 +108,8 @@ class Pool:
         for end in self._ends:
             end.close()
         for process in self._processes:
-            process.join()
-        self._folder.cleanup()
+            process.join(10)
+        self.close()
 
 
 _kept: list[Pool] = []
@@ -126,6 +126,7 @@ def _serve(end: Connection, rank: int, trace: Path) -> None:
     with trace.open("w") as file:
         faulthandler.enable(file)
         _answer_all(end, rank)
+    atexit._run_exitfuncs()  # which a forked process leaves out: coverage writes what it has seen
 
 
 def _answer_all(end: Connection, rank: int) -> None:
