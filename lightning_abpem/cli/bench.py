@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--options", action="store_true", help="show the options of a run on this benchmark, and end")
 
 
+def add_options_of_a_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `run` reads later, for a shell's completion."""
+    known = {name for action in parser._actions for name in action.option_strings}
+    for action in _parser(Benchmark, set())._actions:
+        if action.option_strings and known.isdisjoint(action.option_strings):
+            parser.add_argument(*action.option_strings, help="an option of a run", choices=action.choices)
+
+
 def run(options: argparse.Namespace, rest: list[str]) -> None:
     """Run, or compare."""
     if options.compare:

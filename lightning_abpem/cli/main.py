@@ -16,6 +16,7 @@ from lightning_abpem.display import visible
 
 __all__ = ["main"]
 
+_COMPLETION = "--print-completion"
 _COMMANDS = {
     "demo": "train a small model on digits seen and heard, corrupt its sensors, and adapt it",
     "inspect": "show every attention call of one step, and the ABPEM(...) line that fits",
@@ -35,18 +36,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="abpem", description="Test-time adaptation of multi-modal models.")
     parser.add_argument("--version", action="version", version=f"abpem {__version__}")
+    is_completion = bool(argv) and argv[0].partition("=")[0] == _COMPLETION
+    _add_completion(parser, is_asked=is_completion)
     commands = parser.add_subparsers(dest="command", required=True)
     chosen = argv[0] if argv and argv[0] in _COMMANDS else None
     for name, words in _COMMANDS.items():
         command = commands.add_parser(
             name, help=words, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        if name == chosen:  # the others need not even be importable
+        if name == chosen or is_completion:  # else the others need not even be importable
             try:
                 module = importlib.import_module(f"lightning_abpem.cli.{name}")
             except ImportError as error:
                 parser.exit(2, f"abpem {name}: {error}; pip install 'lightning_abpem[cli,bench]'\n")
             module.add_arguments(command)
+            if is_completion and name == "bench":
+                module.add_options_of_a_run(command)
     options, rest = parser.parse_known_args(argv)
     if "" not in sys.path:
         sys.path.append("")  # modules of the working directory can be imported; installed ones go before them
@@ -63,3 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"abpem {chosen}: {visible(str(error), lines=True)}\n")
     finally:
         logger.setLevel(level)
+
+
+def _add_completion(parser: argparse.ArgumentParser, is_asked: bool) -> None:
+    words = "print the completion of all commands for a shell (bash, zsh, ...), and end"
+    if not is_asked:
+        parser.add_argument(_COMPLETION, metavar="SHELL", help=words)
+        return
+    try:
+        shtab = importlib.import_module("shtab")
+    except ImportError as error:
+        parser.exit(2, f"abpem: {error}; pip install 'lightning_abpem[cli,bench]'\n")
+    shtab.add_argument_to(parser, _COMPLETION, help=words)

@@ -211,6 +211,34 @@ def test_the_command_is_installed(folder):
     assert "abpem inspect --config config.yaml" in shown
 
 
+COMPLETES = r"""
+source {script}
+COMP_WORDS=({words}) COMP_CWORD={last}
+$(complete -p abpem | sed 's/.*-F \([^ ]*\).*/\1/') abpem {word} before
+echo "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("abpem in", "inspect"),
+        ("abpem bench digits-avc --prot", "--protocol"),
+        ("abpem tune --sta", "--stage"),
+        ("abpem corrupt --sev", "--severity"),
+    ],
+)
+def test_a_shell_completes_commands_and_options(words, expected, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", "bash"])
+    assert end.value.code == 0
+    (tmp_path / "abpem.bash").write_text(capsys.readouterr().out)
+    asked = words.split()
+    program = COMPLETES.format(script=tmp_path / "abpem.bash", words=words, last=len(asked) - 1, word=asked[-1])
+    found = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert expected in found
+
+
 def test_the_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
