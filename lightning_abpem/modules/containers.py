@@ -43,7 +43,7 @@ class Saved:
     def __init__(self, owner: Any, items: dict[Any, Any]) -> None:
         self.owner, self.items, self.given = owner, items, items
 
-    def replace(self, stand_ins: dict[Any, Any]) -> None:
+    def replace(self, stand_ins: dict[object, object]) -> None:
         """Let the pass have other items."""
         self.given = self.items | stand_ins
         self._write(self.given)
@@ -65,7 +65,7 @@ class Saved:
         """Replace the items of now. An interrupt may come at any point: never leave an object without attributes."""
 
 
-def _base(own: dict[Any, Any]) -> Any:
+def _base(own: dict[object, object]) -> Any:
     """Return the class whose methods read and write a dict as it is, whatever those of its own class do."""
     return OrderedDict if isinstance(own, OrderedDict) else dict
 
@@ -286,7 +286,7 @@ def _own_slots(kind: type) -> Iterator[tuple[str, Any]]:
             yield name, slot
 
 
-def _slot_values(x: Any, slots: dict[str, Any]) -> dict[str, Any]:
+def _slot_values(x: object, slots: dict[str, object]) -> dict[str, Any]:
     missing = object()
     values = {name: _slot_value(slot, x, missing) for name, slot in slots.items()}
     return {name: value for name, value in values.items() if value is not missing}

@@ -83,5 +83,5 @@ def parts(x: Any) -> tuple[Any, ...]:
     return (x.base,) if _is_flat(x) else x.__reduce__()[1]
 
 
-def _is_flat(x: Any) -> bool:
+def _is_flat(x: object) -> bool:
     return "numpy" in sys.modules and isinstance(x, sys.modules["numpy"].flatiter)

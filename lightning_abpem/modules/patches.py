@@ -38,7 +38,7 @@ class Changes(Uncopied):
     def __enter__(self) -> Changes:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -51,29 +51,29 @@ class Changes(Uncopied):
         """Have `undo` called by `close`."""
         self._undoings.append(undo)
 
-    def set(self, owner: Any, attribute: str, value: Any) -> None:
+    def set(self, owner: object, attribute: str, value: object) -> None:
         """Stand `value` in for an instance's attribute; what others put there meanwhile stays."""
         self.note(partial(put_back, owner.__dict__, attribute, value, owner.__dict__.get(attribute, MISSING)))
         owner.__dict__[attribute] = value
 
-    def wrap(self, owner: Any, attribute: str, wrapper: Callable[..., Any], *first: Any) -> None:
+    def wrap(self, owner: object, attribute: str, wrapper: Callable[..., object], *first: object) -> None:
         """Have calls of an instance's attribute go to `wrapper(*first, original, ...)`."""
         stand_in = StandIn(owner, attribute, wrapper, *first)
         self.note(stand_in.put_back)
         stand_in.place()
 
-    def wrap_call(self, module: nn.Module, attribute: str, wrapper: Callable[..., Any], *first: Any) -> None:
+    def wrap_call(self, module: nn.Module, attribute: str, wrapper: Callable[..., object], *first: object) -> None:
         """Wrap the attribute by which a module is called; its copies have none of that."""
         if hasattr(module, "__getstate__"):  # before Python 3.11 not every object has one
             self.wrap(module, "__getstate__", state_without, module)
         self.wrap(module, attribute, wrapper, *first)
 
-    def hook(self, module: nn.Module, register: str, function: Callable[..., Any], **options: Any) -> None:
+    def hook(self, module: nn.Module, register: str, function: Callable[..., object], **options: object) -> None:
         """Register a hook by the module's method of that name, such as `register_forward_hook`."""
         self.note(partial(_unhook, module, function))
         getattr(module, register)(function, **options)
 
-    def enter(self, block: AbstractContextManager[Any]) -> None:
+    def enter(self, block: AbstractContextManager[object]) -> None:
         """Enter a context manager, to be left by `close`."""
         entered: list[AbstractContextManager[Any]] = []
 
@@ -101,7 +101,7 @@ class Changes(Uncopied):
             raise failure
 
 
-def _unhook(module: nn.Module, function: Callable[..., Any]) -> None:
+def _unhook(module: nn.Module, function: Callable[..., object]) -> None:
     tables: Any = (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),

@@ -45,7 +45,7 @@ class RandomState:
         return moved
 
 
-def generator_state(x: Any) -> bytes:
+def generator_state(x: object) -> bytes:
     """Return the state of a generator that somebody keeps: torch's, Python's or NumPy's."""
     if isinstance(x, torch.Generator):
         return bytes(x.get_state().tolist())
@@ -54,7 +54,7 @@ def generator_state(x: Any) -> bytes:
     return pickle.dumps([part.__reduce__()[-1] if _spawns(part) else part.state for part in _parts(x)])
 
 
-def set_generator_state(x: Any, state: bytes) -> None:
+def set_generator_state(x: object, state: bytes) -> None:
     """Put a generator back to what `generator_state` returned."""
     if isinstance(x, torch.Generator):
         x.set_state(torch.tensor(list(state), dtype=torch.uint8))
@@ -68,14 +68,14 @@ def set_generator_state(x: Any, state: bytes) -> None:
                 part.state = own
 
 
-def _parts(x: Any) -> list[Any]:
+def _parts(x: object) -> list[Any]:
     """Return what one of NumPy's generators draws from: its bits, and the seeds that it gives to its children."""
     bits = getattr(x, "bit_generator", None) or getattr(x, "_bit_generator", x)
     seeds = getattr(bits, "seed_seq", None)
     return [bits, seeds] if _spawns(seeds) else [bits]
 
 
-def _spawns(x: Any) -> bool:
+def _spawns(x: object) -> bool:
     return hasattr(x, "n_children_spawned")
 
 
