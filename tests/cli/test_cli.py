@@ -1,6 +1,7 @@
 """The command line, in a directory of a user's."""
 
 import inspect
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -237,6 +238,14 @@ def test_a_shell_completes_commands_and_options(words, expected, capsys, tmp_pat
     program = COMPLETES.format(script=tmp_path / "abpem.bash", words=words, last=len(asked) - 1, word=asked[-1])
     found = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert expected in found
+
+
+def test_the_command_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["abpem", "inspect", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("lightning_abpem.cli", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "abpem inspect --config config.yaml" in capsys.readouterr().out
 
 
 def test_the_version(capsys):
