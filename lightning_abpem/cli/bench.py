@@ -48,10 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_options_of_a_run(parser: argparse.ArgumentParser) -> None:
     """Add the options that `run` reads later, for a shell's completion."""
-    known = {name for action in parser._actions for name in action.option_strings}
-    for action in _parser(Benchmark, set())._actions:
-        if action.option_strings and known.isdisjoint(action.option_strings):
-            parser.add_argument(*action.option_strings, help="an option of a run", choices=action.choices)
+    for name in ("config", "print_config", *option_types(run_benchmark), *option_types(Benchmark)):
+        if name not in _NO_OPTIONS:
+            parser.add_argument(f"--{name}", help="an option of a run")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:

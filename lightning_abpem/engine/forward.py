@@ -29,7 +29,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import has_shards
 from lightning_abpem.engine.traceless import TracelessCalls
-from lightning_abpem.modules.inference import explain_inference
+from lightning_abpem.modules.inference import explain_gradients
 from lightning_abpem.modules.parameters import device_of
 from lightning_abpem.modules.patches import watch_outputs
 
@@ -176,7 +176,7 @@ class Forward:
             outputs = watch_outputs(own.changes, self._model, self._settings.method.watches)
             output = own.run()
         except Exception as error:
-            explain_inference(error)
+            explain_gradients(error)
             if self._memory is not None:
                 self._memory.add_note(error)
             raise
@@ -301,9 +301,9 @@ def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None
             raise ValueError(
                 f"Expected the scores of '{call.name}' to carry gradients to its projections, but they carry none. "
                 "That is so under torch.no_grad() (torch.is_grad_enabled() is False in its forward), inside an "
-                "autograd.Function (the scores reach its forward detached), after .detach(), or if the forward sets "
-                "requires_grad of the projections to False. Bootstrapping could not act. Use an attention without "
-                "these, or set attention_weight=0."
+                "autograd.Function (the scores reach its forward detached), as in torch.utils.checkpoint with "
+                "use_reentrant=True, after .detach(), or if the forward sets requires_grad of the projections to "
+                "False. Bootstrapping could not act. Use an attention without these, or set attention_weight=0."
             )
 
 

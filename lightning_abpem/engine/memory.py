@@ -234,7 +234,11 @@ class TokenMemory:
             largest = self._predicted.masked_fill(self._predicted.isinf(), 0).abs().max()  # -inf: no class
             bound = (5e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3) * largest
             if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
-                why = "the forward draws random numbers" if drew else "something bypasses it"
+                why = (
+                    "the forward draws random numbers"
+                    if drew
+                    else "something bypasses it, or differs from call to call"
+                )
                 raise ModelError(
                     f"Expected the tokens that entered '{self.name}' to give the same logits again, but they differ: "
                     f"{why}. {ADVICE}"

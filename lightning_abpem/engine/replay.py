@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lightning_abpem.engine.recorded import (
-    LEAF,
     RecordedCall,
     editable,
     flat,
@@ -27,7 +26,7 @@ from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.parameters import GradientFlags
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.stand_ins import Uncopied, hides_attribute
-from lightning_abpem.modules.state import reachable
+from lightning_abpem.modules.state import Snapshot, reachable
 
 __all__ = ["FrozenReplay"]
 
@@ -190,15 +189,26 @@ class FrozenReplay(Uncopied):
             for inner in self._inner[key]
         )
 
-    def _record(self, call: tuple[int, int], forward: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+    def _record(self, call: tuple[int, int], forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module and hold its output, if the call did nothing but give it; else run it as if it came first.
+
+        What a call has changed is looked for at once. At the end of the pass the forward may have taken it back.
+        """
         inputs, spec = flat(args, kwargs)
         if not all(map(is_constant, inputs)):
             return forward(*args, **kwargs)
-        recorded = RecordedCall(inputs, spec, self._inner[call[0]], self._flags_of(call[0]))
-        output = self._run(call[0], forward, args, kwargs)
-        if spec != LEAF and not _is_same_tree(inputs, spec, *flat(args, kwargs)):
-            self._recording.discard(call[0])  # it edits the containers that it gets
-        elif recorded.keep(output, inputs):
+        key = call[0]
+        recorded = RecordedCall(inputs, spec, self._inner[key], self._flags_of(key))
+        snapshot = Snapshot(self._modules[key], args, kwargs)
+        try:
+            output = snapshot.call(lambda *own, **named: self._run(key, forward, own, named))
+        finally:
+            changed = snapshot.restore()
+        if changed or snapshot.drew:
+            self._recording.discard(key)
+            log.info("'%s' does more in a call than to give an output, so it runs in every pass.", self._name(key))
+            return forward(*args, **kwargs)
+        if recorded.keep(output, inputs):
             self._recorded[call] = recorded
         return output
 
@@ -257,7 +267,3 @@ class FrozenReplay(Uncopied):
 def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(id(p) in moving for p in parameters)
-
-
-def _is_same_tree(leaves: list[object], spec: object, others: list[object], other_spec: object) -> bool:
-    return spec == other_spec and all(x is y for x, y in zip(leaves, others, strict=True))

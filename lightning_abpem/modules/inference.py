@@ -12,7 +12,14 @@ from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.refusals import add_note
 from lightning_abpem.modules.tensors import normal_tensor, same_bits
 
-__all__ = ["explain_inference", "without_inference_tensors"]
+__all__ = ["explain_gradients", "without_inference_tensors"]
+
+
+_WITHOUT_GRADIENTS = (
+    "on Tensor that requires grad",  # .numpy()
+    "support the deepcopy protocol",
+    "out=... arguments don't support automatic differentiation",
+)
 
 
 class _Place(NamedTuple):
@@ -97,12 +104,19 @@ def _entries(owner: dict[Any, Any] | list[Any]) -> list[tuple[Any, Any]]:
     return list(owner.items() if isinstance(owner, dict) else enumerate(owner))
 
 
-def explain_inference(error: Exception) -> None:
-    """Add a note to torch's error about a tensor of inference mode: it lies where no stand-in can take its place."""
-    if "Inference tensors cannot be saved for backward" in str(error):
+def explain_gradients(error: Exception) -> None:
+    """Add a note to torch's error about what a forward cannot do where gradients are on, as in a pass."""
+    words = str(error)
+    if "Inference tensors cannot be saved for backward" in words:
         add_note(
             error,
             "An earlier run under torch.inference_mode(), such as a Trainer's, has left a tensor where ABPEM cannot "
             "reach it: in a functools.lru_cache with a maxsize, a variable of a Python module, or an object in C. "
             "Empty it before you adapt (cache_clear()), or make that run with Trainer(inference_mode=False).",
+        )
+    elif any(known in words for known in _WITHOUT_GRADIENTS):
+        add_note(
+            error,
+            "ABPEM's pass over a batch has gradients on, where a prediction may have none. Detach the tensor first "
+            "(x.detach().cpu().numpy()), or leave this out while torch.is_grad_enabled().",
         )

@@ -39,7 +39,7 @@ class RandomState:
         if self._device is not None and not torch.equal(torch.cuda.get_rng_state(self._device), self._cuda):
             torch.cuda.set_rng_state(self._cuda, self._device)
             moved = True
-        if self._numpy is not None and not _same_array(self._numpy.get_state(), self._array):
+        if self._numpy is not None and not _same(self._numpy.get_state(), self._array):
             self._numpy.set_state(self._array)
             moved = True
         return moved
@@ -79,5 +79,10 @@ def _spawns(x: object) -> bool:
     return hasattr(x, "n_children_spawned")
 
 
-def _same_array(x: Any, y: Any) -> bool:
-    return x[2:] == y[2:] and (x[1] == y[1]).all()
+def _same(x: Any, y: Any) -> bool:
+    """Return True if two states of NumPy's generator are equal: tuples, or dicts, with arrays in them."""
+    if isinstance(x, dict):
+        return isinstance(y, dict) and x.keys() == y.keys() and all(_same(x[name], y[name]) for name in x)
+    if isinstance(x, tuple):
+        return isinstance(y, tuple) and len(x) == len(y) and all(map(_same, x, y))
+    return bool((x == y).all()) if hasattr(x, "all") else bool(x == y)

@@ -1,5 +1,6 @@
 """Tensors that an earlier run in inference mode has left in places of every kind: as gradients want them, or named."""
 
+import copy
 import functools
 import sys
 
@@ -93,3 +94,34 @@ def test_a_tensor_out_of_reach_is_explained(place):
     with pytest.raises(RuntimeError, match="Inference tensors") as error, torch.no_grad(), abpem().attach(model):
         model(*batches(1)[0])
     assert any("Trainer(inference_mode=False)" in note for note in error.value.__notes__)
+
+
+class WithoutGradients(Toy):
+    """Does with its tokens, behind the fusion, what torch refuses where gradients are on."""
+
+    def forward(self, audio, video):
+        x = self.fusion(torch.cat((self.audio(audio), self.video(video)), dim=1))
+        vars(self)["use"](x)
+        return self.head(x.mean(1))
+
+
+USES = {
+    "numpy": lambda x: x.cpu().numpy(),
+    "deepcopy": copy.deepcopy,
+    "out": lambda x: torch.mul(x, 2, out=torch.empty_like(x, requires_grad=False)),
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no notes")
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_gradients_forbid_is_explained(use):
+    torch.manual_seed(0)
+    model = WithoutGradients().eval()
+    vars(model)["use"] = use
+    with torch.no_grad():
+        model(*batches(1)[0])
+        with pytest.raises(RuntimeError) as error, abpem().attach(model):
+            model(*batches(1)[0])
+        with abpem(steps=0).attach(model):
+            model(*batches(1)[0])
+    assert any("x.detach().cpu().numpy()" in note for note in error.value.__notes__)

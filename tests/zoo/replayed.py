@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.zoo.nets import Block, Call, Encoder, Net, entry
+from tests.zoo.nets import WIDTH, Block, Call, Encoder, Net, entry
 
 OTHER_WEIGHTS = {"memory_refused": "bypasses"}  # the same tokens give other logits after a step
 
@@ -171,3 +172,98 @@ class SettingOfTheMoment(Net):
             return 3 * self.head(x.mean(1) + self.third(video).mean(1))
         finally:
             self.settings.level = None
+
+
+# ------------------------------------------------------------- what an encoder leaves for the head, which takes it back
+
+
+class Router(Encoder):
+    """Appends its load-balancing loss to a list that the model has given it."""
+
+    def build(self):
+        self.router = nn.Linear(WIDTH, 3)
+        self.losses: Any = None
+
+    def forward(self, x):
+        x = super().forward(x)
+        gates = self.router(x).softmax(-1)
+        self.losses.append(gates.mean((0, 1)).square().sum())
+        return x * gates.amax(-1, keepdim=True)
+
+
+@entry("routers append their losses to the model's list, which the forward sums and clears")
+class BalancedRouters(Net):
+    def build(self):
+        self.losses: list[Any] = []
+        self.audio, self.video = Router(), Router()
+        self.audio.losses = self.video.losses = self.losses
+
+    def forward(self, audio, video):
+        output = super().forward(audio, video)
+        balance = torch.stack(self.losses).sum() if self.losses else torch.zeros(())
+        self.losses.clear()
+        return {"logits": output, "balance": balance}
+
+
+class Stash(Encoder):
+    """Puts its features into a dict that the model has given it."""
+
+    def build(self):
+        self.stash: Any = None
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.stash["skip"] = x.mean(1)
+        return x
+
+
+@entry("the head takes an encoder's features out of a dict", memory="it has rows")
+class SkipConnection(Net):
+    def build(self):
+        self.stash: dict[str, Any] = {}
+        self.audio = Stash()
+        self.audio.stash = self.stash
+
+    def forward(self, audio, video):
+        x, skip = self.fusion(self.encode(audio, video)).mean(1), self.stash.pop("skip", None)
+        return 3 * self.head(x if skip is None else x + skip)
+
+
+class KeepsLoss(Encoder):
+    """Keeps a loss as an attribute."""
+
+    def build(self):
+        self.l_aux: Any = None
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.l_aux = x.square().mean()
+        return x
+
+
+@entry("the forward reads an encoder's loss and sets it to None")
+class AuxiliaryLoss(Net):
+    def build(self):
+        self.audio = KeepsLoss()
+
+    def forward(self, audio, video):
+        output = super().forward(audio, video)
+        balance, self.audio.l_aux = self.audio.l_aux, None
+        return {"logits": output, "balance": balance}
+
+
+class Noisy(Encoder):
+    def forward(self, x):
+        return super().forward(x) + torch.randn_like(x[..., :1])
+
+
+@entry("an encoder and the head draw from a fork of the generator with a fixed seed", memory="its head draws by rows")
+class ForkedGenerator(Net):
+    def build(self):
+        self.audio = Noisy()
+
+    def forward(self, audio, video):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            x = self.encode(audio, video)
+            return self.classify(x + torch.randn_like(x))
