@@ -43,12 +43,15 @@ class RecordedCall:
         self._output_spec, self._precision = LEAF, _precision(inputs)
 
     def keep(self, output: Any, inputs: Sequence[Any]) -> bool:
-        """Hold the output of a call that changed nothing; return False if another pass cannot be given a copy of it.
+        """Hold the output too; return False if another pass cannot be given a copy of it.
 
-        That is so if an output shares its memory with another or with an input: an edit of one would be one of both.
+        That is so if the call edited its inputs, or if an output shares its memory with another or with an input: an
+        edit of one would be an edit of both.
         """
         outputs, spec = _leaves(output)
         if not all(map(_is_copied, outputs)) or not _has_own_memory(outputs, inputs):
+            return False
+        if self._versions != _versions(self._inputs) or not all(map(_identical, inputs, self._inputs)):
             return False
         self._outputs, self._output_spec = [_copied(x) for x in outputs], spec
         self._precision = _precision(outputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from operator import is_not
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from lightning_abpem.engine.recorded import (
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.parameters import GradientFlags
 from lightning_abpem.modules.patches import Changes
-from lightning_abpem.modules.stand_ins import Uncopied, hides_attribute
+from lightning_abpem.modules.stand_ins import StandIn, Uncopied, hides_attribute
 from lightning_abpem.modules.state import Snapshot, reachable
 
 __all__ = ["FrozenReplay"]
@@ -199,15 +200,18 @@ class FrozenReplay(Uncopied):
             return forward(*args, **kwargs)
         key = call[0]
         recorded = RecordedCall(inputs, spec, self._inner[key], self._flags_of(key))
-        snapshot = Snapshot(self._modules[key], args, kwargs)
-        try:
-            output = snapshot.call(lambda *own, **named: self._run(key, forward, own, named))
-        finally:
-            changed = snapshot.restore()
-        if changed or snapshot.drew:
-            self._recording.discard(key)
-            log.info("'%s' does more in a call than to give an output, so it runs in every pass.", self._name(key))
-            return forward(*args, **kwargs)
+        if all(map(_is_of_torch, self._inner[key])):
+            output = self._run(key, forward, args, kwargs)
+        else:
+            snapshot = Snapshot(self._modules[key], args, kwargs, torchs_generators_alone=True)
+            try:
+                output = snapshot.call(lambda *own, **named: self._run(key, forward, own, named))
+            finally:
+                changed = snapshot.restore()
+            if changed or snapshot.drew:
+                self._recording.discard(key)
+                log.info("'%s' does more in a call than to give an output, so it runs in every pass.", self._name(key))
+                return forward(*args, **kwargs)
         if recorded.keep(output, inputs):
             self._recorded[call] = recorded
         return output
@@ -267,3 +271,11 @@ class FrozenReplay(Uncopied):
 def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(id(p) in moving for p in parameters)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Return True for a layer of torch's own, without a function of the user's: it gives an output alone."""
+    if not type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    called = [x for x in module.__dict__.values() if callable(x)]
+    return all(type(x) is StandIn or isinstance(x, BuiltinFunctionType) for x in called)

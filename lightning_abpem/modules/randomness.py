@@ -18,13 +18,14 @@ class RandomState:
 
     Args:
         model: its device's generator counts too.
+        torchs_alone: leave out Python's and NumPy's, which take longer to read.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, torchs_alone: bool = False) -> None:
         device = next((p.device for p in model.parameters()), None)
         self._device = device if device is not None and device.type == "cuda" else None
-        self._numpy = sys.modules.get("numpy.random")
-        self._torch, self._python = torch.get_rng_state(), random.getstate()
+        self._numpy = None if torchs_alone else sys.modules.get("numpy.random")
+        self._torch, self._python = torch.get_rng_state(), None if torchs_alone else random.getstate()
         self._cuda: Any = None if self._device is None else torch.cuda.get_rng_state(self._device)
         self._array: Any = None if self._numpy is None else self._numpy.get_state()
 
@@ -33,7 +34,7 @@ class RandomState:
         moved = not torch.equal(torch.get_rng_state(), self._torch)
         if moved:
             torch.set_rng_state(self._torch)
-        if random.getstate() != self._python:
+        if self._python is not None and random.getstate() != self._python:
             random.setstate(self._python)
             moved = True
         if self._device is not None and not torch.equal(torch.cuda.get_rng_state(self._device), self._cuda):

@@ -30,6 +30,7 @@ class Snapshot(Walk):
         args: its arguments.
         kwargs: its keyword arguments.
         is_sharded: True if FSDP2 replaces the modules' parameters in their calls.
+        torchs_generators_alone: leave out Python's and NumPy's, which take longer to read.
 
     Attributes:
         args: the arguments for a pass: the same objects, but for tensors that autograd refuses.
@@ -47,10 +48,11 @@ class Snapshot(Walk):
         args: Iterable[Any] = (),
         kwargs: dict[str, Any] | None = None,
         is_sharded: bool = False,
+        torchs_generators_alone: bool = False,
     ) -> None:
         super().__init__(target, is_sharded)
         self._held = SavedParameters([])
-        self._random, self._dtype = RandomState(target), torch.get_default_dtype()
+        self._random, self._dtype = RandomState(target, torchs_generators_alone), torch.get_default_dtype()
         self._threads = torch.get_num_threads()
         self.drew = False
         try:
