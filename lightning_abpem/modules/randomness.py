@@ -27,7 +27,7 @@ class RandomState:
         self._numpy = None if torchs_alone else sys.modules.get("numpy.random")
         self._torch, self._python = torch.get_rng_state(), None if torchs_alone else random.getstate()
         self._cuda: Any = None if self._device is None else torch.cuda.get_rng_state(self._device)
-        self._array: Any = None if self._numpy is None else self._numpy.get_state()
+        self._array: Any = None if self._numpy is None else self._numpy.get_state(legacy=False)
 
     def restore(self) -> bool:
         """Put the generators back; return True if one had moved."""
@@ -40,7 +40,7 @@ class RandomState:
         if self._device is not None and not torch.equal(torch.cuda.get_rng_state(self._device), self._cuda):
             torch.cuda.set_rng_state(self._cuda, self._device)
             moved = True
-        if self._numpy is not None and not _same(self._numpy.get_state(), self._array):
+        if self._numpy is not None and not _same(self._numpy.get_state(legacy=False), self._array):
             self._numpy.set_state(self._array)
             moved = True
         return moved

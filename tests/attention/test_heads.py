@@ -321,8 +321,11 @@ def test_what_cannot_be_told_is_refused():
 @pytest.mark.parametrize("attend", [attend_fused, attend_with_bmm])
 def test_values_that_no_projection_puts_out_are_refused(attend):
     module = Rotated(attend=lambda q, k, v: attend(q, k, 2 * v))
-    message = "4 samples, .* but got 12" if attend is attend_fused else "'fusion.0.attn' .* holds what its projections"
-    with pytest.raises(ValueError, match=f"{message}.* a dimension of their own"):
+    message = {
+        attend_fused: "4 samples, .* but got 12.* give the heads one of their own",
+        attend_with_bmm: "'fusion.0.attn' .* holds what its projections.* a dimension of their own",
+    }
+    with pytest.raises(ValueError, match=message[attend]):
         adapt(make(module), stream(1))
 
 
