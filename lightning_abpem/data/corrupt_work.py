@@ -113,6 +113,15 @@ class Job:
     corruption: Corruption
     options: CorruptOptions
 
+    def __post_init__(self) -> None:
+        kinds = {"corruption": Corruption, "options": CorruptOptions}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(
+                    f'Expected `{name}` to be a {kind.__name__}, such as Corruption("audio", "wind", 5) and '
+                    f"CorruptOptions(seed=1), but got {value!r}."
+                )
+
     def settings(self, out: Path) -> dict[str, Any]:
         """Return everything that the files' bytes depend on; `noise` or `frost` is None for kinds that use none."""
         modality, kind, severity = self.corruption.modality, self.corruption.kind, self.corruption.severity

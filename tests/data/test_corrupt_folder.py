@@ -10,6 +10,7 @@ from PIL import Image
 
 from lightning_abpem.cli import main
 from lightning_abpem.data.audio_corruptions import corrupt_audio
+from lightning_abpem.data.corrupt_files import corrupt_data_set
 from lightning_abpem.data.corrupt_folder import corrupt_folder
 from lightning_abpem.data.corrupt_work import CorruptOptions
 from lightning_abpem.data.corruptions import Corruption, sample_rng
@@ -180,3 +181,9 @@ def test_the_command_takes_no_root_with_a_folder(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["corrupt", str(folder), str(tmp_path / "out"), "--kind", "fog", "--severity", "1", "--root", "x"])
     assert "Expected no `--root` with a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("function", [corrupt_folder, corrupt_data_set])
+def test_words_in_place_of_a_corruption(function, tmp_path):
+    with pytest.raises(TypeError, match=r"Expected `corruption` to be a Corruption, .* but got 'audio'"):
+        function(tmp_path, tmp_path / "out", "audio")
