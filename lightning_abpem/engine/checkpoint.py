@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "FORMAT",
+    "SAVED",
     "check_copies",
     "check_form",
     "check_named",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 FORMAT = 6
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+SAVED = (bool, int, float, complex, str, bytes, type(None))  # what a state holds as it is, besides tensors
 
 
 def to_device(value: object, device: torch.device) -> Any:
@@ -184,7 +185,7 @@ def _is_batch(x: object) -> bool:
 
 def _is_other(x: object) -> bool:
     """Return True for an argument that is no tensor: its value, or nothing if that cannot be saved, in a list."""
-    return isinstance(x, list) and len(x) <= 1 and all(isinstance(own, _PLAIN) for own in x)
+    return isinstance(x, list) and len(x) <= 1 and all(isinstance(own, SAVED) for own in x)
 
 
 def _are_sums(x: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_abpem.attention.spans import Tokens
+from lightning_abpem.engine.checkpoint import SAVED
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.refusals import ModelError, add_note
@@ -23,8 +24,7 @@ __all__ = ["ADVICE", "RememberedBatch", "TokenMemory", "find_memory"]
 
 log = logging.getLogger(__name__)
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_BY_VALUE = (*_PLAIN, slice, range, torch.device, MethodType)
+_BY_VALUE = (*SAVED, slice, range, torch.device, MethodType)
 _UNKNOWN: Any = object()  # in place of an object that a saved state cannot hold
 ADVICE = "Name the fusion block with `memory_at`, or set memory_batches=1."
 
@@ -186,7 +186,7 @@ class TokenMemory:
                 "places": sorted(batch.places),
                 "tensors": batch.tensors,
                 "masks": batch.masks,
-                "others": [[x] if isinstance(x, _PLAIN) else [] for x in batch.others],
+                "others": [[x] if isinstance(x, SAVED) else [] for x in batch.others],
             }
             for batch in stored
         ]
