@@ -82,11 +82,13 @@ def test_the_page_of_metrics_names_them_all():
 
 
 def test_the_page_on_tuning():
-    [block] = blocks("tune.md")
+    before, while_it_runs = blocks("tune.md")
     namespace: dict[str, Any] = {}
-    exec(block, namespace)
+    exec(before, namespace)
     assert namespace["tuning"].batches == 4
     assert len(namespace["tuning"].rows) == 5
+    exec(while_it_runs, namespace)
+    assert namespace["abpem"].updates == len(namespace["batches"]) == len(namespace["predicted"])
 
 
 def test_the_page_on_whether_to_adapt():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from traceback import clear_frames
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lightning_abpem.attention.blocks import ScoreBlock
 from lightning_abpem.attention.fusion import find_fusion
 from lightning_abpem.engine.clock import Clock
+from lightning_abpem.engine.course import Course
 from lightning_abpem.engine.describe import describe_run
 from lightning_abpem.engine.faults import Fault
 from lightning_abpem.engine.forward import Forward
@@ -184,17 +186,11 @@ class Adaptation(Uncopied):
         self._keeps_flags = has_shards(self.model)  # FSDP2 reads them once
         if self._keeps_flags:
             self._flags.freeze()
-        letting_go = partial(reshard, self.model) if is_sharded else None
-        own = self.settings
-        weights = AdaptedWeights(self.params, own.optimizer_factory, letting_go, own.learning_rate, own.limits)
-        if self.settings.restore:
-            changes.note(weights.restore)
-        changes.note(weights.show_gradients)
+        courses = self._courses(is_sharded)
         if self._replay.enabled:
             self._replay.attach(changes, self._flags)
         self._stepper = Stepper(
-            *(self.settings, self.params, weights, self.memory, self._forward, self._replay, self._scale),
-            self._report_step,
+            self.settings, self.params, courses, self.memory, self._forward, self._replay, self._report_step
         )
         changes.note(self._stepper.settle)
         call = torch.compiler.disable(self._call) if is_compiled(self.model) else self._call
@@ -202,6 +198,27 @@ class Adaptation(Uncopied):
         changes.note(self._stand_back)
         self._stand_in.place()
         changes.note(self._forward.end_step)  # which is undone first: a snapshot knows of the changes above
+
+    def _courses(self, is_sharded: bool) -> list[Course]:
+        """Return a course of the weights for each learning rate; the first one is in the model."""
+        own, changes = self.settings, self._changes
+        if is_sharded and len(own.learning_rates) > 1:
+            raise ValueError(
+                "Expected one `learning_rate` for a model whose weights are cut into shards, but got "
+                f"{len(own.learning_rates)} side by side."
+            )
+        letting_go = partial(reshard, self.model) if is_sharded else None
+        courses = [
+            Course(AdaptedWeights(self.params, own.optimizer_factory, letting_go, rate, own.limits), copy(self._scale))
+            for rate in own.learning_rates
+        ]
+        if own.restore:
+            changes.note(courses[0].weights.restore)
+        for course in courses:
+            changes.note(course.weights.show_gradients)
+        for course in courses[1:]:
+            course.weights.leave()
+        return courses
 
     def drain(self, is_last: bool = False, is_empty: bool = False) -> None:
         """Take part in the steps of other processes until none has a batch or, for `is_last`, will ever have one.

@@ -29,7 +29,7 @@ __all__ = [
     "to_device",
 ]
 
-FORMAT = 6
+FORMAT = 7
 SAVED = (bool, int, float, complex, str, bytes, type(None))  # what a state holds as it is, besides tensors
 
 
@@ -208,6 +208,29 @@ def _is_event(x: object) -> bool:
     return isinstance(x, Mapping) and x.keys() == kinds.keys() and all(type(x[key]) is kinds[key] for key in kinds)
 
 
+def _are_rates(x: object) -> bool:
+    """Return True for what several learning rates have besides the course that predicts."""
+    if not isinstance(x, Mapping) or not {"leader", "sums", "others"} <= x.keys() or not isinstance(x["others"], list):
+        return False
+    sums, courses = x["sums"], len(x["others"]) + 1
+    if not (type(x["leader"]) is int and 0 <= x["leader"] < courses) or not all(map(_is_course, x["others"])):
+        return False
+    is_table = isinstance(sums, Tensor) and sums.is_floating_point() and sums.dim() == 2 and sums.shape[1] > 3
+    return sums is None or (is_table and len(sums) == courses + 1 and bool(sums[0, 0] > 0))
+
+
+def _is_course(x: object) -> bool:
+    parts = [name for name in _PARTS if name.partition(".")[0] in ("weights", "scale", "state")]
+    return all(_PARTS[name][0](_part(x, name)) for name in parts)
+
+
+def _part(x: object, name: str) -> Any:
+    """Return a part of a state by its name with dots; None if there is none."""
+    for key in name.split("."):
+        x = x.get(key) if isinstance(x, Mapping) else None
+    return x
+
+
 _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "process": (lambda x: _are_counts(x, 2) and x[0] < x[1], "the number of a process and how many there are"),
     "weights.params": (lambda x: _is_named(x, Tensor), "tensors by name"),
@@ -232,6 +255,7 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guard.events": (lambda x: isinstance(x, list) and all(map(_is_event, x)), "what the guard did"),
     "guard.counts": (lambda x: _are_counts(x, 2), "batches judged, and those since the last copy of weights"),
     "guard.flags": (_are_flags, "whether it is frozen, has warned, and has judged the last batch"),
+    "rates": (_are_rates, "the courses of the learning rates that do not predict, and the place of the one that does"),
     "memory": (
         _is_memory,
         "a list of batches, each with `places`, `tensors` of as many rows, their `masks` and `others`",

@@ -74,6 +74,8 @@ def describe_run(
     first = next(iter(params), "")
     more = f" and {len(params) - 1} more" if len(params) > 1 else ""
     rate = "the optimizer's own" if options["learning_rate"] is None else options["learning_rate"]
+    if len(settings.learning_rates) > 1:
+        rate = f"{', '.join(map(str, settings.learning_rates))} side by side"
     own = ", ".join(f"{name} {_shown(value)}" for name, value, _ in _fields(settings.method))
     stored = f" (at '{memory_at}')" if memory_at is not None else ""
     memory = f"memory {settings.memory_batches}{stored}, " if settings.method.needs_attention else ""

@@ -65,13 +65,16 @@ class Fault(NamedTuple):
 class Skips:
     """Steps that were not taken.
 
+    Args:
+        speaks: warn of the first one for each reason.
+
     Attributes:
         counts: how many, by reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
         self.counts: dict[str, int] = {}
-        self._said: set[str] = set()
+        self._speaks, self._said = speaks, set[str]()
 
     @property
     def total(self) -> int:
@@ -82,7 +85,8 @@ class Skips:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if reason not in self._said:
             self._said.add(reason)
-            log.warning("%s", said)
+            if self._speaks:
+                log.warning("%s", said)
 
 
 class _TooLargeError(Exception):

@@ -17,7 +17,7 @@ from lightning_abpem.engine.watch import Means
 from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.functional import entropy_of
 
-__all__ = ["Event", "Guard", "harm"]
+__all__ = ["Event", "Guard", "harm", "is_harm"]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,11 @@ def harm(means: Means) -> Tensor:
     return (means.entropy - means.source_entropy - evener) / unit
 
 
+def is_harm(means: Means) -> Tensor:
+    """Return a bool scalar: True if that is more than 0.03."""
+    return harm(means) > LIMIT
+
+
 class Guard:
     """Judges the running means after each batch, and acts at the next one if they say harm.
 
@@ -86,7 +91,7 @@ class Guard:
 
     def _look(self, means: Means) -> None:
         least = min(_LEAST, _LEAST_PER_CLASS * len(means.share))
-        self._seen = DeviceFlags(harm(means) > LIMIT, means.samples >= least), means
+        self._seen = DeviceFlags(is_harm(means), means.samples >= least), means
 
     def act(self, weights: AdaptedWeights) -> Event | None:
         """Act on what the last batch said; return what was done. The weights are those that the batch has left."""

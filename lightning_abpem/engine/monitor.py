@@ -25,18 +25,19 @@ class Monitor:
         forward: runs the source on a batch.
 
     Attributes:
+        weights: those that predict.
         guard: judges what is seen.
     """
 
     def __init__(self, settings: Settings, weights: AdaptedWeights, forward: Forward) -> None:
-        self._settings, self._weights, self._forward = settings, weights, forward
+        self._settings, self.weights, self._forward = settings, weights, forward
         self._watch, self.guard = Watch(), Guard(settings.guard)
         self._batches = 0  # that took part in steps
         self._has_acted = False  # the guard, before this batch
 
     def act(self) -> None:
         """Let the guard act on what the last batch showed; after that the running means begin anew."""
-        event = self.guard.act(self._weights)
+        event = self.guard.act(self.weights)
         self._has_acted = event is not None
         if event is not None and self._settings.guard != "warn":
             self._watch.forget()
@@ -54,11 +55,11 @@ class Monitor:
         if not every or self._batches % every:
             return {}
         ranks, own, source = self._forward.ranks, batch.logits, batch.logits
-        if batch.is_own and not self._weights.are_source:
-            with self._weights.at_source():
+        if batch.is_own and not self.weights.are_source:
+            with self.weights.at_source():
                 source = batch.seen_of(self._forward.predict(batch.args, batch.kwargs))
         figures = self._watch.see(own, source, None if ranks is None else ranks.total)
-        figures["drift"] = self._weights.drift.to(loss.device)  # of no weights it is on the host
+        figures["drift"] = self.weights.drift.to(loss.device)  # of no weights it is on the host
         if self._settings.guard != "off":
             if (means := self._watch.means) is not None:
                 self.guard.judge(means)

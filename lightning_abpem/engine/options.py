@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -29,6 +29,7 @@ from lightning_abpem.engine.method import Predicts
 __all__ = [
     "EngineOptions",
     "GuardAction",
+    "LearningRate",
     "Logits",
     "Monitor",
     "OptimizerFactory",
@@ -41,11 +42,14 @@ Logits = Callable[..., Any]
 Reset = Literal["never", "batch", "dataloader"] | int | str
 Sync = Literal["global", "local"]
 GuardAction = Literal["rollback", "reset", "freeze", "warn", "off"]
+LearningRate = float | Literal["auto"] | Sequence[float]
 Monitor = Literal["source", "off"] | int
 
 _ADAM: OptimizerFactory = partial(torch.optim.Adam, lr=1e-4, fused=True)
 
 _MOST_STEPS = 10_000  # for each batch
+_AUTO = (1e-4, 1e-3, 3e-3)  # rates of "auto"
+_MOST_RATES = 8  # side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,9 @@ class EngineOptions:
         projections: parameters of the fusion attention that adapt: patterns of names inside it, as `fusion` has them,
             or a function from the module to its parameters by name. For projections with unusual names, or other
             parameters. Default: the linears whose names tell q, k and v.
-        learning_rate: of the optimizer. Default: its own, 1e-4.
+        learning_rate: of the optimizer. Default: its own, 1e-4. Several, or "auto" for 1e-4, 1e-3 and 3e-3, adapt side
+            by side from the source on, and the best one predicts, as far as predictions can tell. Each costs a forward
+            and a backward of what is not frozen.
         clip_gradients: greatest length of the gradient over all adapted weights; longer ones are scaled down.
         anchor: share of the way back to the source that every step ends with, in [0, 1).
         max_drift: greatest length of the weights' way from the source, relative to the source's own length.
@@ -97,7 +103,7 @@ class EngineOptions:
     predicts: Predicts | None = None
     sync: Sync = "global"
     projections: Projections | None = None
-    learning_rate: float | None = None
+    learning_rate: LearningRate | None = None
     clip_gradients: float | None = None
     anchor: float = 0.0
     max_drift: float | None = None
@@ -115,10 +121,7 @@ class EngineOptions:
         check_choice("on_error", self.on_error, get_args(OnError))
         if self.predicts is not None:
             check_choice("predicts", self.predicts, get_args(Predicts))
-        if self.learning_rate is not None and not (is_number(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(
-                f"Expected `learning_rate` to be None or a number > 0, but got {shown(self.learning_rate)}."
-            )
+        self._check_learning_rate()
         Limits(self.clip_gradients, self.anchor, self.max_drift)  # which checks them
         self._check_functions()
         self._check_reset()
@@ -128,6 +131,12 @@ class EngineOptions:
     def optimizer_factory(self) -> OptimizerFactory:
         """The function that makes the optimizer: `optimizer`, or else Adam."""
         return _ADAM if self.optimizer is None else self.optimizer
+
+    @property
+    def learning_rates(self) -> Sequence[float | None]:
+        """The learning rates that adapt side by side, ascending; one alone may be None, for the optimizer's own."""
+        given: Any = _AUTO if self.learning_rate == "auto" else self.learning_rate
+        return sorted(given) if isinstance(given, list | tuple) else (given,)
 
     @property
     def monitored_batches(self) -> int:
@@ -146,6 +155,28 @@ class EngineOptions:
         """After how many samples the source model returns before the next call; None if samples do not decide."""
         found = re.fullmatch(r"([1-9][0-9]{0,17}) samples", self.reset) if isinstance(self.reset, str) else None
         return int(found[1]) if found else None
+
+    def _check_learning_rate(self) -> None:
+        given: Any = self.learning_rate
+        if given is None or (is_number(given) and given > 0):
+            return
+        rates = _AUTO if given == "auto" else given
+        is_list = isinstance(rates, list | tuple) and all(is_number(rate) and rate > 0 for rate in rates)
+        if not is_list or not 2 <= len(set(rates)) == len(rates) <= _MOST_RATES:
+            raise ValueError(
+                f'Expected `learning_rate` to be None, "auto", a number > 0, or 2 to {_MOST_RATES} different ones, but '
+                f"got {shown(given)}."
+            )
+        for name, refused, why in (
+            ("steps", self.steps == 0, "without steps all rates are the same"),
+            ("reset", self.reset == "batch", "rates differ in what they learned from earlier batches"),
+            ("guard", self.guard not in ("warn", "off"), "harm leads to another rate, and to no earlier weights"),
+        ):
+            if refused:
+                raise ValueError(
+                    f"Expected another `{name}` with several learning rates, for {why}, but got "
+                    f"{name}={getattr(self, name)!r}."
+                )
 
     def _check_functions(self) -> None:
         if self.optimizer is not None and not callable(self.optimizer):

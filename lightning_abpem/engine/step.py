@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,16 @@ from lightning_abpem.engine.checkpoint import (
     to_cpu,
     to_device,
 )
-from lightning_abpem.engine.faults import Fault, Faults, explained_gradients
+from lightning_abpem.engine.course import Computed, Course
+from lightning_abpem.engine.faults import Fault, Faults, Skips, explained_gradients
 from lightning_abpem.engine.forward import Forward, Pass
 from lightning_abpem.engine.healthy import HealthySamples
 from lightning_abpem.engine.logits import read_logits
-from lightning_abpem.engine.loss_scale import LossScale
 from lightning_abpem.engine.memory import TokenMemory
-from lightning_abpem.engine.method import Edit, Gradients, Record, Step, check_record
+from lightning_abpem.engine.method import Edit, Record, Step, check_record
 from lightning_abpem.engine.monitor import Monitor
 from lightning_abpem.engine.ranks import Ranks, process
+from lightning_abpem.engine.rates import Rates
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.resets import Resets
 from lightning_abpem.engine.settings import Settings
@@ -41,27 +42,7 @@ __all__ = ["Stepper"]
 
 log = logging.getLogger(__name__)
 
-
-class _Computed(NamedTuple):
-    """A computed step that has not been applied yet.
-
-    Args:
-        gradients: of the parameters; None for no step.
-        record: its figures.
-        samples: their number.
-        logits: those of this process's batch; None without one.
-        state: the method's, if the step is taken.
-        rows: the samples of this process's batch that the step saw; None for all.
-        is_last: True if no other step for the same batch follows.
-    """
-
-    gradients: Gradients | None
-    record: Record
-    samples: int
-    logits: Tensor | None
-    state: dict[str, Any]
-    rows: Tensor | None = None
-    is_last: bool = True
+_ONE_RATE: Mapping[str, Any] = {"leader": 0, "sums": None, "others": []}
 
 
 class Stepper:
@@ -70,11 +51,10 @@ class Stepper:
     Args:
         settings: what to adapt and how.
         params: the adapted parameters by name.
-        weights: the same, as they move.
+        courses: of their values; one for each learning rate.
         memory: the tokens of earlier batches, if they are remembered.
         forward: runs the target.
         replay: told where a batch ends.
-        scale: of the loss, where gradients pass through float16.
         on_step: called after each step with its record and the number of samples.
 
     Attributes:
@@ -91,35 +71,40 @@ class Stepper:
         self,
         settings: Settings,
         params: Mapping[str, nn.Parameter],
-        weights: AdaptedWeights,
+        courses: Sequence[Course],
         memory: TokenMemory | None,
         forward: Forward,
         replay: FrozenReplay,
-        scale: LossScale,
         on_step: Callable[[Record, int], None],
     ) -> None:
         self._settings, self._method, self._params = settings, settings.method, params
-        self.weights, self._memory, self._forward, self._replay = weights, memory, forward, replay
-        self._scale, self._on_step = scale, on_step
+        self._course, self._memory, self._forward, self._replay = courses[0], memory, forward, replay
+        self._rates = Rates(settings.learning_rates, courses) if len(courses) > 1 else None
+        self._skips = courses[0].weights.skips
+        self._on_step = on_step
         self._device = device_of(params.values())
         self.record: Record = {}
-        self._state: dict[str, Any] = {}
         self._source: Mapping[str, Any] | None = None  # what the method measured on the source model
         self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
         self._is_first, self._is_watched_for_effect = True, False
-        self.monitor, self.resets = Monitor(settings, weights, forward), Resets(settings)
-        self.faults = Faults(settings.on_error, memory, weights.skips)
-        self.healthy = HealthySamples(weights.skips, forward.ranks, not forward.needs_whole_batches)
+        self.monitor, self.resets = Monitor(settings, courses[0].weights, forward), Resets(settings)
+        self.faults = Faults(settings.on_error, memory, self._skips)
+        self.healthy = HealthySamples(self._skips, forward.ranks, not forward.needs_whole_batches)
         self.fault: Fault | None = None
         self.logits: Tensor | None = None
-        self._pending: _Computed | None = None  # a step that is due after the prediction
-        self._unsettled: _Computed | None = None  # a step that the host does not know yet whether it was taken
+        self._first_logits: Tensor | None = None  # of this process's part of the batch
+        self._pending: Computed | None = None  # a step that is due after the prediction
 
     @property
     def state(self) -> dict[str, Any]:
         """The method's own memory of earlier batches."""
         self.settle()
-        return self._state
+        return self._course.state
+
+    @property
+    def weights(self) -> AdaptedWeights:
+        """The weights that predict."""
+        return self._course.weights
 
     def adapt(self, args: tuple[object, ...] | None, kwargs: dict[str, object] | None) -> None:
         """Adapt to one batch, the target's arguments: `steps` times forward, gradients and step.
@@ -138,6 +123,8 @@ class Stepper:
                 self._source = self._method.measure_source(self._observe_source)
             self._forward.end_step()
             self._replay.end_batch()
+        if self._rates is not None:
+            self._lead(self._rates.choose())
         for i in range(max(self._settings.steps, 1)):
             self.settle()
             self._is_first = i == 0
@@ -151,6 +138,8 @@ class Stepper:
                 self._pending = computed
             else:
                 self._apply(computed._replace(is_last=i + 1 >= self._settings.steps))
+        if self._rates is not None:
+            self._follow(batch, self._rates)
 
     def end_call(self, output: object) -> None:
         """End the target's call: take the step that is due after it.
@@ -159,8 +148,8 @@ class Stepper:
             output: the call's; None if its batch was not adapted to.
         """
         is_read = self._memory is not None or not self._is_watched_for_effect
-        if output is not None and self._unsettled is not None and is_read:
-            logits, rows = read_logits(output, self._settings.logits).detach(), self._unsettled.rows
+        if output is not None and self._course.unsettled is not None and is_read:
+            logits, rows = read_logits(output, self._settings.logits).detach(), self._course.unsettled.rows
             logits = logits if rows is None else logits[rows]
             self._check_effect(logits)
             if self._memory is not None:
@@ -171,7 +160,7 @@ class Stepper:
 
     def _check_effect(self, prediction: Tensor) -> None:
         """Warn once if the first step moved weights but not a bit of the prediction."""
-        before = None if self._unsettled is None else self._unsettled.logits
+        before = None if self._course.unsettled is None else self._course.unsettled.logits
         self.settle()
         if self._is_watched_for_effect or before is None or not self.weights.updates:
             return
@@ -187,13 +176,9 @@ class Stepper:
 
     def settle(self) -> None:
         """Learn whether the last step was taken, and keep its state and its tokens if it was."""
-        last, self._unsettled = self._unsettled, None
-        if last is None:
-            return
-        taken = self.weights.settle()
-        if taken:
-            self._state = last.state
-        if self._memory is not None:
+        settled = self._course.settle()
+        if settled is not None and self._memory is not None:
+            last, taken = settled
             if not taken:  # of a step that failed nothing is remembered
                 self._memory.skip()
             elif last.is_last and last.logits is not None:
@@ -209,8 +194,13 @@ class Stepper:
         """Go back to the source model."""
         self.settle()
         self.resets.begin_anew()
-        self.weights.reset()
-        self._state, self._draft = {}, {}
+        if self._rates is not None:
+            for course in self._rates.followers:
+                course.reset()
+                course.weights.leave()
+            self._rates.forget()
+        self._course.reset()
+        self._draft = {}
         self.monitor.reset()
         if self._memory is not None:
             self._memory.clear()
@@ -219,14 +209,13 @@ class Stepper:
         """See `Adaptation.state_dict`."""
         self.settle()
         parts = {
-            "weights": self.weights.state_dict(),
-            "scale": self._scale.state_dict(),
-            "state": self._state,
+            **self._course.state_dict(),
             "measured": self._source,
             "resets_next": self.resets.is_next,
             "samples": self.resets.samples,
             "left_out": self.healthy.left_out,
             **self.monitor.state_dict(),
+            "rates": _ONE_RATE if self._rates is None else self._rates.state_dict(),
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
             "random": random_state(self._device),
         }
@@ -236,23 +225,44 @@ class Stepper:
         """See `Adaptation.load_state_dict`."""
         self.settle()
         check_form(state, self._method.name)
-        check_named([state["state"], state["measured"]], self._params)
+        check_named([own["state"] for own in (state, *state["rates"]["others"])] + [state["measured"]], self._params)
         check_copies(state["guard"]["good"], state["weights"]["params"])
         is_own = list(state["process"]) == list(process())
-        parts = [state["state"], state["measured"], state["scale"], state["memory"] if is_own else []]
-        kept, source, scale, memory = to_device(parts, self._device)
+        source, memory = to_device([state["measured"], state["memory"] if is_own else []], self._device)
         seen = to_device({name: state[name] for name in ("watch", "guard")}, self._device)
-        self.weights.load_state_dict(state["weights"])  # the last that may be refused
-        self._state, self._source = kept, source
+        self._load_courses(state)  # the last that may be refused
+        self._source = source
         self.resets.is_next, self.resets.samples = state["resets_next"], state["samples"]
         self.healthy.left_out = state["left_out"]
-        self._scale.load_state_dict(scale)
         self.monitor.load_state_dict(seen)
         set_random_state(state["random"], self._device)
         if self._memory is not None:
             self._memory.load_state_dict(memory)
             if state["memory"] and not is_own:
                 log.warning("The memory of the loaded state is another process's: this one begins with an empty one.")
+
+    def _load_courses(self, state: Mapping[str, Any]) -> None:
+        """Go on with the weights of every learning rate.
+
+        Raises:
+            ValueError: if they do not fit; nothing has changed then.
+        """
+        own: Mapping[str, Any] = state["rates"]
+        courses = [self._course] if self._rates is None else self._rates.courses
+        states = list(own["others"])
+        states.insert(own["leader"], state)
+        if len(states) != len(courses):
+            raise ValueError(f"Expected a state of {len(courses)} learning rates side by side, but got {len(states)}.")
+        for course, theirs in zip(courses, states, strict=True):
+            course.weights.check(theirs["weights"])
+        for course, theirs in sorted(zip(courses, states, strict=True), key=lambda pair: pair[1] is state):
+            self._enter(course)
+            course.weights.skips = self._skips
+            parts = to_device({name: theirs[name] for name in ("scale", "state")}, self._device)
+            course.load_state_dict({"weights": theirs["weights"], **parts})
+        self.monitor.weights = self._course.weights
+        if self._rates is not None:
+            self._rates.load_state_dict(to_device(own, self._device))
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -281,9 +291,9 @@ class Stepper:
             batch.has_failed = self.fault is not None
         return batch.has_failed
 
-    def _compute(self, batch: Batch) -> _Computed | None:
+    def _compute(self, batch: Batch) -> Computed | None:
         """The method's gradients for one batch; None if it is empty."""
-        self._draft = dict(self._state)
+        self._draft = dict(self._course.state)
         ranks = self._forward.ranks
         if ranks is not None:
             ranks.updates = self.weights.updates
@@ -294,6 +304,7 @@ class Stepper:
             if self._is_first:
                 self.resets.samples += self.healthy.left_out_now
                 self.logits = step.logits[-step.samples :].detach() if step.samples else None
+                self._first_logits = batch.logits
             computed = self._of_step(step, batch) if step.samples else None
         finally:
             self._forward.end_step()
@@ -304,12 +315,12 @@ class Stepper:
             ranks.end_step()
         return computed
 
-    def _of_step(self, step: Step, batch: Batch) -> _Computed:
+    def _of_step(self, step: Step, batch: Batch) -> Computed:
         logits = None if not batch.is_own else step.logits[-step.samples :].detach()
         if self._settings.steps == 0 or self.monitor.guard.is_frozen:
             observed = self._method.loss(step)
             check_record(self._method, observed)
-            return _Computed(None, observed[1], step.samples, logits, self._draft, batch.rows)
+            return Computed(None, observed[1], step.samples, logits, self._draft, batch.rows)
 
         def rerun(edit: Edit | None = None) -> Step:
             torch.clear_autocast_cache()  # the method may have moved weights
@@ -326,7 +337,7 @@ class Stepper:
         with explained_gradients():
             made = self._method.gradients(step, rerun)
         check_record(self._method, made)
-        return _Computed(*made, step.samples, logits, self._draft, batch.rows)
+        return Computed(*made, step.samples, logits, self._draft, batch.rows)
 
     def _observe(self, batch: Batch) -> Step | None:
         """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""
@@ -347,25 +358,78 @@ class Stepper:
         return Step(
             *(seen.logits, seen.samples, seen.attention, seen.outputs),
             *(self._params, self._draft, self._source or {}, self._is_first),
-            *(self._scale.of(seen.logits, self._params.values()), ranks, seen.is_local),
+            *(self._course.scale.of(seen.logits, self._params.values()), ranks, seen.is_local),
         )
 
-    def _apply(self, computed: _Computed) -> None:
+    def _apply(self, computed: Computed) -> None:
         """Step, or not if the loss or a gradient is not finite; then record."""
         record = computed.record
         self.resets.samples += computed.samples * computed.is_last
-        if computed.gradients is None:
-            updated = record["loss"].new_zeros(())
-            if self._settings.steps and not self.monitor.guard.is_frozen:  # who only observes sees each batch by itself
-                self._state = computed.state
-                self.weights.skip(record["loss"])
-        else:
-            self._unsettled = computed  # ahead of the step: none that is taken goes uncounted
-            updated = self.weights.step(computed.gradients, record["loss"])
-            self._scale.update(updated)
+        is_observed = self._settings.steps == 0 or self.monitor.guard.is_frozen  # each batch by itself
+        updated = record["loss"].new_zeros(()) if is_observed else self._course.step(computed)
         self.record = record | {"updated": updated.to(record["loss"])}
+        if self._rates is not None:
+            self.record["learning_rate"] = record["loss"].new_tensor(self._rates.rates[self._rates.leader])
         self._on_step(self.record, computed.samples)
+
+    def _lead(self, course: Course) -> None:
+        """Let another course predict from here on."""
+        if course is self._course:
+            return
+        self.settle()
+        course.settle()  # before it leads: its batch is remembered already
+        self._enter(course)
+        self.monitor.weights, course.weights.skips = course.weights, self._skips
+        if self._memory is not None:
+            self._memory.skip()  # the prediction was another course's
+
+    def _enter(self, course: Course) -> None:
+        """Put the weights of another course into the model."""
+        if course is not self._course:
+            self._course.weights.leave()
+            self._course.weights.skips = Skips(speaks=False)
+            self._course = course
+            course.weights.enter()
+
+    def _follow(self, batch: Batch, rates: Rates) -> None:
+        """Let the courses that do not predict take their steps for a batch, and compare all of them."""
+        leader, seen = self._course, dict[int, Tensor | None]()
+        seen[id(leader)], source = self._first_logits, None
+        try:
+            for course in rates.followers:
+                self._enter(course)
+                seen[id(course)] = self._follow_on(course, batch)
+        finally:
+            self._enter(leader)
+            leader.weights.skips = self._skips
+        if batch.is_own:
+            with leader.weights.at_source():
+                source = batch.seen_of(self._forward.predict(batch.args, batch.kwargs))
+        ranks = self._forward.ranks
+        rates.see([seen[id(course)] for course in rates.courses], source, None if ranks is None else ranks.total)
+
+    def _follow_on(self, course: Course, batch: Batch) -> Tensor | None:
+        """Take the steps of one course; return the batch's logits before them."""
+        ranks, first = self._forward.ranks, None
+        for i in range(self._settings.steps):
+            course.settle()
+            if self._method.wants_reset(course.state):
+                course.reset()
+            self._is_first, self._draft = i == 0, dict(course.state)
+            if ranks is not None:
+                ranks.updates = course.weights.updates
+            try:
+                step = self._observe(batch)
+                first = batch.logits if i == 0 else first
+                computed = self._of_step(step, batch) if step is not None and step.samples else None
+            finally:
+                self._forward.end_step()
+            if ranks is not None:
+                ranks.end_step()
+            if computed is not None:
+                course.step(computed)
+        return first
 
     def _reset_is_due(self) -> bool:
         self.settle()
-        return self.resets.is_due(self.weights.updates_since_reset) or self._method.wants_reset(self._state)
+        return self.resets.is_due(self.weights.updates_since_reset) or self._method.wants_reset(self._course.state)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_abpem.functional import entropy, entropy_of, flips, information_of, widen
 
-__all__ = ["Means", "Watch"]
+__all__ = ["SAMPLES_PER_CLASS", "Means", "Watch"]
 
-_SAMPLES_PER_CLASS = 5
+SAMPLES_PER_CLASS = 5
 
 
 class Means(NamedTuple):
@@ -70,7 +70,7 @@ class Watch:
         flipped, sums = batch[0], batch[1:]
         samples = sums[0]
         classes = (len(sums) - 3) // 2
-        kept = (-samples / (_SAMPLES_PER_CLASS * classes)).exp()
+        kept = (-samples / (SAMPLES_PER_CLASS * classes)).exp()
         before = torch.zeros_like(sums) if self.sums is None else self.sums.to(sums)
         self.sums = torch.where(sums.isfinite().all(), kept * before + sums, before)
         means = self.means

@@ -71,6 +71,7 @@ class AdaptedWeights:
         self.updates = self.updates_since_reset = 0
         self.skips = Skips()
         self._rate = 1.0
+        self._away: list[Tensor] | None = None  # the values, while those of another course are in the model
         self._start()
 
     def restore(self) -> None:
@@ -78,6 +79,20 @@ class AdaptedWeights:
         pairs = zip(self._params, self._source, strict=True)
         if not all(not is_sharded(p) and same_bits(p.detach(), value) for p, value in pairs):
             self._set(self._source)
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Make room in the model for the weights of another course; nothing but `enter` and `state_dict` comes next."""
+        self._away = [master.detach().clone() for master in self._masters]
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Come back into the model; nothing if that is so already."""
+        away, self._away = self._away, None
+        if away is not None:
+            for master, value in zip(self._masters, away, strict=True):
+                master.copy_(value)
+            self._set(self._masters)
 
     def reset(self) -> None:
         """Put the source values back, with a fresh optimizer."""
@@ -184,7 +199,7 @@ class AdaptedWeights:
     def state_dict(self) -> dict[str, Any]:
         """Return the adapted values, the optimizer and the counters; of the source its digest alone."""
         return {
-            "params": dict(zip(self._names, self._masters, strict=True)),
+            "params": dict(zip(self._names, self._masters if self._away is None else self._away, strict=True)),
             "source": self._digest,
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
             "optimizer_class": type(self._optimizer).__name__,
@@ -200,8 +215,8 @@ class AdaptedWeights:
             ValueError: if it did not, or if something else does not fit; nothing has changed then.
         """
         self.settle()
-        check_weights(state, self.state_dict(), self._factory)
-        self._rate = state["rate"]
+        self.check(state)
+        self._rate, self._away = state["rate"], None
         masters, optimizer = self._fresh()
         if masters:
             optimizer.load_state_dict(to_cpu(state["optimizer"]))  # a copy: it would step with the state's tensors
@@ -212,6 +227,14 @@ class AdaptedWeights:
         self._set(masters)
         self.updates, self.updates_since_reset = state["counts"]
         self.skips.counts = dict(state["skipped_for"])
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Hold a state against this model.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+        check_weights(state, self.state_dict(), self._factory)
 
     @torch.no_grad()  # also if an interrupt kept the optimizer's enable_grad() from its end
     def _take_back(self) -> None:

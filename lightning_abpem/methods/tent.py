@@ -50,7 +50,7 @@ class Tent(TestTimeAdaptation):
         predicts: options.Predicts | None = None,
         sync: options.Sync = "global",
         projections: options.Projections | None = None,
-        learning_rate: float | None = None,
+        learning_rate: options.LearningRate | None = None,
         clip_gradients: float | None = None,
         anchor: float = 0.0,
         max_drift: float | None = None,

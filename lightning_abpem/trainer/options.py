@@ -23,6 +23,7 @@ from lightning_abpem.engine.faults import OnError as OnError
 from lightning_abpem.engine.method import Predicts as Predicts
 from lightning_abpem.engine.options import EngineOptions
 from lightning_abpem.engine.options import GuardAction as GuardAction
+from lightning_abpem.engine.options import LearningRate as LearningRate
 from lightning_abpem.engine.options import Logits as Logits
 from lightning_abpem.engine.options import Monitor as Monitor
 from lightning_abpem.engine.options import OptimizerFactory as OptimizerFactory

@@ -22,6 +22,9 @@ METHODS: dict[str, Callable[..., TestTimeAdaptation]] = {
     ),
     "abpem, reset": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=4),
     "abpem, reset by samples": partial(ABPEM, "fusion.*.attn", MODALITIES, reset="7 samples"),
+    "abpem, several rates": partial(
+        ABPEM, "fusion.*.attn", MODALITIES, learning_rate=(1e-3, 3e-2, 0.3), memory_batches=2
+    ),
     "tent": Tent,
     "eata": partial(EATA, redundancy=1.0, entropy_margin=1.0, fisher_batches=batches(2, seed=7)),
     "sar": partial(SAR, entropy_margin=1.0),

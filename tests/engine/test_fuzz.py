@@ -34,7 +34,7 @@ OPTIONS = {
     "replay": st.booleans(),
     "on_error": mostly(["predict"], "raise", "ignore"),
     "predicts": mostly([None], "after", "before", "now"),
-    "learning_rate": mostly([None, 1e-3], 1e-12, 0, "fast", torch.nan),
+    "learning_rate": mostly([None, 1e-3, "auto", (1e-3, 3e-2)], 1e-12, 0, "fast", torch.nan, [1.0]),
     "clip_gradients": mostly([None, 1.0], 1e-9, 0.0, -1.0),
     "anchor": mostly([0.0], 0.5, 1.0, -0.1),
     "max_drift": mostly([None], 1e-6, 0.1, 0, torch.inf),
