@@ -88,8 +88,11 @@ class Rates:
         self.sums = torch.where(batch.isfinite().all(), kept * before + batch, before)
         self._look()
 
-    def forget(self) -> None:
-        """Begin anew, with the source's weights in every course."""
+    def reset(self) -> None:
+        """Begin anew, with the source's weights in every course; none of them is in the model."""
+        for course in self.courses:
+            course.reset()
+            course.weights.leave()
         self.leader, self.sums, self._best = 0, None, None
 
     def state_dict(self) -> dict[str, Any]:

@@ -99,12 +99,17 @@ class Stepper:
     def state(self) -> dict[str, Any]:
         """The method's own memory of earlier batches."""
         self.settle()
-        return self._course.state
+        return self._leader.state
 
     @property
     def weights(self) -> AdaptedWeights:
         """The weights that predict."""
-        return self._course.weights
+        return self._leader.weights
+
+    @property
+    def _leader(self) -> Course:
+        """The course that predicts."""
+        return self._course if self._rates is None else self._rates.courses[self._rates.leader]
 
     def adapt(self, args: tuple[object, ...] | None, kwargs: dict[str, object] | None) -> None:
         """Adapt to one batch, the target's arguments: `steps` times forward, gradients and step.
@@ -113,6 +118,7 @@ class Stepper:
         batch, None, the step is that of the other processes.
         """
         self._pending = self.fault = None  # what a call that was broken off left
+        self._enter(self._leader)
         self.resets.is_next = self.resets.is_next or self._reset_is_due()
         if self.resets.is_next and args is not None:
             self.reset()
@@ -124,7 +130,7 @@ class Stepper:
             self._forward.end_step()
             self._replay.end_batch()
         if self._rates is not None:
-            self._lead(self._rates.choose())
+            self._choose(self._rates)
         for i in range(max(self._settings.steps, 1)):
             self.settle()
             self._is_first = i == 0
@@ -148,8 +154,8 @@ class Stepper:
             output: the call's; None if its batch was not adapted to.
         """
         is_read = self._memory is not None or not self._is_watched_for_effect
-        if output is not None and self._course.unsettled is not None and is_read:
-            logits, rows = read_logits(output, self._settings.logits).detach(), self._course.unsettled.rows
+        if output is not None and self._leader.unsettled is not None and is_read:
+            logits, rows = read_logits(output, self._settings.logits).detach(), self._leader.unsettled.rows
             logits = logits if rows is None else logits[rows]
             self._check_effect(logits)
             if self._memory is not None:
@@ -160,7 +166,7 @@ class Stepper:
 
     def _check_effect(self, prediction: Tensor) -> None:
         """Warn once if the first step moved weights but not a bit of the prediction."""
-        before = None if self._course.unsettled is None else self._course.unsettled.logits
+        before = None if self._leader.unsettled is None else self._leader.unsettled.logits
         self.settle()
         if self._is_watched_for_effect or before is None or not self.weights.updates:
             return
@@ -176,7 +182,7 @@ class Stepper:
 
     def settle(self) -> None:
         """Learn whether the last step was taken, and keep its state and its tokens if it was."""
-        settled = self._course.settle()
+        settled = self._leader.settle()
         if settled is not None and self._memory is not None:
             last, taken = settled
             if not taken:  # of a step that failed nothing is remembered
@@ -194,12 +200,11 @@ class Stepper:
         """Go back to the source model."""
         self.settle()
         self.resets.begin_anew()
-        if self._rates is not None:
-            for course in self._rates.followers:
-                course.reset()
-                course.weights.leave()
-            self._rates.forget()
-        self._course.reset()
+        if self._rates is None:
+            self._course.reset()
+        else:
+            self._rates.reset()
+            self._lead(self._leader)
         self._draft = {}
         self.monitor.reset()
         if self._memory is not None:
@@ -209,7 +214,7 @@ class Stepper:
         """See `Adaptation.state_dict`."""
         self.settle()
         parts = {
-            **self._course.state_dict(),
+            **self._leader.state_dict(),
             "measured": self._source,
             "resets_next": self.resets.is_next,
             "samples": self.resets.samples,
@@ -372,24 +377,28 @@ class Stepper:
             self.record["learning_rate"] = record["loss"].new_tensor(self._rates.rates[self._rates.leader])
         self._on_step(self.record, computed.samples)
 
-    def _lead(self, course: Course) -> None:
-        """Let another course predict from here on."""
-        if course is self._course:
-            return
+    def _choose(self, rates: Rates) -> None:
+        """Let the course predict that looks best by now."""
         self.settle()
-        course.settle()  # before it leads: its batch is remembered already
+        before, best = self._leader, rates.choose()
+        if best is not before:
+            best.settle()  # before it leads: its batch is remembered already
+            self._lead(best)
+            if self._memory is not None:
+                self._memory.skip()  # the prediction was another course's
+
+    def _lead(self, course: Course) -> None:
+        """Let a course predict: what it skips is said and counted, and it is compared with the source."""
         self._enter(course)
         self.monitor.weights, course.weights.skips = course.weights, self._skips
-        if self._memory is not None:
-            self._memory.skip()  # the prediction was another course's
 
     def _enter(self, course: Course) -> None:
-        """Put the weights of another course into the model."""
+        """Have the weights of a course in the model, whatever an interrupt has left there."""
         if course is not self._course:
             self._course.weights.leave()
             self._course.weights.skips = Skips(speaks=False)
             self._course = course
-            course.weights.enter()
+        course.weights.enter()
 
     def _follow(self, batch: Batch, rates: Rates) -> None:
         """Let the courses that do not predict take their steps for a batch, and compare all of them."""
@@ -400,8 +409,7 @@ class Stepper:
                 self._enter(course)
                 seen[id(course)] = self._follow_on(course, batch)
         finally:
-            self._enter(leader)
-            leader.weights.skips = self._skips
+            self._lead(leader)
         if batch.is_own:
             with leader.weights.at_source():
                 source = batch.seen_of(self._forward.predict(batch.args, batch.kwargs))

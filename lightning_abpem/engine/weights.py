@@ -83,16 +83,17 @@ class AdaptedWeights:
     @torch.no_grad()
     def leave(self) -> None:
         """Make room in the model for the weights of another course; nothing but `enter` and `state_dict` comes next."""
-        self._away = [master.detach().clone() for master in self._masters]
+        if self._away is None:  # else an interrupt kept it from coming back whole
+            self._away = [master.detach().clone() for master in self._masters]
 
     @torch.no_grad()
     def enter(self) -> None:
         """Come back into the model; nothing if that is so already."""
-        away, self._away = self._away, None
-        if away is not None:
-            for master, value in zip(self._masters, away, strict=True):
+        if self._away is not None:
+            for master, value in zip(self._masters, self._away, strict=True):
                 master.copy_(value)
             self._set(self._masters)
+            self._away = None
 
     def reset(self) -> None:
         """Put the source values back, with a fresh optimizer."""
@@ -177,6 +178,7 @@ class AdaptedWeights:
             rate: factor of the learning rate from now on, besides earlier ones.
         """
         self._rate *= rate
+        self._away = None
         self._set(self._source)
         self._start()
         if values is None:

@@ -148,6 +148,7 @@ WAYS: dict[str, Callable[[], TestTimeAdaptation]] = {
     "memory 2": partial(abpem, memory_batches=2),
     "memory 2, no replay": partial(abpem, memory_batches=2, replay=False),
     "two steps, spans read off": partial(abpem, modalities="auto", steps=2),
+    "several rates": partial(abpem, learning_rate=(0.01, 0.1)),
     "another method": partial(tent),
 }
 

@@ -29,6 +29,7 @@ from tests.toy import batches
 
 COUNT = int(os.environ.get("FUZZ_INTERRUPTS", "200"))
 SGD = partial(torch.optim.SGD, lr=0.1)
+SEVERAL = {"learning_rate": (0.1, 0.01)}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def streams(options):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_batches": 2}, {"replay": False}, {"predicts": "before"}])
+@pytest.mark.parametrize("options", [{}, {"memory_batches": 2}, {"replay": False}, {"predicts": "before"}, SEVERAL])
 def test_after_an_interrupt_the_next_batch_is_adapted_to(options):
     """By the weights with the interrupted step, which is counted then, or by those without it."""
     expected = streams(options)
