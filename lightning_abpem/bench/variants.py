@@ -42,8 +42,8 @@ class Variant:
 
     Args:
         method: a key of `METHODS`.
-        options: of its constructor; besides them `learning_rate`, of Adam, and `memory_samples`, how many samples the
-            memory holds, the current batch included. `optimizer` may also be one of torch's by its name,
+        options: of its constructor; one `learning_rate` is that of Adam. Besides them `memory_samples`, how many samples
+            the memory holds, the current batch included. `optimizer` may also be one of torch's by its name,
             ``{"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}``.
     """
 
@@ -96,8 +96,9 @@ class Variant:
             "encoders": benchmark.encoders,
             "total_batches": -(-samples // batch_size),
         }
-        if "learning_rate" in options:
-            check_range("learning_rate", options["learning_rate"], above=0)
+        rate = options.get("learning_rate")
+        if rate is not None and rate != "auto" and not isinstance(rate, list):  # those are side by side
+            check_range("learning_rate", rate, above=0)
             options["optimizer"] = partial(torch.optim.Adam, lr=options.pop("learning_rate"))
         if isinstance(options.get("optimizer"), Mapping):
             options["optimizer"] = named_optimizer(options["optimizer"], "options.optimizer")

@@ -47,6 +47,13 @@ def test_a_variant_with_one_adapts_as_with_learning_rate():
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("rates", ["auto", [0.01, 0.1]])
+def test_rates_side_by_side(rates):
+    bench = ToyBench()
+    built = Variant("abpem", {"learning_rate": rates}).build(bench, bench.sensors[:1], 12, 4)
+    assert list(built.settings.learning_rates) == ([1e-4, 1e-3, 3e-3] if rates == "auto" else rates)
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
