@@ -79,7 +79,7 @@ class Inspection:
     __repr__ = __str__
 
 
-def inspect(model: nn.Module, *inputs: object, **kwargs: object) -> Inspection:
+def inspect(model: nn.Module, /, *inputs: object, **kwargs: object) -> Inspection:
     """Run `model(*inputs, **kwargs)` once, in eval mode, without gradients, and show its attention.
 
     The line that fits is tried before it is shown. A copy of the model adapts to the same inputs or, where it cannot be

@@ -320,7 +320,7 @@ class Adaptation(Uncopied):
 
     # ------------------------------------------------------------------------------------------- the way of a batch
 
-    def _call(self, target_call: Callable[..., object], *args: object, **kwargs: object) -> Any:
+    def _call(self, target_call: Callable[..., object], /, *args: object, **kwargs: object) -> Any:
         """Stand in for the target's call: adapt to the batch, then make the call."""
         if not self._changes:  # after the end, by somebody who kept the stand-in
             return target_call(*args, **kwargs)

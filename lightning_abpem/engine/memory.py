@@ -105,7 +105,7 @@ class TokenMemory:
             add_note(error, note)
 
     def _run(
-        self, tokens: Mapping[str, Tokens], forward: Callable[..., object], *args: object, **kwargs: object
+        self, tokens: Mapping[str, Tokens], forward: Callable[..., object], /, *args: object, **kwargs: object
     ) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         *past, current = self.enter(leaves, tokens)

@@ -154,7 +154,7 @@ class FrozenReplay(Uncopied):
         self.enabled, self._mode = False, None
         self._recorded.clear()
 
-    def _enter(self, forward: Callable[..., object], *args: object, **kwargs: object) -> Any:
+    def _enter(self, forward: Callable[..., object], /, *args: object, **kwargs: object) -> Any:
         self._pass_fusion()
         return forward(*args, **kwargs)
 
@@ -162,7 +162,7 @@ class FrozenReplay(Uncopied):
         """Note that from here on tensors, and the state of modules, may depend on what moves."""
         self._is_behind = True
 
-    def _call(self, key: int, forward: Callable[..., object], *args: object, **kwargs: object) -> Any:
+    def _call(self, key: int, forward: Callable[..., object], /, *args: object, **kwargs: object) -> Any:
         if self._mode is None or self._inside or self._is_behind or key not in self._recording:
             return forward(*args, **kwargs)
         if in_transform() or self._is_watched(key) or self._has_other_parameters(key):

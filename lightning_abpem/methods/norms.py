@@ -86,7 +86,9 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _run_without_statistics(module: _BatchNorm, forward: Callable[..., object], *args: object, **kwargs: object) -> Any:
+def _run_without_statistics(
+    module: _BatchNorm, forward: Callable[..., object], /, *args: object, **kwargs: object
+) -> Any:
     """Run the forward of a batch normalisation, or of a subclass that does more, while it has no running statistics."""
     mean, variance = module.running_mean, module.running_var
     try:

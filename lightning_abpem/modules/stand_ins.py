@@ -49,7 +49,7 @@ class _Original:
         self.own = owner.__dict__.get(attribute, MISSING)
         self._found, self._kind = getattr(owner, attribute), type(owner)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self.own is MISSING and type(self._owner) is not self._kind:
             self._find()
         return self._found(*args, **kwargs)

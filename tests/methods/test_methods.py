@@ -175,6 +175,20 @@ class NormAct(nn.BatchNorm1d):
         return super().forward(x).relu()
 
 
+class NormWithWords(nn.BatchNorm1d):
+    """Gets keywords that are named like parameters of what stands in for its forward."""
+
+    def forward(self, x, *, module, forward):
+        return super().forward(x) * module + forward
+
+
+def test_batch_statistics_leave_every_keyword_to_the_layer():
+    norm, x = NormWithWords(3).eval(), torch.randn(6, 3)
+    with torch.no_grad(), batch_statistics(norm):
+        own = nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+        assert torch.equal(norm(x, module=2.0, forward=1.0), own * 2.0 + 1.0)
+
+
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, NormAct])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_running_statistics_are_there_while_batches_have_their_own(kind, compiled):

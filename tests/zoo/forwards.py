@@ -7,6 +7,7 @@ from tests.zoo import (  # noqa: F401  (they register entries)
     derived,
     hidden,
     hooks,
+    keywords,
     libraries,
     modes,
     objects,

@@ -111,9 +111,9 @@ def joins(block: nn.Module, stored: list[Tensor]) -> list[Tensor]:
     """Let the block run over the stored tokens too, before the batch's own, which are put into the list."""
     forward, entered = block.forward, []
 
-    def over_all(x: Tensor) -> Tensor:
+    def over_all(x: Tensor, **words: float) -> Tensor:
         entered.append(x.detach().clone())
-        return forward(torch.cat([*stored, x]))
+        return forward(torch.cat([*stored, x]), **words)
 
     block.forward = over_all
     return entered
