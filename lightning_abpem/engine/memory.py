@@ -107,6 +107,17 @@ class TokenMemory:
     def _run(
         self, tokens: Mapping[str, Tokens], forward: Callable[..., object], /, *args: object, **kwargs: object
     ) -> Any:
+        """Run the block over the stored tokens and those of the batch.
+
+        Raises:
+            ValueError: if the pass has called the block before.
+        """
+        if self.current is not None:
+            raise ModelError(
+                f"Expected '{self.name}' to be called once in a forward, when memory_batches > 1, but it was called "
+                "again: the memory holds the tokens of one call for each batch. Name with `memory_at` a module around "
+                "all of these calls, which is called once, or set memory_batches=1."
+            )
         leaves, spec = tree_flatten((args, kwargs))
         *past, current = self.enter(leaves, tokens)
         for i in current.tensors:

@@ -9,6 +9,8 @@ from torch import nn
 
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.modules.patches import Changes
+from tests.engine.attached import abpem, predictions
+from tests.toy import Toy, batches
 
 
 class Remembering:
@@ -104,6 +106,37 @@ def test_a_block_without_tokens():
     run = Remembering(nn.Identity(), "fusion.0", 2)
     with pytest.raises(ValueError, match="'fusion.0' to be called with tokens"):
         run(torch.tensor(1.0))
+
+
+class Counterfactual(Toy):
+    """Asks what silence would give, ahead of the prediction."""
+
+    def forward(self, audio, video):
+        return super().forward(audio, video) - super().forward(torch.zeros_like(audio), video).softmax(-1)
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Counterfactual()
+
+    def forward(self, audio, video):
+        return self.inner(audio, video)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_block_that_is_called_twice_is_refused_in_the_first_batch(steps):
+    model, refusal = Counterfactual().eval(), r"'fusion\.0' to be called once .* called again.*memory_at"
+    callback = abpem(steps=steps, memory_batches=2)
+    with torch.no_grad(), callback.attach(model), pytest.raises(ValueError, match=refusal):
+        model(*batches(1)[0])
+
+
+def test_a_module_around_all_calls_of_the_block_can_be_remembered():
+    """As the message says."""
+    model = Whole().eval()
+    changed = {"fusion": "inner.fusion.*.attn", "memory_at": "inner", "attention_weight": 0.0}
+    assert len(predictions(model, batches(3), memory_batches=2, **changed)) == 3
 
 
 class Lengths(nn.Module):

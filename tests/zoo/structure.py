@@ -14,17 +14,21 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from tests.zoo.nets import WIDTH, Call, Encoder, Net, Refusal, entry, tensors
 
-TWICE = "the fusion is called several times in a forward"
+TWICE = "called once in a forward"
 
 
-@entry("calls itself for the sequence turned round")
+@entry("calls itself for the sequence turned round", memory_refused=TWICE)
 class CallsItself(Net):
     def forward(self, audio, video, turned=False):
         logits = super().forward(audio, video)
         return logits if turned else logits + self(audio.flip(1), video, turned=True)
 
 
-@entry("calls itself for halves of the batch", memory=TWICE, refused=Refusal("call", "samples", is_needed=False))
+@entry(
+    "calls itself for halves of the batch",
+    memory="the fusion is called twice",
+    refused=Refusal("call", "samples", is_needed=False),
+)
 class Halves(Net):
     def forward(self, audio, video):
         if len(audio) > 2:
@@ -91,7 +95,7 @@ def compiled_encoder() -> Net:
     return net
 
 
-@entry("a compiled encoder and a forward that calls itself")
+@entry("a compiled encoder and a forward that calls itself", memory_refused=TWICE)
 class CompiledCallsItself(CallsItself):
     def build(self):
         self.video.compile(backend="eager")
@@ -138,7 +142,7 @@ class SharedEncoder(Net):
         self.video = self.audio
 
 
-@entry("the fusion twice in a row", memory=TWICE)
+@entry("the fusion twice in a row", memory_refused=TWICE)
 class FusionTwice(Net):
     def classify(self, x):
         return 3 * self.head(self.fusion(self.fusion(x)).mean(1))
