@@ -220,7 +220,7 @@ class TokenMemory:
     def expect(self, prediction: Tensor) -> None:
         """The logits that the model gave for the current batch, which `verify` finds again once it is stored."""
         if not self.verified and len(prediction):
-            self._predicted = prediction.detach()
+            self._predicted = prediction.detach().clone()  # the caller may edit its own
 
     def verify(self, logits: Tensor, drew: bool = False) -> int:
         """Hold the logits of memory and batch against the sizes and, once, against `expect`; return the samples stored.

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.modules.patches import Changes
 from tests.engine.attached import abpem, predictions
-from tests.toy import Toy, batches
+from tests.toy import Toy, batches, make_toy
 
 
 class Remembering:
@@ -222,3 +222,11 @@ def test_copies_of_the_block_in_a_pass_have_a_forward_of_their_own():
         own = copy.deepcopy(block)
         assert not {"forward", "__getstate__"} & own.__dict__.keys()
     assert not {"forward", "__getstate__"} & block.__dict__.keys()
+
+
+def test_the_caller_may_edit_the_logits_that_it_gets():
+    seen = []
+    for step in (lambda logits: logits / 1.5, lambda logits: logits.div_(1.5)):
+        with torch.no_grad(), abpem(memory_batches=4).attach(model := make_toy()):
+            seen.append(torch.stack([step(model(*batch)) for batch in batches(6)]))
+    assert torch.equal(*seen)
