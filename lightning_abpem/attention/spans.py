@@ -137,7 +137,8 @@ def select_tokens(
             raise ValueError(
                 f"Expected the function of modality '{name}' to make a (batch, tokens) bool tensor, but got {seen}."
             )
-        tokens[name] = Tokens(slice(None), mask.detach(), mask.shape[1])
+        # A copy, for the forward may edit the mask, and the loader may fill it anew.
+        tokens[name] = Tokens(slice(None), mask.detach().clone(), mask.shape[1])
     return tokens
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.engine.attached import abpem, predictions
 from tests.toy import (
+    AUDIO,
     CLASSES,
     VIDEO,
     WIDTH,
@@ -108,6 +109,53 @@ def test_a_forward_that_edits_its_inputs(steps):
             batch = {"audio": audio.clone(), "video": video}
             assert torch.equal(model(batch), logits)
             assert set(batch) == {"video"}
+
+
+class Masked(nn.Module):
+    """Gets the masks of its modalities with the batch, and may turn them over in place, as paddings are made."""
+
+    def __init__(self, turns):
+        super().__init__()
+        self.inner, self._turns = make_toy(), turns
+
+    def forward(self, batch):
+        if self._turns:
+            batch["is_audio"].logical_not_()
+            batch["is_video"].logical_not_()
+        return self.inner(batch["audio"], batch["video"])
+
+
+def masked_batches(count):
+    """Batches in which every sample but the first lacks more and more tokens at the end of its audio."""
+    for i, (audio, video) in enumerate(batches(count)):
+        token, lengths = torch.arange(AUDIO + VIDEO), AUDIO - (torch.arange(len(audio)) + i) % 4
+        yield {
+            "audio": audio,
+            "video": video,
+            "is_audio": token < lengths[:, None],
+            "is_video": (token >= AUDIO).repeat(len(audio), 1),
+        }
+
+
+@pytest.mark.parametrize(("turns", "is_static"), [(True, False), (False, True)])
+@pytest.mark.parametrize("memory", [1, 4])
+def test_masks_that_are_edited_after_they_were_given(turns, is_static, memory):
+    """By the forward, or by a loader that fills the same buffers anew."""
+    seen = []
+    copied = {"audio": lambda batch: batch["is_audio"].clone(), "video": lambda batch: batch["is_video"].clone()}
+    for masks in (copied, {"audio": lambda batch: batch["is_audio"], "video": lambda batch: batch["is_video"]}):
+        own: dict[str, Tensor] = {}
+        logits = []
+        options = {"fusion": "inner.fusion.*.attn", "modalities": masks, "memory_batches": memory}
+        with torch.no_grad(), abpem(**options).attach(Masked(turns).eval()) as adaptation:
+            for batch in masked_batches(6):
+                own = own if own and is_static else {name: torch.empty_like(x) for name, x in batch.items()}
+                for name, x in batch.items():
+                    own[name].copy_(x)
+                logits.append(adaptation.model(own))
+        assert adaptation.updates == 6
+        seen.append(torch.stack(logits))
+    assert torch.equal(*seen)
 
 
 class Twice(Toy):
