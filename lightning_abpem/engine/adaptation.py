@@ -38,7 +38,7 @@ from lightning_abpem.engine.traceless import comes_from_forward
 from lightning_abpem.engine.under_way import CallsUnderWay, CallUnderWay
 from lightning_abpem.engine.weights import AdaptedWeights
 from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_forward
-from lightning_abpem.modules.inference import without_inference_tensors
+from lightning_abpem.modules.inference import explain_inference, without_inference_tensors
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.parameters import GradientFlags, device_of
 from lightning_abpem.modules.patches import Changes, adapt_once, check_eval
@@ -358,6 +358,9 @@ class Adaptation(Uncopied):
             if fault is not None:
                 self._stepper.faults.count(fault)
             return output
+        except Exception as error:
+            explain_inference(error)
+            raise
         finally:
             fault = late = None  # its frames would hold it, and it them
             self._replay.end_batch()

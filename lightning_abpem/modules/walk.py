@@ -16,7 +16,7 @@ from itertools import islice
 from mmap import mmap
 from operator import is_not
 from types import CellType, FunctionType, MappingProxyType, MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,17 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class Walk(Uncopied):
-    """Saves what can be reached, as it is now; see `Snapshot`.
+    """Saves what can be reached, as it is now; see its subclasses, which have a table of handlers each.
 
     Args:
         target: the module that is called.
         is_sharded: True if FSDP2 replaces the modules' parameters in their calls.
     """
+
+    _handlers: ClassVar[dict[type, _Handler | None]]  # None for what holds nothing that a forward could change
+
+    def __init_subclass__(cls) -> None:
+        cls._handlers = {}
 
     def __init__(self, target: nn.Module, is_sharded: bool) -> None:
         self._target = target
@@ -102,7 +107,7 @@ class Walk(Uncopied):
         kind = type(x)
         if kind in PLAIN or (kind is tuple and PLAIN.issuperset(map(type, x))):
             return x
-        handler = _HANDLERS.get(kind) or _handler(kind)
+        handler = self._handlers.get(kind) or self._handler(kind)
         if handler is None:
             return x
         own = self._own.get(id(x))
@@ -111,6 +116,14 @@ class Walk(Uncopied):
             self._alive.append(x)
             own = self._own[id(x)] = handler(self, x)
         return own
+
+    @classmethod
+    def _handler(cls, kind: type) -> _Handler | None:
+        """Return what is done with an object of a kind, and remember it."""
+        if kind not in cls._handlers:
+            name, has_attributes = saver_of(kind)
+            cls._handlers[kind] = None if name is None else _made(cls, name, has_attributes)
+        return cls._handlers[kind]
 
     def _find_fixed(self, x: Any, parent: Any, key: Any) -> None:
         """Note an object in a place where nothing can stand in for it."""
@@ -193,7 +206,10 @@ class Walk(Uncopied):
                 if own is not value:
                     stand_ins[key] = own
         if stand_ins:
-            saved.replace(stand_ins)
+            self._replace(saved, stand_ins)
+
+    def _replace(self, saved: Saved, stand_ins: dict[Any, Any]) -> None:
+        saved.replace(stand_ins)
 
     def _save_module(self, x: nn.Module) -> None:
         """Save a module and all in it, those that are known already excepted."""
@@ -396,20 +412,11 @@ class Walk(Uncopied):
 
 
 _Handler = Callable[[Walk, Any], Any]
-_HANDLERS: dict[type, _Handler | None] = {}  # None for what holds nothing that a forward could change
 
 
-def _handler(kind: type) -> _Handler | None:
-    """Return what is done with an object of a kind, and remember it."""
-    if kind not in _HANDLERS:
-        name, has_attributes = saver_of(kind)
-        _HANDLERS[kind] = None if name is None else _made(name, has_attributes)
-    return _HANDLERS[kind]
-
-
-def _made(name: str, has_attributes: bool) -> _Handler:
+def _made(cls: type[Walk], name: str, has_attributes: bool) -> _Handler:
     """Return a handler by a method; objects that stay the same in a pass are saved later, all in one loop."""
-    method: _Handler = getattr(Walk, name)
+    method: _Handler = getattr(cls, name)
 
     def queue(walk: Walk, x: Any) -> Any:
         walk._todo.append((method, x))
