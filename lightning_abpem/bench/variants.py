@@ -42,8 +42,8 @@ class Variant:
 
     Args:
         method: a key of `METHODS`.
-        options: of its constructor; one `learning_rate` is that of Adam. Besides them `memory_samples`, how many samples
-            the memory holds, the current batch included. `optimizer` may also be one of torch's by its name,
+        options: of its constructor; one `learning_rate` is that of Adam. Besides them `memory_samples`, how many
+            samples the memory holds, the current batch included. `optimizer` may also be one of torch's by its name,
             ``{"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}``.
     """
 
