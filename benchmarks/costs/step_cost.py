@@ -176,6 +176,7 @@ def every_program(setting: Setting, memories: Iterable[int]) -> dict[str, tuple[
             f"ABPEM in a Trainer that logs, memory {memory}": (trainer, (setting, memory, True)),
             f"ABPEM attached, memory {memory}": (loop, (setting, memory, {})),
             f"ABPEM attached, comparing each batch, memory {memory}": (loop, (setting, memory, {"monitor": "source"})),
+            f"three rates attached, memory {memory}": (loop, (setting, memory, {"learning_rate": "auto"})),
             f"defaults attached, memory {memory}": (loop, (setting, memory, defaults)),
             f"by hand, memory {memory}": (written, (setting, by_hand, memory)),
             f"published way, memory {memory}": (written, (setting, published_way, memory)),
