@@ -28,6 +28,7 @@ AGREEMENT = 0.5
 """The weight of agreement, beside information as a share of ln C. Chosen on the development split of the digits, as
 are the rates of "auto"."""
 _LEAST = 16  # samples, before which the first rate predicts
+_NO_ENTROPY = 1e6  # in nats, for each sample of a batch for which a course predicts nothing that is finite
 
 
 class Rates:
@@ -85,7 +86,7 @@ class Rates:
         kept = (-batch[0, 0] / (SAMPLES_PER_CLASS * classes)).exp()
         is_known = self.sums is not None and self.sums.shape == batch.shape
         before = self.sums.to(batch) if self.sums is not None and is_known else torch.zeros_like(batch)
-        self.sums = torch.where(batch.isfinite().all(), kept * before + batch, before)
+        self.sums = torch.where(batch[0].isfinite().all(), kept * before + _without_broken(batch), before)
         self._look()
 
     def reset(self) -> None:
@@ -122,14 +123,22 @@ def batch_sums(logits: Tensor, source: Tensor) -> Tensor:
     Returns:
         (K + 1, C + 2). The first row is the source's: samples, entropy, and its predictions. The others are the
         courses': agreement, entropy, predictions. Agreement is the probability that all courses together, on average,
-        give to the class that a course predicts.
+        give to the class that a course predicts. Those that predict NaN have no part in it.
     """
     p = logits.softmax(-1)
-    together = p.mean(0).expand_as(p)
+    together = p.nanmean(0).expand_as(p)
     agreed = together.gather(-1, p.argmax(-1, keepdim=True)).sum((1, 2))
     every = torch.cat([source.unsqueeze(0).to(logits), logits])
     first = torch.cat([agreed.new_full((1,), source.shape[0]), agreed])
     return torch.cat([torch.stack([first, entropy(every).sum(1)], 1), every.softmax(-1).sum(1)], 1)
+
+
+def _without_broken(batch: Tensor) -> Tensor:
+    """Return the same with finite rows of courses that predict NaN: they tell nothing of any sample."""
+    is_finite = batch.isfinite().all(1, keepdim=True)
+    nothing = torch.zeros_like(batch)
+    nothing[:, 1] = _NO_ENTROPY * batch[0, 0]
+    return torch.where(is_finite, batch, nothing)
 
 
 def scores(sums: Tensor) -> Tensor:

@@ -109,6 +109,26 @@ def test_a_rate_that_does_harm_does_not_lead():
     assert all(logits.isfinite().all() for logits in together)
 
 
+def test_a_rate_without_finite_predictions_is_out_and_the_others_are_compared():
+    """With 1e37 scores overflow; the first two lead when they do without it."""
+    made = partial(ABPEM, "fusion.*.attn", MODALITIES)
+    stream = batches(12, 6)
+    wanted = run(made(learning_rate=(1e-3, 0.3)), stream)
+    broken = made(learning_rate=(1e-3, 0.3, 1e37))
+    with torch.no_grad(), broken.attach(make_toy()) as adaptation:
+        rates = adaptation._stepper._rates
+        assert rates is not None
+        model, found = adaptation.model, []
+        for batch in stream:
+            model(*batch)
+            found.append(adaptation.record["learning_rate"].item())
+        assert rates.sums is not None
+        assert rates.sums.isfinite().all()
+        broken.load_state_dict(adaptation.state_dict())
+    assert set(found) == set(wanted[1])
+    assert len(set(found)) == 2
+
+
 def test_rates_in_any_order_are_the_same():
     stream = batches(8, 6)
     one, other = (run(ABPEM("fusion.*.attn", MODALITIES, learning_rate=own), stream) for own in (RATES, RATES[::-1]))
