@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_abpem.engine.batch import Batch
 from lightning_abpem.engine.checkpoint import (
@@ -23,14 +21,15 @@ from lightning_abpem.engine.checkpoint import (
     to_device,
 )
 from lightning_abpem.engine.course import Computed, Course
-from lightning_abpem.engine.faults import Fault, Faults, Skips, explained_gradients
-from lightning_abpem.engine.forward import Forward, Pass
+from lightning_abpem.engine.faults import Fault, Faults, Skips
+from lightning_abpem.engine.forward import Forward
 from lightning_abpem.engine.healthy import HealthySamples
 from lightning_abpem.engine.logits import read_logits
 from lightning_abpem.engine.memory import TokenMemory
-from lightning_abpem.engine.method import Edit, Record, Step, check_record
+from lightning_abpem.engine.method import Record
 from lightning_abpem.engine.monitor import Monitor
-from lightning_abpem.engine.ranks import Ranks, process
+from lightning_abpem.engine.observer import Observer
+from lightning_abpem.engine.ranks import process
 from lightning_abpem.engine.rates import Rates
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.resets import Resets
@@ -77,16 +76,17 @@ class Stepper:
         replay: FrozenReplay,
         on_step: Callable[[Record, int], None],
     ) -> None:
-        self._settings, self._method, self._params = settings, settings.method, params
+        self._settings, self._params = settings, params
         self._course, self._memory, self._forward, self._replay = courses[0], memory, forward, replay
         self._rates = Rates(settings.learning_rates, courses) if len(courses) > 1 else None
         self._skips = courses[0].weights.skips
         self._on_step = on_step
         self._device = device_of(params.values())
         self.record: Record = {}
-        self._source: Mapping[str, Any] | None = None  # what the method measured on the source model
-        self._draft: dict[str, Any] = {}  # the state as it will be if the step is taken
-        self._is_first, self._is_watched_for_effect = True, False
+        self._is_watched_for_effect = False
+        self._observer = Observer(
+            settings.method, courses[0], params, memory, forward, self._leave_out, self._reset_if_next
+        )
         self.monitor, self.resets = Monitor(settings, courses[0].weights, forward), Resets(settings)
         self.faults = Faults(settings.on_error, memory, self._skips)
         self.healthy = HealthySamples(self._skips, forward.ranks, not forward.needs_whole_batches)
@@ -123,20 +123,16 @@ class Stepper:
         if self.resets.is_next and args is not None:
             self.reset()
         batch = self._begun(args, kwargs)
-        if self._source is None:
-            self._draft = {}
-            with torch.enable_grad():
-                self._source = self._method.measure_source(self._observe_source)
-            self._forward.end_step()
+        if self._observer.measured is None:
+            self._observer.measure_source()
             self._replay.end_batch()
         if self._rates is not None:
             self._choose(self._rates)
         for i in range(max(self._settings.steps, 1)):
             self.settle()
-            self._is_first = i == 0
             if i == 0:
                 self.monitor.act()
-            computed = self._compute(batch)
+            computed = self._compute(batch, is_first=i == 0)
             if computed is None:
                 return
             self.faults.prove()
@@ -205,7 +201,7 @@ class Stepper:
         else:
             self._rates.reset()
             self._lead(self._leader)
-        self._draft = {}
+        self._observer.restart(self._course)
         self.monitor.reset()
         if self._memory is not None:
             self._memory.clear()
@@ -215,7 +211,7 @@ class Stepper:
         self.settle()
         parts = {
             **self._leader.state_dict(),
-            "measured": self._source,
+            "measured": self._observer.measured,
             "resets_next": self.resets.is_next,
             "samples": self.resets.samples,
             "left_out": self.healthy.left_out,
@@ -224,19 +220,19 @@ class Stepper:
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
             "random": random_state(self._device),
         }
-        return {"format": FORMAT, "method": self._method.name, "process": list(process()), **to_cpu(parts)}
+        return {"format": FORMAT, "method": self._settings.method.name, "process": list(process()), **to_cpu(parts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Adaptation.load_state_dict`."""
         self.settle()
-        check_form(state, self._method.name)
+        check_form(state, self._settings.method.name)
         check_named([own["state"] for own in (state, *state["rates"]["others"])] + [state["measured"]], self._params)
         check_copies(state["guard"]["good"], state["weights"]["params"])
         is_own = list(state["process"]) == list(process())
         source, memory = to_device([state["measured"], state["memory"] if is_own else []], self._device)
         seen = to_device({name: state[name] for name in ("watch", "guard")}, self._device)
         self._load_courses(state)  # the last that may be refused
-        self._source = source
+        self._observer.measured = source
         self.resets.is_next, self.resets.samples = state["resets_next"], state["samples"]
         self.healthy.left_out = state["left_out"]
         self.monitor.load_state_dict(seen)
@@ -284,94 +280,45 @@ class Stepper:
             self.faults.refuse_size(args, kwargs)
             batch.tokens = self._forward.tokens_of(args, kwargs)
         except Exception as error:
-            self._is_first = True
+            self._observer.is_first = True
             if not self._leave_out(batch, error):
                 raise
         return batch
 
     def _leave_out(self, batch: Batch, error: Exception) -> bool:
         """Leave a batch out of the other processes' step; return False if that is too late, or the error no fault."""
-        if self._is_first and self._forward.can_leave_out:
+        if self._observer.is_first and self._forward.can_leave_out:
             self.fault = self.faults.of(error, batch.args, batch.kwargs)
             batch.has_failed = self.fault is not None
         return batch.has_failed
 
-    def _compute(self, batch: Batch) -> Computed | None:
+    def _compute(self, batch: Batch, is_first: bool) -> Computed | None:
         """The method's gradients for one batch; None if it is empty."""
-        self._draft = dict(self._course.state)
-        ranks = self._forward.ranks
-        if ranks is not None:
-            ranks.updates = self.weights.updates
+        observer, ranks = self._observer, self._forward.ranks
+        observer.start(self._course, is_first)
         try:
-            step = self.healthy.observe(batch, self._observe) if self._is_first else self._observe(batch)
+            step = self.healthy.observe(batch, observer.observe) if is_first else observer.observe(batch)
             if step is None:
                 return None
-            if self._is_first:
+            if is_first:
                 self.resets.samples += self.healthy.left_out_now
                 self.logits = step.logits[-step.samples :].detach() if step.samples else None
                 self._first_logits = batch.logits
-            computed = self._of_step(step, batch) if step.samples else None
+            computed = observer.compute(step, batch, self._moves) if step.samples else None
         finally:
             self._forward.end_step()
-        if computed is not None and self._is_first:
+        if computed is not None and is_first:
             figures = self.monitor.see(batch, computed.record["loss"])
             computed = computed._replace(record={**computed.record, **figures})
         if ranks is not None:
             ranks.end_step()
         return computed
 
-    def _of_step(self, step: Step, batch: Batch) -> Computed:
-        logits = None if not batch.is_own else step.logits[-step.samples :].detach()
-        if self._settings.steps == 0 or self.monitor.guard.is_frozen:
-            observed = self._method.loss(step)
-            check_record(self._method, observed)
-            return Computed(None, observed[1], step.samples, logits, self._draft, batch.rows)
-
-        def rerun(edit: Edit | None = None) -> Step:
-            torch.clear_autocast_cache()  # the method may have moved weights
-            own = replace(batch)
-            if edit is not None and batch.is_own:
-                own.args, own.kwargs = edit(batch.args, batch.kwargs)
-            entered = None if self._memory is None else self._memory.current
-            step = self._observe(own)
-            assert step is not None
-            if self._memory is not None:
-                self._memory.current = entered  # not what the method made of it
-            return step
-
-        with explained_gradients():
-            made = self._method.gradients(step, rerun)
-        check_record(self._method, made)
-        return Computed(*made, step.samples, logits, self._draft, batch.rows)
-
-    def _observe(self, batch: Batch) -> Step | None:
-        """Run one forward over memory and batch, as the method sees it; return None if no process has a batch."""
-        seen = self._forward.observe_all(batch, self._leave_out)
-        if seen is None:
-            return None
-        batch.logits = seen.own
-        if self.resets.is_next:  # due before the batch of other processes
-            self.reset()
-        return self._step_of(seen, self._forward.ranks)
-
-    def _observe_source(self, args: Sequence[object]) -> Step:
-        """Run a forward of this process alone, for what is measured on the source."""
-        args = tree_map_only(torch.Tensor, lambda x: x.to(self._device), args)
-        return self._step_of(self._forward.observe(Batch(args, {})))
-
-    def _step_of(self, seen: Pass, ranks: Ranks | None = None) -> Step:
-        return Step(
-            *(seen.logits, seen.samples, seen.attention, seen.outputs),
-            *(self._params, self._draft, self._source or {}, self._is_first),
-            *(self._course.scale.of(seen.logits, self._params.values()), ranks, seen.is_local),
-        )
-
     def _apply(self, computed: Computed) -> None:
         """Step, or not if the loss or a gradient is not finite; then record."""
         record = computed.record
         self.resets.samples += computed.samples * computed.is_last
-        is_observed = self._settings.steps == 0 or self.monitor.guard.is_frozen  # each batch by itself
-        updated = record["loss"].new_zeros(()) if is_observed else self._course.step(computed)
+        updated = self._course.step(computed) if self._moves else record["loss"].new_zeros(())
         self.record = record | {"updated": updated.to(record["loss"])}
         if self._rates is not None:
             self.record["learning_rate"] = record["loss"].new_tensor(self._rates.rates[self._rates.leader])
@@ -418,18 +365,16 @@ class Stepper:
 
     def _follow_on(self, course: Course, batch: Batch) -> Tensor | None:
         """Take the steps of one course; return the batch's logits before them."""
-        ranks, first = self._forward.ranks, None
+        observer, ranks, first = self._observer, self._forward.ranks, None
         for i in range(self._settings.steps):
             course.settle()
-            if self._method.wants_reset(course.state):
+            if self._settings.method.wants_reset(course.state):
                 course.reset()
-            self._is_first, self._draft = i == 0, dict(course.state)
-            if ranks is not None:
-                ranks.updates = course.weights.updates
+            observer.start(course, is_first=i == 0)
             try:
-                step = self._observe(batch)
+                step = observer.observe(batch)
                 first = batch.logits if i == 0 else first
-                computed = self._of_step(step, batch) if step is not None and step.samples else None
+                computed = observer.compute(step, batch, moves=True) if step is not None and step.samples else None
             finally:
                 self._forward.end_step()
             if ranks is not None:
@@ -438,6 +383,18 @@ class Stepper:
                 course.step(computed)
         return first
 
+    def _reset_if_next(self) -> None:
+        """Go back to the source model if that is due before the batch of other processes."""
+        if self.resets.is_next:
+            self.reset()
+
+    @property
+    def _moves(self) -> bool:
+        """False if each batch is observed by itself, and no weight moves."""
+        return self._settings.steps > 0 and not self.monitor.guard.is_frozen
+
     def _reset_is_due(self) -> bool:
         self.settle()
-        return self.resets.is_due(self.weights.updates_since_reset) or self._method.wants_reset(self._course.state)
+        return self.resets.is_due(self.weights.updates_since_reset) or self._settings.method.wants_reset(
+            self._course.state
+        )
