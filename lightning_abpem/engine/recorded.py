@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.modules.tensors import copy_as_it_lies, reading_waits, same_bits
 
-__all__ = ["LEAF", "RecordedCall", "editable", "flat", "in_transform", "is_constant", "parameters_of"]
+__all__ = ["LEAF", "RecordedCall", "flat", "in_transform", "is_constant", "parameters_of"]
 
 LEAF = tree_flatten(0)[1]
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, slice)
@@ -113,15 +113,6 @@ def in_transform() -> bool:
 def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     """Return what stands in the parameter tables of modules now."""
     return [p for module in modules for p in module._parameters.values() if p is not None]
-
-
-def editable(output: Any) -> Any:
-    """Return an output that may be edited under autograd, which refuses that for views made without it."""
-    return _editable(output) if isinstance(output, Tensor) else tree_map_only(Tensor, _editable, output)
-
-
-def _editable(x: Tensor) -> Tensor:
-    return x.data if x._is_view() and not x.is_nested else x
 
 
 def _leaves(output: Any) -> tuple[list[Any], TreeSpec]:

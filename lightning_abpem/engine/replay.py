@@ -15,14 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_abpem.engine.recorded import (
-    RecordedCall,
-    editable,
-    flat,
-    in_transform,
-    is_constant,
-    parameters_of,
-)
+from lightning_abpem.engine.outputs import editable, gives_state
+from lightning_abpem.engine.recorded import RecordedCall, flat, in_transform, is_constant, parameters_of
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.parameters import GradientFlags
 from lightning_abpem.modules.patches import Changes
@@ -208,10 +202,11 @@ class FrozenReplay(Uncopied):
                 output = snapshot.call(lambda *own, **named: self._run(key, forward, own, named))
             finally:
                 changed = snapshot.restore()
-            if changed or snapshot.drew:
+            if changed or snapshot.drew or gives_state(output, snapshot):
                 self._recording.discard(key)
                 log.info("'%s' does more in a call than to give an output, so it runs in every pass.", self._name(key))
                 return forward(*args, **kwargs)
+        output = editable(output)
         if recorded.keep(output, inputs):
             self._recorded[call] = recorded
         return output
@@ -244,11 +239,10 @@ class FrozenReplay(Uncopied):
             for p in frozen:
                 p.requires_grad_(True)
             with torch.set_grad_enabled(is_audit and not frozen and torch.is_grad_enabled()):
-                output = forward(*args, **kwargs)
+                return forward(*args, **kwargs)
         finally:
             for p in frozen:
                 p.requires_grad_(False)
-        return editable(output)
 
     def _flags_of(self, key: int) -> list[bool]:
         """Return the flags by which `_run` would run a module now."""
@@ -258,7 +252,7 @@ class FrozenReplay(Uncopied):
         """Compute once more, on the recorded inputs: equal ones in another memory layout may differ in the last bit."""
         self._audits = True
         args, kwargs = recorded.arguments
-        output = self._run(key, forward, args, kwargs, is_audit=True)
+        output = editable(self._run(key, forward, args, kwargs, is_audit=True))
         if not recorded.gave(output):
             self.disable("A frozen module gave another output for the same input")
             return output

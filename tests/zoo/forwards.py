@@ -5,6 +5,7 @@ from tests.zoo import (  # noqa: F401  (they register entries)
     buffers,
     containers,
     derived,
+    given,
     hidden,
     hooks,
     keywords,
