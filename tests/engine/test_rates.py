@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,39 @@ def test_each_prediction_is_that_of_the_run_with_its_rate_alone(name):
     assert len(set(leading)) > 1
     assert fingerprint(model) == before
     assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+
+
+WAYS: dict[str, tuple[torch.dtype, Callable[[], Any], dict[str, Any]]] = {
+    "bfloat16": (torch.bfloat16, torch.no_grad, {}),
+    "inference mode": (torch.float32, torch.inference_mode, {}),
+    "float16 autocast": (torch.float32, partial(torch.autocast, "cpu", torch.float16), {}),
+    "momentum": (torch.float32, torch.no_grad, {"optimizer": partial(torch.optim.SGD, momentum=0.9)}),
+    "no replay": (torch.float32, torch.no_grad, {"replay": False, "memory_batches": 2, "steps": 2}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_so_it_is_in_any_precision_and_mode(way):
+    """The weights at the end are those of the rate that led last."""
+    dtype, around, options = WAYS[way]
+
+    def found(rate):
+        model, logits = make_toy().to(dtype), []
+        with around(), ABPEM("fusion.*.attn", MODALITIES, learning_rate=rate, **options).attach(model) as adaptation:
+            for batch in batches(10, 6):
+                logits.append(model(*(x.to(dtype) for x in batch)))
+                leading.append(adaptation.record.get("learning_rate"))
+            return logits, [p.detach().clone() for p in adaptation.params.values()]
+
+    leading: list[Any] = []
+    single = {rate: found(rate) for rate in RATES}
+    leading.clear()
+    together, weights = found(RATES)
+    rates = [min(RATES, key=lambda rate: abs(rate - own.item())) for own in leading]
+    assert len(set(rates)) > 1
+    for i, rate in enumerate(rates):
+        assert torch.equal(together[i], single[rate][0][i])
+    assert all(map(torch.equal, weights, single[rates[-1]][1]))
 
 
 def naive_scores(logits, source):
