@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_abpem.attention.spans import Tokens
 from lightning_abpem.engine.checkpoint import SAVED
+from lightning_abpem.engine.outputs import find_odd
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.refusals import ModelError, add_note
@@ -110,7 +111,7 @@ class TokenMemory:
         """Run the block over the stored tokens and those of the batch.
 
         Raises:
-            ValueError: if the pass has called the block before.
+            ValueError: if the pass has called the block before, or with a container that cannot hold all tokens.
         """
         if self.current is not None:
             raise ModelError(
@@ -120,8 +121,16 @@ class TokenMemory:
             )
         leaves, spec = tree_flatten((args, kwargs))
         *past, current = self.enter(leaves, tokens)
+        if not past:
+            return forward(*args, **kwargs)
+        if (odd := find_odd((args, kwargs))) is not None:
+            raise ModelError(
+                f"Expected '{self.name}' to be called with containers that can be made anew of their items, but got a "
+                f"{type(odd).__name__}, which has attributes or a constructor of its own. Give the block its items "
+                f"instead. {ADVICE}"
+            )
         for i in current.tensors:
-            if past and all(i in batch.tensors for batch in past):
+            if all(i in batch.tensors for batch in past):
                 leaves[i] = torch.cat([*(batch.tensors[i] for batch in past), leaves[i]])
         args, kwargs = tree_unflatten(leaves, spec)
         return forward(*args, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lightning_abpem.engine.outputs import find_odd
 from lightning_abpem.modules.tensors import copy_as_it_lies, reading_waits, same_bits
 
 __all__ = ["LEAF", "RecordedCall", "flat", "in_transform", "is_constant", "parameters_of"]
@@ -92,9 +93,14 @@ class RecordedCall:
 
 
 def flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
-    """Return the leaves and the structure of a call's arguments; that of a single tensor, the usual case, is known."""
+    """Return the leaves and the structure of a call's arguments; that of a single tensor, the usual case, is known.
+
+    Arguments whose containers say more than their leaves are one leaf, which is no constant.
+    """
     if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
         return list(args), LEAF
+    if find_odd((args, kwargs)) is not None:
+        return [(args, kwargs)], LEAF
     return tree_flatten((args, kwargs))
 
 

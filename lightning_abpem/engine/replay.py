@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_abpem.engine.outputs import editable, gives_state
+from lightning_abpem.engine.outputs import editable, find_odd, gives_state
 from lightning_abpem.engine.recorded import RecordedCall, flat, in_transform, is_constant, parameters_of
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
 from lightning_abpem.modules.parameters import GradientFlags
@@ -202,9 +202,10 @@ class FrozenReplay(Uncopied):
                 output = snapshot.call(lambda *own, **named: self._run(key, forward, own, named))
             finally:
                 changed = snapshot.restore()
-            if changed or snapshot.drew or gives_state(output, snapshot):
+            is_new = find_odd(output) is None and not gives_state(output, snapshot)
+            if changed or snapshot.drew or not is_new:
                 self._recording.discard(key)
-                log.info("'%s' does more in a call than to give an output, so it runs in every pass.", self._name(key))
+                log.info("'%s' gives more than new tensors, so it runs in every pass.", self._name(key))
                 return forward(*args, **kwargs)
         output = editable(output)
         if recorded.keep(output, inputs):

@@ -1,12 +1,16 @@
 """Replaying the frozen part: the same bits with fewer runs, and recomputing wherever that might not hold."""
 
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.modules.patches import Changes
@@ -386,6 +390,53 @@ def test_what_moves_is_computed():
             assert torch.equal(model(x), model.head(model.encoder(x + model.shift).mean(1)))
             replay.end_batch()
     assert replay.enabled
+
+
+class Outputs(NamedTuple):
+    tokens: Tensor
+    mask: Tensor | None = None
+
+
+KINDS: dict[str, Callable[[Tensor], Any]] = {
+    "a tuple of lists": lambda x: ([x], [x + 1]),
+    "a named tuple": Outputs,
+    "a ModelOutput": lambda x: BaseModelOutput(x, hidden_states=(x + 1,)),
+    "an OrderedDict": lambda x: OrderedDict(tokens=x),
+    "a defaultdict": lambda x: defaultdict(list, tokens=x),
+    "a deque": lambda x: deque([x], maxlen=3),
+    "torch's own": lambda x: x.max(1),
+}
+
+
+class Giving(Encoder):
+    def __init__(self, kind: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return self.kind(super().forward(x))
+
+
+class GivesKinds(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.encoder, self.adapted = Giving(kind), nn.Linear(WIDTH, 2)
+        self.given: list[Any] = []
+
+    def forward(self, x):
+        self.given.append(self.encoder(x))
+        leaves: Any = tree_leaves(self.given[-1])
+        return self.adapted(leaves[0])
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_containers_that_can_be_made_anew_are_replayed(kind):
+    model = GivesKinds(kind).eval()
+    with attached(model, model.adapted, audited_batches=0) as replay, torch.no_grad():
+        first, second = passes(model, replay, torch.randn(2, 6, 3))
+    assert model.encoder.runs == 1
+    assert torch.equal(first, second)
+    assert type(model.given[0]) is type(kind(torch.ones(2, 6, 3)))
 
 
 def test_views_of_the_same_memory_are_not_compared(monkeypatch):

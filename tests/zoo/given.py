@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque, namedtuple
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
-from tests.zoo.nets import Encoder, Net, entry
+from tests.zoo.nets import WIDTH, Block, Encoder, Net, entry
 
 
 class _Banked(Encoder):
@@ -70,3 +72,96 @@ class GivenThrough(Net):
         x, memory = self.audio(audio, self.memory)
         memory.append("seen")
         return torch.cat((x, self.video(video)), 1)
+
+
+class _WithScale(Encoder):
+    def forward(self, x):
+        output = BaseModelOutput(last_hidden_state=super().forward(x))
+        output.scale = 2.0 + x.mean()
+        return output
+
+
+class _Bridge(Encoder):
+    def build(self):
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, given):
+        return self.proj(given.last_hidden_state) * getattr(given, "scale", 1.0)
+
+
+@entry("an encoder gives a ModelOutput with an attribute that is no field")
+class OutputWithScale(Net):
+    def build(self):
+        self.audio = _WithScale()
+
+    def encode(self, audio, video):
+        given = self.audio(audio)
+        return torch.cat((given.last_hidden_state * getattr(given, "scale", 1.0), self.video(video)), 1)
+
+
+@entry("a frozen bridge gets a ModelOutput with an attribute that is no field")
+class BridgeWithScale(OutputWithScale):
+    def build(self):
+        super().build()
+        self.bridge = _Bridge()
+
+    def encode(self, audio, video):
+        return torch.cat((self.bridge(self.audio(audio)), self.video(video)), 1)
+
+
+class _Ordered(Encoder):
+    def forward(self, x):
+        output = OrderedDict(last_hidden_state=super().forward(x))
+        output.scale = 3.0  # type: ignore[attr-defined]
+        return output
+
+
+@entry("an encoder gives an OrderedDict with an attribute")
+class OrderedWithScale(OutputWithScale):
+    def build(self):
+        self.audio = _Ordered()
+
+    def encode(self, audio, video):
+        given = self.audio(audio)
+        return torch.cat((given["last_hidden_state"] * getattr(given, "scale", 1.0), self.video(video)), 1)
+
+
+class _Features(namedtuple("_Features", ["last_hidden_state"])):
+    """Is made in a way of its own, and knows its scale."""
+
+    def __new__(cls, x, *, scale):
+        made = super().__new__(cls, x)
+        made.scale = scale  # type: ignore[attr-defined]
+        return made
+
+
+class _Named(Encoder):
+    def forward(self, x):
+        return _Features(super().forward(x), scale=2.5)
+
+
+@entry("an encoder gives a named tuple that is made in a way of its own")
+class NamedWithScale(OutputWithScale):
+    def build(self):
+        self.audio = _Named()
+
+
+@entry("a frozen bridge gets a named tuple that is made in a way of its own")
+class BridgeNamed(BridgeWithScale):
+    def build(self):
+        super().build()
+        self.audio = _Named()
+
+
+class _BlockOfNamed(Block):
+    def forward(self, given):
+        return given.scale * super().forward(given.last_hidden_state)
+
+
+@entry("the fusion block gets such a named tuple", memory_refused="got a _Features, which has attributes")
+class BlockNamed(Net):
+    def build(self):
+        self.fusion = nn.ModuleList([_BlockOfNamed()])
+
+    def classify(self, x):
+        return 3 * self.head(self.fusion[0](_Features(x, scale=1.5)).mean(1))
