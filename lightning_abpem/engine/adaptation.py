@@ -218,6 +218,7 @@ class Adaptation(Uncopied):
             changes.note(course.weights.show_gradients)
         for course in courses[1:]:
             course.weights.leave()
+            course.weights.written = courses[0].weights.written  # of the same parameters
         return courses
 
     def drain(self, is_last: bool = False, is_empty: bool = False) -> None:
@@ -384,6 +385,9 @@ class Adaptation(Uncopied):
         Who only observes has no use for gradients: that pass has the caller's grad mode.
         """
         has_gradients = self.settings.steps > 0 or torch.is_grad_enabled()
+        weights = self._stepper.weights
+        if self.settings.steps:
+            weights.refuse_others()
         with self._clock.running():
             try:
                 if not self._keeps_flags:
@@ -394,6 +398,7 @@ class Adaptation(Uncopied):
                 self._forward.end_step()  # of a pass that was broken off
                 if not self._keeps_flags:
                     self._flags.thaw()
+                weights.written.note()
 
     def _end_call(self, output: object) -> None:
         with torch.inference_mode(False), self._clock.running():

@@ -196,11 +196,11 @@ class Stepper:
         """Go back to the source model."""
         self.settle()
         self.resets.begin_anew()
-        if self._rates is None:
-            self._course.reset()
-        else:
+        if self._rates is not None:
             self._rates.reset()
             self._lead(self._leader)
+        elif self._settings.steps or not self.weights.are_source:  # who only observes leaves what others write
+            self._course.reset()
         self._observer.restart(self._course)
         self.monitor.reset()
         if self._memory is not None:

@@ -18,6 +18,8 @@ from lightning_abpem.engine.flags import DeviceFlags
 from lightning_abpem.engine.limits import Limits, way
 from lightning_abpem.engine.options import OptimizerFactory
 from lightning_abpem.engine.shards import assign, full_tensor, is_sharded
+from lightning_abpem.modules.parameters import WrittenParameters
+from lightning_abpem.modules.refusals import ModelError
 from lightning_abpem.modules.tensors import reading_waits, same_bits
 
 __all__ = ["AdaptedWeights", "all_finite"]
@@ -46,6 +48,7 @@ class AdaptedWeights:
     Attributes:
         updates: steps taken.
         skips: steps not taken.
+        written: what the steps wrote, and whether others did.
         updates_since_reset: steps taken since the last reset.
 
     Raises:
@@ -72,7 +75,21 @@ class AdaptedWeights:
         self.skips = Skips()
         self._rate = 1.0
         self._away: list[Tensor] | None = None  # the values, while those of another course are in the model
+        self.written = WrittenParameters(params)
         self._start()
+
+    def refuse_others(self) -> None:
+        """Raise if somebody else has written the weights since they were noted.
+
+        Raises:
+            ValueError: naming one of them.
+        """
+        if (name := self.written.written()) is not None:
+            raise ModelError(
+                f"Expected weights that only the steps move, but '{name}' was written between two calls. Resets and "
+                "the end of the run go back to the values that it had at the start. Adapt each checkpoint in a run of "
+                "its own. Swap averaged (EMA) weights in before the run, and back after it."
+            )
 
     def restore(self) -> None:
         """Put the source values back, bit by bit. Where nothing moved nothing is written, for graphs that are kept."""
@@ -310,6 +327,7 @@ class AdaptedWeights:
             if value is not parameter:
                 assign(parameter, value)
         torch.clear_autocast_cache()  # a surrounding autocast would go on with the casts of the old values
+        self.written.note()
 
 
 def _master(p: nn.Parameter) -> nn.Parameter:

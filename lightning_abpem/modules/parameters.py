@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter, is_not
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_abpem.modules.containers import SavedAttributes
 from lightning_abpem.modules.tensors import bit_sum, reading_waits, same_bits
 
-__all__ = ["GradientFlags", "SavedParameters", "device_of"]
+__all__ = ["GradientFlags", "SavedParameters", "WrittenParameters", "device_of"]
 
 _flag, _gradient, _version, _attributes = map(attrgetter, ("requires_grad", "grad", "_version", "__dict__"))
 _hooks = attrgetter("_backward_hooks")
@@ -126,6 +126,40 @@ class SavedParameters:
                 parts = zip(own, now.split(sizes), before.split(sizes), strict=True)
                 edited += [p for p, x, y in parts if not same_bits(x, y)]
         return edited + [p for p, before in self._sums if not torch.equal(bit_sum(p), before)]
+
+
+class WrittenParameters:
+    """Parameters as their one writer leaves them, so that what others write in between is seen.
+
+    That is seen by the version that it counts up. What counts none up, as through `.data`, is seen in looks 1, 2, 4, 8
+    and so on; of a parameter that the host would have to wait for, in the first. Shards are left alone.
+
+    Args:
+        parameters: by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._names = [name for name, p in parameters.items() if not hasattr(p, "full_tensor")]
+        self._all = [parameters[name] for name in self._names]
+        self._looks = 0
+        self.note()
+
+    def note(self) -> None:
+        """Note them as they are: their writer left them so."""
+        self._versions = list(map(_version, self._all))
+        self._sums: dict[str, Tensor] = {}
+        look = self._looks + 1
+        if look & (look - 1) == 0:
+            pairs = zip(self._names, self._all, strict=True)
+            self._sums = {name: bit_sum(p) for name, p in pairs if look == 1 or not reading_waits(p)}
+
+    def written(self) -> str | None:
+        """Return the name of one that another has written since; None if there is none."""
+        self._looks += 1
+        for name, p, version in zip(self._names, self._all, self._versions, strict=True):
+            if p._version != version or (name in self._sums and not torch.equal(bit_sum(p), self._sums[name])):
+                return name
+        return None
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_abpem import ABPEM
-from tests.toy import MODALITIES, WIDTH, Toy, batches
+from tests.engine.attached import abpem
+from tests.toy import MODALITIES, WIDTH, Toy, batches, make_toy
 
 
 class Teacher(Toy):
@@ -64,3 +65,49 @@ def test_it_is_named(kind, name):
     with torch.no_grad(), callback.attach(model), pytest.raises(ValueError, match=refusal):
         for batch in batches():
             model(*batch)
+
+
+def load_another_checkpoint(model, i):
+    if i == 3:
+        torch.manual_seed(7)
+        model.load_state_dict(Toy().state_dict())
+
+
+def swap_average_in(model, i):
+    for p in model.parameters():
+        p.data.copy_(p.data * 1.01)
+
+
+def train_on(model, i):
+    if i == 1:
+        with torch.no_grad():
+            model.fusion[0].attn.qkv.bias.add_(0.1)
+
+
+WRITERS = [load_another_checkpoint, swap_average_in, train_on]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("write", WRITERS)
+def test_weights_that_are_written_between_calls_are_named(write, precision):
+    model = make_toy().to(precision)
+    before = [p.clone() for p in model.fusion[0].attn.parameters()]
+    refusal = r"'fusion\.0\.attn\.qkv\.(weight|bias)' was written between two calls.* in a run of its own"
+    with pytest.raises(ValueError, match=refusal), torch.no_grad(), abpem().attach(model):
+        for i, (audio, video) in enumerate(batches(6)):
+            write(model, i)
+            model(audio.to(precision), video.to(precision))
+    assert all(torch.equal(p, x) for p, x in zip(list(model.fusion[0].attn.parameters())[:2], before[:2], strict=True))
+
+
+@pytest.mark.parametrize("reset", ["never", "4 samples"])
+@pytest.mark.parametrize("write", WRITERS)
+def test_who_only_observes_sees_weights_that_are_written_between_calls(write, reset):
+    seen = []
+    for attach in (False, True):
+        model = make_toy()
+        with torch.no_grad(), abpem(steps=0, reset=reset).attach(model) if attach else torch.no_grad():
+            for i, batch in enumerate(batches(6)):
+                write(model, i)
+                seen.append(model(*batch))
+    assert torch.equal(torch.stack(seen[:6]), torch.stack(seen[6:]))
