@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_abpem.modules.containers import slots_of
@@ -34,16 +35,25 @@ def _editable(x: Tensor) -> Tensor:
 
 
 def gives_state(output: Any, before: Snapshot) -> bool:
-    """Return True if a part of an output was there before the call: an edit of it is one of the state.
+    """Return True if a part of an output was there before the call, so that an edit of it is one of the state.
+
+    That is a container, or a tensor in the memory of another.
 
     Args:
         output: as the call gave it.
         before: what the call could reach.
     """
-    if isinstance(output, Tensor):
-        return False
-    ids = before.ids
+    given = {_memory(x) for x in tree_leaves(output) if isinstance(x, Tensor)} - {0}
+    if any(_memory(x) in given for x in before.tensors):
+        return True
+    ids = set() if isinstance(output, Tensor) else before.ids
     return any(id(x) in ids for x in _containers(output) if not isinstance(x, tuple))
+
+
+def _memory(x: Tensor) -> int:
+    """Return where the memory of a tensor is; 0 if it has none, or a kind of its own."""
+    is_plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_meta
+    return x.untyped_storage().data_ptr() if is_plain else 0
 
 
 def find_odd(tree: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_abpem.modules.parameters import SavedParameters
 from lightning_abpem.modules.randomness import RandomState
@@ -36,6 +36,7 @@ class Snapshot(Walk):
         args: the arguments for a pass: the same objects, but for tensors that autograd refuses.
         kwargs: the keyword arguments, likewise.
         ids: of all objects that can be reached.
+        tensors: that can be reached, parameters too, or what stands in for them in the pass.
         drew: True after `end_call` or `restore` if torch, Python or NumPy drew random numbers in between.
 
     Raises:
@@ -76,6 +77,10 @@ class Snapshot(Walk):
     @property
     def ids(self) -> set[int]:
         return set(self._own)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in self._own.values() if isinstance(x, Tensor)]
 
     def end_call(self) -> None:
         """Put back what no gradient reads: generators, and what parameters have besides their values."""
