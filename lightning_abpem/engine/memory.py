@@ -234,6 +234,8 @@ class TokenMemory:
     def verify(self, logits: Tensor, drew: bool = False) -> int:
         """Hold the logits of memory and batch against the sizes and, once, against `expect`; return the samples stored.
 
+        Logits over another number of classes tell nothing: later ones are compared.
+
         Args:
             logits: those of a pass.
             drew: True if the pass drew random numbers.
@@ -249,7 +251,8 @@ class TokenMemory:
                 f"Expected {stored} stored and {size} current samples to give as many logits, but got "
                 f"{logits.shape[0]}: '{self.name}' is not where the joint tokens enter batch-first. {ADVICE}"
             )
-        if self._predicted is not None and self._past and self._past[-1] is self._stored[-1]:
+        is_next = bool(self._past) and self._past[-1] is self._stored[-1]
+        if self._predicted is not None and is_next and self._predicted.shape[1:] == logits.shape[1:]:
             again = logits[stored - self._past[-1].samples : stored].detach()
             largest = self._predicted.masked_fill(self._predicted.isinf(), 0).abs().max()  # -inf: no class
             bound = (5e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3) * largest

@@ -37,7 +37,7 @@ class Watch:
     """Compares the adapted model's predictions with the source's, over the last samples of a stream.
 
     A sample counts by exp(-n / (5 C)), with n samples after it and C classes: all together as much as 5 for each class.
-    A batch with a prediction that is not finite does not count.
+    A batch with a prediction that is not finite does not count. One over another number of classes begins anew.
 
     Attributes:
         sums: over the last samples, which the state of a stream holds: their number, entropies, the source's entropies,
@@ -71,7 +71,8 @@ class Watch:
         samples = sums[0]
         classes = (len(sums) - 3) // 2
         kept = (-samples / (SAMPLES_PER_CLASS * classes)).exp()
-        before = torch.zeros_like(sums) if self.sums is None else self.sums.to(sums)
+        is_known = self.sums is not None and self.sums.shape == sums.shape
+        before = self.sums.to(sums) if self.sums is not None and is_known else torch.zeros_like(sums)
         self.sums = torch.where(sums.isfinite().all(), kept * before + sums, before)
         means = self.means
         assert means is not None

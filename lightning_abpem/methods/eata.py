@@ -73,7 +73,7 @@ class SampleEfficientEntropy(NormMethod):
         if not bool(kept.any()):
             return None, record_of(entropies.mean(), step.logits, kept=share)
         mean = p[kept].mean(0)
-        step.state["mean"] = running_mean(step.state.get("mean"), mean)
+        step.state["mean"] = running_mean(_mean_over(mean.shape, step.state), mean)
         weights = (margin - entropies.detach()).exp()
         loss = (weights * entropies)[kept].mean()
         for name, fisher in step.source["fisher"].items():
@@ -82,9 +82,16 @@ class SampleEfficientEntropy(NormMethod):
         return loss, record_of(loss, step.logits, kept=share)
 
     def _is_new(self, p: Tensor, state: Mapping[str, Any]) -> Tensor:
-        if "mean" not in state:
+        mean = _mean_over(p.shape[1:], state)
+        if mean is None:
             return torch.ones(len(p), dtype=torch.bool, device=p.device)
-        return F.cosine_similarity(p, state["mean"][None], dim=1).abs() < self.redundancy
+        return F.cosine_similarity(p, mean[None], dim=1).abs() < self.redundancy
+
+
+def _mean_over(classes: torch.Size, state: Mapping[str, Any]) -> Tensor | None:
+    """Return the mean of earlier predictions; None without any, or over another number of classes."""
+    mean: Tensor | None = state.get("mean")
+    return None if mean is None or mean.shape != classes else mean
 
 
 def _listed(batches: Iterable[Sequence[object]]) -> list[Sequence[Any]]:

@@ -31,7 +31,12 @@ class StreamPredictions(NamedTuple):
 
 
 def extend_stream(stream: StreamPredictions | None, logits: Tensor) -> StreamPredictions:
-    """Return the stream, None for one that begins, with the predictions of (B, C) logits at its end."""
+    """Return the stream, None for one that begins, with the predictions of (B, C) logits at its end.
+
+    It begins anew with predictions over another number of classes.
+    """
+    if stream is not None and stream.last.shape != logits.shape[1:]:
+        stream = None
     p = widen(logits.detach()).softmax(1)
     before = p[:1] if stream is None else torch.cat((stream.last[None], p[:1]))
     pairs = torch.cat((before[:-1], p))
