@@ -77,9 +77,11 @@ class SavedParameters:
         self._named = {id(p) for p in filter(_attributes, parameters)}
         self._sums: list[tuple[nn.Parameter, Tensor]] = []
         self._small: dict[torch.dtype, list[nn.Parameter]] = {}
+        self._sizes: dict[torch.dtype, list[int]] = {}
         for p in parameters:
-            if type(p) is nn.Parameter and p.numel() <= _SMALL and not reading_waits(p):
+            if type(p) is nn.Parameter and (size := p.numel()) <= _SMALL and not reading_waits(p):
                 self._small.setdefault(p.dtype, []).append(p)
+                self._sizes.setdefault(p.dtype, []).append(size)
         self._copies = {dtype: _joined(own) for dtype, own in self._small.items()}
 
     def restore(self) -> set[int]:
@@ -115,17 +117,34 @@ class SavedParameters:
     def edited(self) -> list[nn.Parameter]:
         """Return the parameters that were edited in place.
 
-        An edit is seen by the version that it counts up. One that counts none up is seen in small parameters on a CPU,
-        whose values are compared every time, and in all of them after `sum`.
+        Of small parameters on a CPU the values are compared every time, and they alone decide. In others an edit is
+        seen by the version that it counts up, and after `sum` by the values too.
         """
         edited = [p for p, version in zip(self._all, self._versions, strict=True) if p._version != version]
+        edited = [p for p in edited if not self._holds(p)]
         for dtype, own in self._small.items():
-            before, now = self._copies[dtype], _joined(own)
+            before, sizes = self._copies[dtype], self._sizes[dtype]
+            if other := [p for p, size in zip(own, sizes, strict=True) if p.dtype != dtype or p.numel() != size]:
+                edited += other
+                continue
+            now = _joined(own)
             if not same_bits(now, before):
-                sizes = [p.numel() for p in own]
                 parts = zip(own, now.split(sizes), before.split(sizes), strict=True)
                 edited += [p for p, x, y in parts if not same_bits(x, y)]
         return edited + [p for p, before in self._sums if not torch.equal(bit_sum(p), before)]
+
+    def seen(self, edited: nn.Parameter) -> str:
+        """Return in words by what the edit of a parameter was seen."""
+        is_counted = any(
+            p is edited and p._version != version for p, version in zip(self._all, self._versions, strict=True)
+        )
+        if self._holds(edited) or not is_counted:
+            return "its values changed"
+        return f"torch counted an edit (values are compared in parameters of up to {_SMALL:,} of them on a CPU alone)"
+
+    def _holds(self, parameter: nn.Parameter) -> bool:
+        """Return True if the values of a parameter are held, so that they decide."""
+        return any(own is parameter for group in self._small.values() for own in group)
 
 
 class WrittenParameters:

@@ -157,9 +157,9 @@ class Snapshot(Walk):
             names = {id(p): repr(name) for name, p in self._target.named_parameters()}
             name = names.get(id(edited[0])) or self._name(id(edited[0]))
             raise ModelError(
-                f"Expected a forward that leaves its parameters alone, but it edited {name} in place. The adapting "
-                f"passes would edit it once more for every batch. {self._way_out(edited[0])}, and load the parameter "
-                "again: this pass moved it."
+                f"Expected a forward that leaves its parameters alone, but it edited {name} in place: "
+                f"{self._held.seen(edited[0])}. The adapting passes would edit it once more for every batch. "
+                f"{self._way_out(edited[0])}, and load the parameter again, if this pass moved it."
             )
 
     def _way_out(self, edited: nn.Parameter) -> str:

@@ -57,6 +57,36 @@ class Scripted(Toy):
         return self.part(super().forward(*inputs))
 
 
+class Clamped(Toy):
+    """Bounds a temperature in each call, as CLIP's loss does, and a matrix; neither is over the bounds."""
+
+    def __init__(self, size=1):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.full((size,), 2.0), requires_grad=False)
+
+    def forward(self, *inputs):
+        return super().forward(*inputs) * self.temperature.clamp_(0.0, 4.6).mean()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_edit_that_changes_no_bit_of_a_small_parameter_is_none(steps):
+    model, callback = Clamped().eval(), ABPEM("fusion.*.attn", MODALITIES, k=2, steps=steps)
+    with torch.no_grad():
+        plain = [model(*batch) for batch in batches()]
+        with callback.attach(model):
+            adapted = [model(*batch) for batch in batches()]
+    assert callback.skipped == 0
+    assert all(map(torch.equal, adapted, plain)) is (steps == 0)
+    assert model.temperature == 2
+
+
+def test_it_is_said_that_an_edit_of_a_large_parameter_may_change_nothing():
+    model, callback = Clamped(4096).eval(), ABPEM("fusion.*.attn", MODALITIES, k=2, steps=0)
+    refusal = "edited 'temperature' in place.* counted an edit.*values are compared .* up to 1,024"
+    with torch.no_grad(), callback.attach(model), pytest.raises(ValueError, match=refusal):
+        model(*batches(1)[0])
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 @pytest.mark.parametrize(("kind", "name"), [(Teacher, "slow.weight"), (Bank, "bank"), (Scripted, "part.scale")])
 def test_it_is_named(kind, name):
