@@ -109,7 +109,7 @@ class _Search(Walk):
         return self._tensor(x)
 
     def _tuple(self, x: tuple[Any, ...]) -> Any:
-        own, known = super()._tuple(x), self._stand_ins.by_id
+        own, known = Walk._tuple(self, x), self._stand_ins.by_id
         if own is not x:
             within = [known[id(item)].memories for item in tuple.__iter__(own) if id(item) in known]
             known[id(own)] = _StandIn(x, own, set[int]().union(*within))
