@@ -13,7 +13,7 @@ from lightning_abpem.engine.replay import FrozenReplay
 from lightning_abpem.engine.shards import gathers_weights
 from lightning_abpem.modules.compiled import compiled_around, eagerly
 from lightning_abpem.modules.patches import Changes, encoders_around, without_nested_tensors
-from lightning_abpem.modules.stand_ins import log_nothing
+from lightning_abpem.modules.quiet import hush, logging_class
 from lightning_abpem.modules.state import Snapshot
 
 __all__ = ["TracelessCalls", "comes_from_forward"]
@@ -45,7 +45,7 @@ class TracelessCalls:
         self._compiled = [module for module in compiled if module is not target]
         self._goes_around, self.is_plain = target in compiled, False
         self._calls = 0
-        self._logging = [module for module in model.modules() if hasattr(type(module), "log_dict")]
+        self._logging = [module for module in model.modules() if logging_class(type(module)) is not None]
         self._snapshot: Snapshot | None = None
         self.changes = Changes()
 
@@ -64,9 +64,7 @@ class TracelessCalls:
         self._calls += 1
         if self._calls & (self._calls - 1) == 0:  # reads every weight: in calls 1, 2, 4, 8, ...; a GPU's in the first
             snapshot.sum_parameters(may_wait=self._calls == 1)
-        for module in self._logging:  # in a pass nothing is logged
-            self.changes.set(module, "log", log_nothing)
-            self.changes.set(module, "log_dict", log_nothing)
+        hush(self.changes, self._logging)
         without_nested_tensors(self.changes, self._encoders)
         eagerly(self.changes, self._compiled)
 

@@ -47,6 +47,7 @@ from lightning_abpem.modules.contents import (
 )
 from lightning_abpem.modules.iterators import Refusing, copied, parts
 from lightning_abpem.modules.kinds import PLAIN, is_stateless, saver_of
+from lightning_abpem.modules.quiet import is_lightnings
 from lightning_abpem.modules.saved_modules import SavedModules
 from lightning_abpem.modules.stand_ins import StandInForOwn, Uncopied, log_nothing
 from lightning_abpem.modules.tensors import SavedTensor, normal_tensor
@@ -162,10 +163,9 @@ class Walk(Uncopied):
         return made
 
     def _method(self, x: MethodType) -> Any:
-        """Find what a method is of. One that logs, which somebody keeps, logs nothing in a pass."""
+        """Find what a method is of. Lightning's `log`, which somebody keeps, logs nothing in a pass."""
         self._todo.append((Walk._save_method, x))
-        logs = x.__name__ in ("log", "log_dict") and hasattr(type(x.__self__), "log_dict")
-        return log_nothing if logs else x
+        return log_nothing if is_lightnings(x) else x
 
     def _iterator(self, x: Any) -> Any:
         own = copied(x)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_abpem.engine.peers import Peers
@@ -94,7 +95,8 @@ class Figures:
             f"{self._method}/{name}": value for name in HEADLINE[:-1] if (value := _figure(record, name)) is not None
         }
         updates = {f"{self._method}/updates": self._updates}
-        module.log_dict({**shown, **updates}, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        for name, figure in {**shown, **updates}.items():  # Lightning's `log`, whatever the module has in its place
+            LightningModule.log(module, name, figure, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
     def show(self, module: Any, dataloader: int, before: Callable[[], None]) -> None:
         """Let Lightning log averages of the current dataloader, under its own names, in the dataloader's result.
@@ -118,7 +120,8 @@ class Figures:
             if (dataloader, name) not in self._shown and (name == "updated" or self._is_chosen(name)):
                 self._shown.add((dataloader, name))
                 figure = Figure(partial(average, name))
-                module.log(f"{self._prefix}/{name}", figure, on_step=False, on_epoch=True, metric_attribute="abpem")
+                full = f"{self._prefix}/{name}"
+                LightningModule.log(module, full, figure, on_step=False, on_epoch=True, metric_attribute="abpem")
 
     def merge(self, dataloader: int, has_batch: bool, device: torch.device, peers: Peers) -> None:
         """Average a dataloader's figures over processes; see `merge_mean`."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_abpem.engine.adaptation import Adaptation
 from lightning_abpem.methods import Tent
@@ -253,6 +254,81 @@ def test_a_log_that_somebody_keeps_logs_once_for_each_batch(options):
         name: plain[name] for name in ("calls", "samples")
     }
     assert plain["calls"] == 5
+
+
+class Keeps(Toy):
+    """Has a `log` of its own, which keeps what it gets and gives it back; the forward goes on with both."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged: dict[str, Any] = {}
+
+    def log(self, name: Any, value: Any, **options: Any) -> Any:
+        self.logged[name] = value
+        super().log(name, value, **options)
+        return value
+
+    def forward(self, audio, video):
+        x = self.fusion(torch.cat((self.audio(audio), self.video(video)), dim=1)).mean(1)
+        x = x / self.log("level", x.abs().mean(), **OPTIONS)
+        self.log_dict({"rows": float(len(audio))}, **OPTIONS)
+        return self.head(x * self.logged["rows"])
+
+
+class KeepsAll(Keeps):
+    def log_dict(self, values: Any, **options: Any) -> None:
+        self.logged.update(values)
+        super().log_dict(values, **options)
+
+
+class Computes(Toy):
+    """The same forward, which asks nothing of what is logged."""
+
+    def forward(self, audio, video):
+        x = self.fusion(torch.cat((self.audio(audio), self.video(video)), dim=1)).mean(1)
+        return self.head(x / x.abs().mean() * len(audio))
+
+
+@pytest.mark.parametrize("kind", [Keeps, KeepsAll])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 2}, {"memory_batches": 3, "replay": False}])
+def test_a_log_of_ones_own_runs_and_logs_once_for_each_batch(kind, options):
+    before, seen = (LightningModule.log, LightningModule.log_dict), []
+    [plain] = trainer().test(kind().eval(), loader(5), verbose=False)
+    for own in (kind, Computes):
+        torch.manual_seed(0)
+        model: Any = own().eval()
+        [results] = trainer(abpem(**options), enable_progress_bar=True).test(model, loader(5), verbose=False)
+        seen.append(torch.cat(model.seen))
+        if own is kind:
+            assert results["rows"] == plain["rows"] == 20
+            assert results["level"] > 0
+            assert set(model.logged) == {"level", "rows", "hits"}
+            assert not {"log", "log_dict"} & vars(model).keys()
+        assert "abpem/test/entropy" in results
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-6)
+    assert (LightningModule.log, LightningModule.log_dict) == before
+
+
+class Gate(nn.Module):
+    """No LightningModule, but it has figures under the name of Lightning's method."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def log_dict(self):
+        return {"level": 1.5}
+
+    def forward(self, x):
+        return self.encoder(x) * self.log_dict()["level"]
+
+
+def test_a_log_dict_that_is_not_lightnings_runs():
+    model: Any = make_toy()
+    model.audio = Gate(model.audio).eval()
+    with torch.no_grad():
+        plain = [model(*batch) for batch in batches()]
+    assert torch.equal(torch.cat(plain), torch.cat(predictions(model, batches(), steps=0)))
 
 
 # -------------------------------------------------------------------------------------------------- loggers that fail
