@@ -1,4 +1,4 @@
-"""What calls get and give besides tensors: containers, and whether a copy can stand for them."""
+"""Containers of outputs and arguments: whether they can be made anew, and whether they are the state's own."""
 
 from __future__ import annotations
 
