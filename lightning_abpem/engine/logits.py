@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from lightning_abpem.functional import widen
 
-__all__ = ["broken_rows", "check_head", "has_broken_rows", "read_logits", "refuse_probabilities"]
+__all__ = ["broken_rows", "check_head", "has_broken_rows", "read_from_outside", "read_logits", "refuse_probabilities"]
 
 _ONE_LABEL = (nn.CrossEntropyLoss, nn.NLLLoss)
 _OTHER_HEADS = {
@@ -110,6 +110,13 @@ def read_logits(output: object, how: Callable[..., object] | None = None) -> Ten
             f"{logits.dtype}.{_way_out(logits)}"
         )
     return logits
+
+
+def read_from_outside(output: object, how: Callable[..., object] | None) -> Tensor:
+    """Find the logits, without a graph, in an output that the caller gets, whose tensors `how` may edit in place."""
+    if how is not None:
+        output = tree_map_only(Tensor, lambda x: x.detach().clone(), output)
+    return read_logits(output, how).detach()
 
 
 def _find_logits(output: object) -> Any:

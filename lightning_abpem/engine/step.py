@@ -24,7 +24,7 @@ from lightning_abpem.engine.course import Computed, Course
 from lightning_abpem.engine.faults import Fault, Faults, Skips
 from lightning_abpem.engine.forward import Forward
 from lightning_abpem.engine.healthy import HealthySamples
-from lightning_abpem.engine.logits import read_logits
+from lightning_abpem.engine.logits import read_from_outside
 from lightning_abpem.engine.memory import TokenMemory
 from lightning_abpem.engine.method import Record
 from lightning_abpem.engine.monitor import Monitor
@@ -151,7 +151,7 @@ class Stepper:
         """
         is_read = self._memory is not None or not self._is_watched_for_effect
         if output is not None and self._leader.unsettled is not None and is_read:
-            logits, rows = read_logits(output, self._settings.logits).detach(), self._leader.unsettled.rows
+            logits, rows = read_from_outside(output, self._settings.logits), self._leader.unsettled.rows
             logits = logits if rows is None else logits[rows]
             self._check_effect(logits)
             if self._memory is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_abpem.engine.logits import read_logits
+from lightning_abpem.engine.logits import read_from_outside
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.watch import Means
 from lightning_abpem.functional import entropy, widen
@@ -88,7 +88,7 @@ class Tally:
         self._handle.remove()
 
     def _see(self, output: object) -> None:
-        logits = widen(read_logits(output, self._settings.logits).detach())
+        logits = widen(read_from_outside(output, self._settings.logits))
         share = logits.softmax(-1).sum(0).double().cpu()
         self.share = share if self.share is None else self.share + share
         self.entropy += entropy(logits).sum().item()

@@ -177,3 +177,19 @@ def test_a_function_that_takes_the_output_apart_leaves_the_callers_whole():
     callback = ABPEM("fusion.*.attn", MODALITIES, k=2, logits=lambda output: output.pop("logits"))
     with torch.no_grad(), callback.attach(model):
         assert [list(model(*batch)) for batch in batches()] == 4 * [["logits", "extra"]]
+
+
+@pytest.mark.parametrize("memory", [1, 4])
+def test_a_function_that_edits_the_output_leaves_the_callers_alone(memory):
+    class Tempered(Toy):
+        def forward(self, *inputs):
+            return {"scores": super().forward(*inputs), "temperature": torch.tensor(1.5)}
+
+    seen = []
+    for how in (lambda x: x["scores"] / x["temperature"], lambda x: x["scores"].div_(x["temperature"])):
+        torch.manual_seed(0)
+        model = Tempered().eval()
+        callback = ABPEM("fusion.*.attn", MODALITIES, k=2, logits=how, memory_batches=memory)
+        with torch.no_grad(), callback.attach(model):
+            seen.append(torch.cat([model(*batch)["scores"] for batch in batches(6)]))
+    assert torch.equal(*seen)
