@@ -266,7 +266,7 @@ class Forward:
         check_samples(calls, logits.shape[0])
         tokens = self._tokens.check(calls, tokens, batch.args, batch.kwargs)
         if self._settings.steps and self._settings.method.moves_scores:
-            _check_gradients(calls, {attention.name for attention in self._fusion.adapting})
+            _check_gradients(calls, self._fusion.adapting, self._model)
         with _in_full_precision(logits.device):
             return self._fusion.compare(calls, tokens)
 
@@ -289,22 +289,32 @@ class Forward:
             self._calls.end()
 
 
-def _check_gradients(calls: Sequence[AttentionCall], adapting: set[str]) -> None:
+def _check_gradients(calls: Sequence[AttentionCall], adapting: Sequence[FusionAttention], model: nn.Module) -> None:
     """Raise unless the scores of every attention that adapts carry a gradient, so that bootstrapping can act.
 
     Raises:
-        ValueError: naming the attention whose scores carry none.
+        ValueError: naming the attention whose scores carry none, or a parameter that is not in its place.
     """
+    parameters = {attention.name: attention.parameters for attention in adapting}
     for call in calls:
         scores = (call.q, call.k) if isinstance(call, FusedCall) else (call.scores,)
-        if call.name in adapting and not any(x.requires_grad for x in scores):
+        if call.name not in parameters or any(x.requires_grad for x in scores):
+            continue
+        there = set(map(id, model.parameters()))
+        if absent := [name for name, p in parameters[call.name].items() if id(p) not in there]:
             raise ValueError(
-                f"Expected the scores of '{call.name}' to carry gradients to its projections, but they carry none. "
-                "That is so under torch.no_grad() (torch.is_grad_enabled() is False in its forward), inside an "
-                "autograd.Function (the scores reach its forward detached), as in torch.utils.checkpoint with "
-                "use_reentrant=True, after .detach(), or if the forward sets requires_grad of the projections to "
-                "False. Bootstrapping could not act. Use an attention without these, or set attention_weight=0."
+                f"Expected what adapts to be in its place in the model, but '{absent[0]}' is not there in this call. "
+                "Another tensor stands in its place, as under torch.func.functional_call, or the model was given new "
+                "parameters. A step could not move the prediction. Call the model itself, with the weights that are "
+                "to adapt in it from before the run on."
             )
+        raise ValueError(
+            f"Expected the scores of '{call.name}' to carry gradients to its projections, but they carry none. "
+            "That is so under torch.no_grad() (torch.is_grad_enabled() is False in its forward), inside an "
+            "autograd.Function (the scores reach its forward detached), as in torch.utils.checkpoint with "
+            "use_reentrant=True, after .detach(), or if the forward sets requires_grad of the projections to "
+            "False. Bootstrapping could not act. Use an attention without these, or set attention_weight=0."
+        )
 
 
 def _in_full_precision(device: torch.device) -> AbstractContextManager[Any]:

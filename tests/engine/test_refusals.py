@@ -165,6 +165,22 @@ def test_a_forward_without_gradients():
     assert len(predictions(model, batches(1), steps=0)) == 1
 
 
+def by_functional_call(model, batch):
+    return torch.func.functional_call(model, {name: 1.02 * p.detach() for name, p in model.named_parameters()}, batch)
+
+
+def by_new_parameters(model, batch):
+    model.load_state_dict(deepcopy(model.state_dict()), assign=True)
+    return model(*batch)
+
+
+@pytest.mark.parametrize("step", [by_functional_call, by_new_parameters])
+def test_other_tensors_in_the_place_of_what_adapts(step):
+    model, refusal = make_toy().requires_grad_(False), "'fusion.0.attn.qkv.weight' is not there in this call"
+    with pytest.raises(ValueError, match=refusal), torch.no_grad(), abpem().attach(model):
+        step(model, batches(1)[0])
+
+
 def test_gradients_that_pass_the_parameters_by():
     """The logits have a graph, but it leads elsewhere."""
     model = make_toy()
