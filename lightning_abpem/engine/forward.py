@@ -192,7 +192,9 @@ class Forward:
         try:
             self._calls.begin(args, kwargs)
             with torch.no_grad():
-                return read_logits(self._calls.run(), self._settings.logits).clone()
+                logits = read_logits(self._calls.run(), self._settings.logits).clone()
+            self._calls.end_call()
+            return logits
         finally:
             self.end_step()
 
@@ -209,6 +211,7 @@ class Forward:
             with torch.no_grad():
                 self._calls.run()
             self._calls.changes.close()
+            self._calls.end_call()
             tokens = self._tokens.check(calls, tokens, args, kwargs)
             first = calls[0]
             device = first.q.device if isinstance(first, FusedCall) else first.scores.device
@@ -284,7 +287,9 @@ class Forward:
         self._calls.end(has_graphs=True)
         try:
             self._calls.begin(args, kwargs)
-            return trace_attention(self._model, self._calls.run)
+            traced = trace_attention(self._model, self._calls.run)
+            self._calls.end_call()
+            return traced
         finally:
             self._calls.end()
 

@@ -57,6 +57,44 @@ class Scripted(Toy):
         return self.part(super().forward(*inputs))
 
 
+class Halving(Toy):
+    """Halves a parameter in each call, or in those without gradients alone."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.slow, self.always = nn.Parameter(torch.ones(4), requires_grad=False), always
+
+    def forward(self, *inputs):
+        if self.always or not torch.is_grad_enabled():
+            self.slow.data.mul_(0.5)
+        return super().forward(*inputs)
+
+
+def adapt_to_two(model, adaptation):
+    for batch in batches(2):
+        model(*batch)
+
+
+def score(model, adaptation):
+    model(*batches(1)[0])
+    adaptation.score_blocks(batches(1)[0], {}, 2)
+
+
+@pytest.mark.parametrize(
+    ("always", "run", "options", "left"),
+    [
+        pytest.param(True, adapt_to_two, {"modalities": "auto"}, 0.5, id="the pass that reads spans"),
+        pytest.param(False, adapt_to_two, {"monitor": "source"}, 0.25, id="a prediction, then the source's"),
+        pytest.param(False, score, {}, 0.25, id="a prediction, then scores for a report"),
+    ],
+)
+def test_it_is_named_by_every_kind_of_pass_after_one_edit(always, run, options, left):
+    model, callback = Halving(always).eval(), ABPEM("fusion.*.attn", **({"modalities": MODALITIES, "k": 2} | options))
+    with torch.no_grad(), callback.attach(model) as adaptation, pytest.raises(ValueError, match="edited 'slow' in"):
+        run(model, adaptation)
+    assert torch.equal(model.slow, torch.full((4,), left))
+
+
 class Clamped(Toy):
     """Bounds a temperature in each call, as CLIP's loss does, and a matrix; neither is over the bounds."""
 
