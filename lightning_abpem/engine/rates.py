@@ -122,13 +122,12 @@ def batch_sums(logits: Tensor, source: Tensor) -> Tensor:
 
     Returns:
         (K + 1, C + 2). The first row is the source's: samples, entropy, and its predictions. The others are the
-        courses': agreement, entropy, predictions. Agreement is the probability that all courses together, on average,
-        give to the class that a course predicts. Those that predict NaN have no part in it.
+        courses': agreement, entropy, predictions. Agreement is the probability that the source and all courses, on
+        average, give to the class that a course predicts. Those that predict NaN have no part in it.
     """
-    p = logits.softmax(-1)
-    together = p.nanmean(0).expand_as(p)
-    agreed = together.gather(-1, p.argmax(-1, keepdim=True)).sum((1, 2))
     every = torch.cat([source.unsqueeze(0).to(logits), logits])
+    together = every.softmax(-1).nanmean(0).expand_as(logits)
+    agreed = together.gather(-1, logits.argmax(-1, keepdim=True)).sum((1, 2))
     first = torch.cat([agreed.new_full((1,), source.shape[0]), agreed])
     return torch.cat([torch.stack([first, entropy(every).sum(1)], 1), every.softmax(-1).sum(1)], 1)
 

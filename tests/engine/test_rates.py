@@ -108,7 +108,7 @@ def naive_scores(logits, source):
         return -sum(x * math.log(x) for x in p if x > 0)
 
     p, q = softmax(logits), softmax(source)
-    unit, together = math.log(p.shape[-1]), p.mean(0)
+    unit, together = math.log(p.shape[-1]), np.concatenate([q[None], p]).mean(0)
     source_entropy, source_spread = np.mean([nats(row) for row in q]), nats(q.mean(0))
     result = []
     for k, own in enumerate(p):
