@@ -172,7 +172,7 @@ class Twice(Toy):
         """Nothing."""
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_batches": 3}, {"predicts": "before"}, {"reset": "batch"}])
+@pytest.mark.parametrize("options", [{}, {"predicts": "before"}, {"reset": "batch"}])
 def test_a_forward_that_calls_itself_is_one_call(options):
     model = make_toy()
     model.__class__ = Twice
