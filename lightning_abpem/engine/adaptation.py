@@ -212,8 +212,13 @@ class Adaptation(Uncopied):
             Course(AdaptedWeights(self.params, own.optimizer_factory, letting_go, rate, own.limits), copy(self._scale))
             for rate in own.learning_rates
         ]
+
+        def restore() -> None:
+            if own.steps or not all(course.weights.are_source for course in courses):  # else nothing of ours is there
+                courses[0].weights.restore()
+
         if own.restore:
-            changes.note(courses[0].weights.restore)
+            changes.note(restore)
         for course in courses:
             changes.note(course.weights.show_gradients)
         for course in courses[1:]:

@@ -171,11 +171,13 @@ def test_weights_that_are_written_between_calls_are_named(write, precision):
 @pytest.mark.parametrize("reset", ["never", "4 samples"])
 @pytest.mark.parametrize("write", WRITERS)
 def test_who_only_observes_sees_weights_that_are_written_between_calls(write, reset):
-    seen = []
+    seen, weights = [], []
     for attach in (False, True):
         model = make_toy()
         with torch.no_grad(), abpem(steps=0, reset=reset).attach(model) if attach else torch.no_grad():
             for i, batch in enumerate(batches(6)):
                 write(model, i)
                 seen.append(model(*batch))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(torch.stack(seen[:6]), torch.stack(seen[6:]))
+    assert torch.equal(*weights)
