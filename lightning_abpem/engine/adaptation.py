@@ -208,10 +208,10 @@ class Adaptation(Uncopied):
                 f"{len(own.learning_rates)} side by side."
             )
         letting_go = partial(reshard, self.model) if is_sharded else None
-        courses = [
-            Course(AdaptedWeights(self.params, own.optimizer_factory, letting_go, rate, own.limits), copy(self._scale))
-            for rate in own.learning_rates
-        ]
+        courses: list[Course] = []
+        for rate in own.learning_rates:
+            weights = AdaptedWeights(self.params, own.optimizer_factory, letting_go, rate, own.limits)
+            courses.append(Course(weights, copy(self._scale) if courses else self._scale))
 
         def restore() -> None:
             if own.steps or not all(course.weights.are_source for course in courses):  # else nothing of ours is there

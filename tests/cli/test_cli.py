@@ -180,7 +180,7 @@ def test_tune_takes_the_target_that_inspect_finds(folder, capsys):
         ("mine.Model --data nothing.Data", "Expected nothing.Data to be importable"),
         ("mine.Model", "no data: give --data, or --batch"),
         ("mine.Model --data mine.Data --rates fast", "Expected `--rates` to be numbers with commas, but got 'fast'"),
-        ("mine.Model --data mine.Data --rates -1", "Expected `learning_rate` to be None or a number > 0, but got -1.0"),
+        ("mine.Model --data mine.Data --rates -1", "or 2 to 8 different ones, but got -1.0"),
         ("mine.Model --data mine.Data --batches 0", "Expected `batches` to be an integer >= 1"),
         ("mine.Model --data mine.Data --data.count 0", "the test loader gave no batch"),
         ("mine.Model --data mine.Data --labels 7", "Expected `--labels` to be in a batch, but '7' is in no"),

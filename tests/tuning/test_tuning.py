@@ -254,7 +254,7 @@ class NoCopy(nn.Linear):
     [
         ({"batches": 0}, "Expected `batches` to be an integer >= 1, but got 0"),
         ({"rates": ()}, "Expected `rates` and `anchors` to hold numbers"),
-        ({"rates": (-1,)}, "Expected `learning_rate` to be None or a number > 0, but got -1"),
+        ({"rates": (-1,)}, "Expected `learning_rate` to be .* but got -1"),
         ({"anchors": (2,)}, "anchor"),
         ({"data": []}, "Expected `data` to have a batch"),
         ({"data": 3}, "Expected `data` to be an iterable of batches, but got a int"),
