@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from functools import partial
 from pathlib import Path
@@ -133,24 +133,30 @@ def _accuracy(model: torch.nn.Module, batches: Sequence[Batch]) -> float:
     return 100 * torch.stack(hits).mean().item()
 
 
-_STREAMS: dict[str, list[Batch]] = {}
+STREAMS: dict[str, list[Batch]] = {}  # of a worker
 
 
-def _start(split: Split) -> None:
+def start_worker(split: Split, make: Callable[[Split], dict[str, list[Batch]]]) -> None:
+    """Make the streams of a process that runs on them."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    _STREAMS.update(streams(split))
+    STREAMS.update(make(split))
 
 
-def _names() -> list[str]:
-    return list(_STREAMS)
+def names_of_streams() -> list[str]:
+    return list(STREAMS)
+
+
+def source_model(source: str) -> DigitsModel:
+    """Return a trained source model in eval mode."""
+    path = train_digits_model(**SOURCES[source])
+    return DigitsModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
 @torch.no_grad()
 def _run(source: str, stream: str, rates: Sequence[float], policies: Sequence[str]) -> list[Outcome]:
-    path = train_digits_model(**SOURCES[source])
-    model = DigitsModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
-    parts = _STREAMS[stream], _STREAMS["clean"][:CLEAN]
+    model = source_model(source)
+    parts = STREAMS[stream], STREAMS["clean"][:CLEAN]
     plain = _accuracy(model, parts[0]), _accuracy(model, parts[1])
     outcomes = []
     for rate in rates:
@@ -199,12 +205,12 @@ def main() -> None:
         train_digits_model(**SOURCES[source])
     say = partial(Console().print, soft_wrap=True, highlight=False, markup=False)
     outcomes: list[Outcome] = []
-    pool = Workers(options.workers, _start, options.split)
+    pool = Workers(options.workers, start_worker, options.split, streams)
     try:
         jobs = [
             pool.submit(_run, source, name, options.rates, options.policies)
             for source in options.sources
-            for name in pool.submit(_names).result()
+            for name in pool.submit(names_of_streams).result()
         ]
         for job in as_completed(jobs):
             outcomes += job.result()

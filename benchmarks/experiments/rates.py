@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from functools import partial
@@ -24,16 +23,14 @@ import torch
 from rich.console import Console
 
 from benchmarks.experiments import guard
-from benchmarks.experiments.guard import BATCH, SOURCES, Batch
+from benchmarks.experiments.guard import BATCH, SOURCES, STREAMS, Batch, names_of_streams, source_model, start_worker
 from lightning_abpem import ABPEM
 from lightning_abpem.bench.digits_source import train_digits_model
 from lightning_abpem.data.digits import Split
-from lightning_abpem.models.digits import DigitsModel
 from lightning_abpem.processes import Workers
 from lightning_abpem.tuning import RATES
 
 Row = tuple[str, str, list[float]]
-_STREAMS: dict[str, list[Batch]] = {}
 SEGMENT, TURNS = 40, 14  # batches of each corruption, where they come one after the other, and where they take turns
 
 
@@ -54,23 +51,12 @@ def streams(split: Split) -> dict[str, list[Batch]]:
     return found | {f"{name}: hostile": own for name, own in made.items() if name.startswith("!")}
 
 
-def _start(split: Split) -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    _STREAMS.update(streams(split))
-
-
-def _names() -> list[str]:
-    return list(_STREAMS)
-
-
 @torch.no_grad()
 def _run(source: str, stream: str, rates: Any) -> Row:
-    path = train_digits_model(**SOURCES[source])
-    model = DigitsModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    model = source_model(source)
 
     def accuracy(own: torch.nn.Module) -> float:
-        hits = [(own(*inputs).argmax(-1) == labels).float().mean() for *inputs, labels in _STREAMS[stream]]
+        hits = [(own(*inputs).argmax(-1) == labels).float().mean() for *inputs, labels in STREAMS[stream]]
         return 100 * torch.stack(hits).mean().item()
 
     found = [accuracy(model)]
@@ -107,9 +93,9 @@ def main() -> None:
     rates = "auto" if options.rates == ["auto"] else [float(rate) for rate in options.rates]
     say = partial(Console().print, soft_wrap=True, highlight=False, markup=False)
     rows: list[Row] = []
-    pool = Workers(options.workers, _start, options.split)
+    pool = Workers(options.workers, start_worker, options.split, streams)
     try:
-        names = pool.submit(_names).result()
+        names = pool.submit(names_of_streams).result()
         jobs = [pool.submit(_run, source, name, rates) for source in options.sources for name in names]
         for job in as_completed(jobs):
             rows.append(job.result())
