@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -206,6 +207,9 @@ def modes() -> tuple[Any, ...]:
     )
 
 
+NOT_CALLED = "not called"
+
+
 def plain(case: Case) -> list[Tensor]:
     model = case.model()
     with caller(case.around):
@@ -219,12 +223,15 @@ def try_case(case: Case) -> str:
     before, around = fingerprint(model), modes()
     given: list[Tensor] = []
     try:
-        with limited_time():
+        with limited_time(), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             callback = case.callback()
             with caller(case.around), callback.attach(model) as adaptation:
                 for batch in case.batches():
                     given.append(logits_of(model(*batch)).detach().clone())
                 result = check_counts(case, adaptation)
+        is_warned = any("without a call of the target" in str(own.message) for own in said)
+        assert is_warned == (result == NOT_CALLED)
     except (ValueError, MisconfigurationException) as error:
         result = check_message(error)
     assert modes() == around
@@ -243,7 +250,9 @@ def try_case(case: Case) -> str:
 
 
 def check_counts(case: Case, adaptation: Any) -> str:
-    """Every step of a batch that has samples is taken or counted as skipped."""
+    """Every step of a batch that has samples is taken or counted as skipped; a target may be called by nobody."""
+    if case.options.get("target") and not adaptation.calls:
+        return NOT_CALLED
     assert adaptation.calls == len(case.sizes)
     steps = case.options.get("steps", 1) * sum(size > 0 for size in case.sizes)
     if case.method == "Source" or steps == 0:
