@@ -57,12 +57,11 @@ class Observer:
         self._draft: dict[str, Any] = {}  # the course's state as it will be if the step is taken
 
     def measure_source(self) -> None:
-        """Have the method measure the source model, if it has not."""
-        if self.measured is None:
-            self._draft = {}
-            with torch.enable_grad():
-                self.measured = self._method.measure_source(self._observe_source)
-            self._forward.end_step()
+        """Have the method measure the source model."""
+        self._draft = {}
+        with torch.enable_grad():
+            self.measured = self._method.measure_source(self._observe_source)
+        self._forward.end_step()
 
     def start(self, course: Course, is_first: bool) -> None:
         """Begin a step of a course, whose weights are in the model."""

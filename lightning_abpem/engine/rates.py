@@ -126,10 +126,11 @@ def batch_sums(logits: Tensor, source: Tensor) -> Tensor:
         average, give to the class that a course predicts. Those that predict NaN have no part in it.
     """
     every = torch.cat([source.unsqueeze(0).to(logits), logits])
-    together = every.softmax(-1).nanmean(0).expand_as(logits)
+    p = every.softmax(-1)
+    together = p.nanmean(0).expand_as(logits)
     agreed = together.gather(-1, logits.argmax(-1, keepdim=True)).sum((1, 2))
     first = torch.cat([agreed.new_full((1,), source.shape[0]), agreed])
-    return torch.cat([torch.stack([first, entropy(every).sum(1)], 1), every.softmax(-1).sum(1)], 1)
+    return torch.cat([torch.stack([first, entropy(every).sum(1)], 1), p.sum(1)], 1)
 
 
 def _without_broken(batch: Tensor) -> Tensor:
