@@ -21,6 +21,8 @@ class Limits:
     Args:
         clip_gradients: greatest length of the gradient over all adapted weights together; a longer one is scaled down.
         anchor: share a of the way back to the source that every step ends with: theta <- (1 - a) theta + a theta_0.
+        max_step: greatest length of a step, relative to that of theta_0. A longer step is scaled down, the optimizer's
+            moments are not.
         max_drift: greatest length of theta - theta_0, relative to that of theta_0. Weights farther away go back along
             a straight line to that distance.
 
@@ -30,10 +32,11 @@ class Limits:
 
     clip_gradients: float | None = None
     anchor: float = 0.0
+    max_step: float | None = None
     max_drift: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("clip_gradients", "max_drift"):
+        for name in ("clip_gradients", "max_step", "max_drift"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and value > 0):
                 raise ValueError(f"Expected `{name}` to be None or a finite number > 0, but got {shown(value)}.")
@@ -51,15 +54,22 @@ class Limits:
         return [None if gradient is None else gradient / longer.to(gradient) for gradient in gradients]
 
     @torch.no_grad()
-    def hold(self, weights: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-        """Move weights, in place, back towards the source as far as `anchor` and `max_drift` say."""
+    def hold(self, weights: Sequence[Tensor], before: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+        """Move weights, in place, as far back as the bounds say: towards `before` the step, then towards the source."""
+        if self.max_step is not None:
+            _pull(weights, before, way(weights, before, source) / self.max_step)
         if self.anchor:
             for own, start in zip(weights, source, strict=True):
                 own.lerp_(start.to(own), self.anchor)
         if self.max_drift is not None:
-            share = 1 - 1 / (way(weights, source) / self.max_drift).clamp(min=1)
-            for own, start in zip(weights, source, strict=True):
-                own.lerp_(start.to(own), share.to(own))
+            _pull(weights, source, way(weights, source, source) / self.max_drift)
+
+
+def _pull(weights: Sequence[Tensor], towards: Sequence[Tensor], times: Tensor) -> None:
+    """Move weights, in place, to a `times`-th of their way from there, if that is nearer."""
+    share = 1 - 1 / times.clamp(min=1)
+    for own, start in zip(weights, towards, strict=True):
+        own.lerp_(start.to(own), share.to(own))
 
 
 def length(tensors: Sequence[Tensor]) -> Tensor:
@@ -70,11 +80,11 @@ def length(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def way(weights: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
-    """Return the length of the weights' way from the source, relative to the source's length: a scalar.
+def way(weights: Sequence[Tensor], start: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+    """Return the length of the weights' way from `start`, relative to the source's length: a scalar.
 
     Where the source is 0 it is the way's own length.
     """
-    far = length([widen(own) - widen(start).to(widen(own)) for own, start in zip(weights, source, strict=True)])
+    far = length([widen(own) - widen(other).to(widen(own)) for own, other in zip(weights, start, strict=True)])
     whole = length(source)
     return far / whole.where(whole > 0, 1)

@@ -79,6 +79,7 @@ class EngineOptions:
             and a backward of what is not frozen.
         clip_gradients: greatest length of the gradient over all adapted weights; longer ones are scaled down.
         anchor: share of the way back to the source that every step ends with, in [0, 1).
+        max_step: greatest length of a step, relative to the source's own length; a longer one is scaled down.
         max_drift: greatest length of the weights' way from the source, relative to the source's own length.
         monitor: compare the adapted model with the source on every batch ("source"), on every n-th (a number), or never
             ("off"). It costs a forward of what is not frozen.
@@ -106,6 +107,7 @@ class EngineOptions:
     learning_rate: LearningRate | None = None
     clip_gradients: float | None = None
     anchor: float = 0.0
+    max_step: float | None = None
     max_drift: float | None = None
     monitor: Monitor = 8
     guard: GuardAction = "warn"
@@ -122,7 +124,7 @@ class EngineOptions:
         if self.predicts is not None:
             check_choice("predicts", self.predicts, get_args(Predicts))
         self._check_learning_rate()
-        Limits(self.clip_gradients, self.anchor, self.max_drift)  # which checks them
+        Limits(self.clip_gradients, self.anchor, self.max_step, self.max_drift)  # which checks them
         self._check_functions()
         self._check_reset()
         self._check_monitor()

@@ -44,7 +44,7 @@ class Settings(EngineOptions):
         if self.predicts is None:
             object.__setattr__(self, "predicts", self.method.predicts)
         self._check_together()
-        object.__setattr__(self, "limits", Limits(self.clip_gradients, self.anchor, self.max_drift))
+        object.__setattr__(self, "limits", Limits(self.clip_gradients, self.anchor, self.max_step, self.max_drift))
         self._read_modalities()
 
     def _check_together(self) -> None:

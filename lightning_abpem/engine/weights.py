@@ -175,7 +175,7 @@ class AdaptedWeights:
     @property
     def drift(self) -> Tensor:
         """The length of the weights' way from the source, relative to the source's: a scalar."""
-        return way(self._masters, self._whole_source)
+        return way(self._masters, self._whole_source, self._whole_source)
 
     @property
     def are_source(self) -> bool:
@@ -270,7 +270,7 @@ class AdaptedWeights:
         if finite:
             with torch.enable_grad():
                 self._optimizer.step()
-            self._limits.hold(self._masters, self._whole_source)
+            self._limits.hold(self._masters, self._before, self._whole_source)
             taken = _are_finite(*self._masters)
         for old, master in zip(self._before, self._masters, strict=True):
             if taken:
@@ -291,7 +291,7 @@ class AdaptedWeights:
                 del optimizer.grad_scale, optimizer.found_inf
             elif finite:
                 optimizer.step()
-        self._limits.hold(self._masters, self._whole_source)
+        self._limits.hold(self._masters, self._before, self._whole_source)
         taken = finite & all_finite(*self._masters)
         for old, master in zip(self._before, self._masters, strict=True):
             master.copy_(master.where(taken, old))

@@ -52,6 +52,7 @@ class Source(TestTimeAdaptation):
         learning_rate: options.LearningRate | None = None,
         clip_gradients: float | None = None,
         anchor: float = 0.0,
+        max_step: float | None = None,
         max_drift: float | None = None,
         monitor: options.Monitor = 8,
         guard: options.GuardAction = "warn",

@@ -37,6 +37,7 @@ OPTIONS = {
     "learning_rate": mostly([None, 1e-3, "auto", (1e-3, 3e-2)], 1e-12, 0, "fast", torch.nan, [1.0]),
     "clip_gradients": mostly([None, 1.0], 1e-9, 0.0, -1.0),
     "anchor": mostly([0.0], 0.5, 1.0, -0.1),
+    "max_step": mostly([None], 1e-6, 0.02, 0, torch.inf),
     "max_drift": mostly([None], 1e-6, 0.1, 0, torch.inf),
     "monitor": mostly(["off"], "source", 1, 2, 0, "all"),
     "guard": mostly(["off"], "rollback", "reset", "freeze", "warn", "stop"),

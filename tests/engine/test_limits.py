@@ -92,16 +92,53 @@ def test_the_weights_stay_within_the_greatest_way(dtype):
         torch.testing.assert_close(values, values[:1].expand_as(values), rtol=1e-12, atol=1e-12)
 
 
-def test_weights_that_are_near_are_left_alone():
+@pytest.mark.parametrize("bound", ["max_step", "max_drift"])
+def test_weights_within_the_bound_are_left_alone(bound):
     params, twins = pair(), pair()
     gradients = [torch.ones_like(p) for p in params]
-    weights_of(params, 1e-3, max_drift=0.5).step([*gradients], LOSS)
+    weights_of(params, 1e-3, **{bound: 0.5}).step([*gradients], LOSS)
     weights_of(twins, 1e-3).step([*gradients], LOSS)
     assert all(torch.equal(p, twin) for p, twin in zip(params, twins, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_no_step_is_longer_than_the_greatest(dtype):
+    """Three steps of SGD, each scaled to a tenth of the source's length; a fourth is short enough as it is."""
+    params = pair(dtype)
+    start = torch.cat([p.detach().double().flatten() for p in params])
+    weights = weights_of(params, 1.0, max_step=0.1)
+    expected = start
+    for size in (7.0, -7.0, 7.0, 1e-3):
+        assert weights.step([torch.full_like(p, size) for p in params], LOSS)
+        step = torch.full_like(start, -size)
+        expected = expected + step * min(1, 0.1 * start.norm().item() / step.norm().item())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    seen = torch.cat([p.detach().double().flatten() for p in params])
+    torch.testing.assert_close(seen, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_step_is_bounded_before_the_anchor_pulls():
+    params, a = pair(), 0.2
+    start = [p.detach().clone() for p in params]
+    assert weights_of(params, 1.0, max_step=0.1, anchor=a).step([torch.ones_like(p) for p in params], LOSS)
+    moved = torch.cat([(p.detach() - s).flatten() for p, s in zip(params, start, strict=True)])
+    assert (moved.norm() / torch.cat([x.flatten() for x in start]).norm()).item() == pytest.approx((1 - a) * 0.1)
+
+
+@pytest.mark.parametrize("bound", ["max_step", "max_drift"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_bound_hides_no_broken_step(bound, broken):
+    params = pair()
+    before = [p.detach().clone() for p in params]
+    weights = weights_of(params, torch.finfo(torch.float64).max, **{bound: 0.1})
+    gradients = [torch.full_like(params[0], broken), torch.full_like(params[1], 1e300)]
+    assert not weights.step(gradients, LOSS)
+    assert not weights.step([torch.full_like(p, 1e300) for p in params], LOSS)  # finite, and its step is not
+    assert all(torch.equal(p, own) for p, own in zip(params, before, strict=True))
+
+
 def test_the_way_from_a_source_of_zeros_is_its_own_length():
-    assert way([torch.full((4,), 3.0)], [torch.zeros(4)]).item() == 6.0
+    assert way([torch.full((4,), 3.0)], [torch.zeros(4)], [torch.zeros(4)]).item() == 6.0
 
 
 @pytest.mark.parametrize(
@@ -110,6 +147,8 @@ def test_the_way_from_a_source_of_zeros_is_its_own_length():
         ("clip_gradients", 0),
         ("clip_gradients", float("nan")),
         ("clip_gradients", True),
+        ("max_step", 0),
+        ("max_step", float("nan")),
         ("max_drift", -1),
         ("max_drift", "far"),
         ("anchor", 1),
