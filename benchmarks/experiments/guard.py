@@ -223,11 +223,11 @@ def main() -> None:
     outcomes: list[Outcome] = []
     pool = Workers(options.workers, start_worker, options.split, long_stream if options.long else streams)
     try:
+        names = [own for own in pool.submit(names_of_streams).result() if own.startswith("!") or not options.long]
         jobs = [
             pool.submit(_run, source, name, options.rates, options.policies)
             for source in options.sources
-            for name in pool.submit(names_of_streams).result()
-            if name.startswith("!") or not options.long
+            for name in names
         ]
         for job in as_completed(jobs):
             outcomes += job.result()

@@ -24,7 +24,7 @@ METHODS: dict[str, Callable[..., TestTimeAdaptation]] = {
     "abpem": partial(ABPEM, "fusion.*.attn", MODALITIES),
     "abpem, memory": partial(ABPEM, "fusion.*.attn", MODALITIES, memory_batches=3),
     "abpem, two steps": partial(ABPEM, "fusion.*.attn", MODALITIES, steps=2),
-    "abpem, anchor": partial(ABPEM, "fusion.*.attn", MODALITIES, anchor=0.1, clip_gradients=0.01),
+    "abpem, anchor": partial(ABPEM, "fusion.*.attn", MODALITIES, anchor=0.1, clip_gradients=0.01, max_step=0.4),
     "abpem, reset": partial(ABPEM, "fusion.*.attn", MODALITIES, reset=6),
     "tent": Tent,
     "tent, before": partial(Tent, predicts="before"),
