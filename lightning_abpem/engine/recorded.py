@@ -58,10 +58,10 @@ class RecordedCall:
         self._precision = _precision(outputs)
         return True
 
-    def matches(self, inputs: Sequence[Any], spec: TreeSpec, may_wait: bool) -> bool:
+    def matches(self, inputs: Sequence[Any], spec: TreeSpec) -> bool:
         """Return True if a call is this one, in the same precision, with its modules as they were.
 
-        On a GPU a comparison of values waits for the device. That pays for a module with a matrix, not for a norm.
+        On a GPU a comparison of values waits for the device.
         """
         if spec != self._input_spec or _precision(self._outputs) != self._precision:
             return False
@@ -69,7 +69,7 @@ class RecordedCall:
             return False
         if _versions(self._inputs) != self._versions:
             return False  # one that is held by reference was edited
-        return all(_identical(x, y, may_wait) for x, y in zip(inputs, self._inputs, strict=True))
+        return all(_identical(x, y) for x, y in zip(inputs, self._inputs, strict=True))
 
     @property
     def arguments(self) -> tuple[Any, dict[str, Any]]:
@@ -175,11 +175,8 @@ def _precision(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return autocast, torch.get_default_dtype()
 
 
-def _identical(x: Any, y: Any, may_wait: bool = True) -> bool:
-    """Return True if two leaves are known to be the same.
-
-    Values are compared only if that takes no waiting for a device, or `may_wait` says that it may.
-    """
+def _identical(x: Any, y: Any) -> bool:
+    """Return True if two leaves are known to be the same."""
     if x is y:
         return True
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
@@ -190,7 +187,7 @@ def _identical(x: Any, y: Any, may_wait: bool = True) -> bool:
         return False
     if _is_same_view(x, y):
         return True
-    return x.layout == torch.strided and (may_wait or not reading_waits(x)) and same_bits(x, y)
+    return x.layout == torch.strided and same_bits(x, y)
 
 
 def _is_same_view(x: Tensor, y: Tensor) -> bool:

@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 class FrozenReplay(Uncopied):
     """Runs the frozen modules of a model once per batch, however many passes there are.
 
-    Every outermost call of a module without adapted parameters, ahead of the first module with some, is recorded in the
-    first pass. A later pass gets a copy of its output if the same call comes with equal arguments, under the same flags
-    of its parameters, to modules whose state is the same. In any doubt the module simply runs, and so it does inside
-    transforms of torch.func.
+    Every outermost call of a module with a matrix and without adapted parameters, ahead of the first module with some,
+    is recorded in the first pass. A later pass gets a copy of its output if the same call comes with equal arguments,
+    under the same flags of its parameters, to modules whose state is the same. In any doubt the module simply runs, and
+    so it does inside transforms of torch.func.
 
     A module that does more than to give an output runs in every pass, and what it calls is replayed in its place. Such
     is one with hooks on others inside it, one that edits its arguments, one in training mode, one whose state a pass
@@ -67,10 +67,9 @@ class FrozenReplay(Uncopied):
         hidden |= {m for m in model.modules() if hides_attribute(m, "forward")}
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
         hidden |= {inner for m in varying for inner in m.modules()}
-        self._modules = {id(m): m for m in model.modules() if m not in hidden and _is_frozen(m, moving)}
+        self._modules = {id(m): m for m in model.modules() if m not in hidden and _pays(m, moving)}
         self._inner = {key: list(m.modules()) for key, m in self._modules.items()}
         self._recording = set(self._modules)  # those of which no side effect was seen
-        self._heavy = {key for key, m in self._modules.items() if any(p.dim() > 1 for p in m.parameters())}
         self._audited_batches = self._unaudited = audited_batches
         self._mode: str | None = None
         self._inside = self._audits = self._is_behind = False
@@ -218,7 +217,7 @@ class FrozenReplay(Uncopied):
             return forward(*args, **kwargs)  # the user wants the gradients of a prediction
         if recorded is None or recorded.flags != self._flags_of(key):
             return forward(*args, **kwargs)
-        if not recorded.matches(*flat(args, kwargs), key in self._heavy):
+        if not recorded.matches(*flat(args, kwargs)):
             return forward(*args, **kwargs)
         moded = (call, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if self._unaudited > 0 or (self._audited_batches and moded not in self._replayed):
@@ -263,9 +262,10 @@ class FrozenReplay(Uncopied):
         return next(name for name, module in self._model.named_modules() if id(module) == key)
 
 
-def _is_frozen(module: nn.Module, moving: set[int]) -> bool:
+def _pays(module: nn.Module, moving: set[int]) -> bool:
+    """Return True for a frozen module with a matrix. A norm alone takes no longer than to hold and compare it does."""
     parameters = list(module.parameters())
-    return bool(parameters) and not any(id(p) in moving for p in parameters)
+    return any(p.dim() > 1 for p in parameters) and not any(id(p) in moving for p in parameters)
 
 
 def _is_of_torch(module: nn.Module) -> bool:
