@@ -101,7 +101,8 @@ def list_tensors(params: Mapping[str, nn.Parameter]) -> str:
 
 def _tied(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[str]:
     adapted = {id(p) for p in params.values()}
-    everywhere = model.named_parameters(remove_duplicate=False)
+    modules = nn.Module.named_modules(model, remove_duplicate=False)
+    everywhere = ((f"{name}.{own}".lstrip("."), p) for name, m in modules for own, p in m._parameters.items())
     named = {plain_name(name) for name in params}  # torch.compile puts in other ones
     return [name for name, p in everywhere if id(p) in adapted and plain_name(name) not in named]
 

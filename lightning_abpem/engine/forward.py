@@ -30,7 +30,7 @@ from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.shards import has_shards
 from lightning_abpem.engine.traceless import TracelessCalls
 from lightning_abpem.modules.inference import explain_gradients
-from lightning_abpem.modules.parameters import device_of
+from lightning_abpem.modules.parameters import device_of, parameters_of
 from lightning_abpem.modules.patches import watch_outputs
 
 __all__ = ["Forward", "Pass"]
@@ -305,7 +305,7 @@ def _check_gradients(calls: Sequence[AttentionCall], adapting: Sequence[FusionAt
         scores = (call.q, call.k) if isinstance(call, FusedCall) else (call.scores,)
         if call.name not in parameters or any(x.requires_grad for x in scores):
             continue
-        there = set(map(id, model.parameters()))
+        there = set(map(id, parameters_of(model.modules())))
         if absent := [name for name, p in parameters[call.name].items() if id(p) not in there]:
             raise ValueError(
                 f"Expected what adapts to be in its place in the model, but '{absent[0]}' is not there in this call. "

@@ -13,9 +13,10 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.engine.outputs import find_odd
+from lightning_abpem.modules.parameters import parameters_of
 from lightning_abpem.modules.tensors import copy_as_it_lies, reading_waits, same_bits
 
-__all__ = ["LEAF", "RecordedCall", "flat", "in_transform", "is_constant", "parameters_of"]
+__all__ = ["LEAF", "RecordedCall", "flat", "in_transform", "is_constant"]
 
 LEAF = tree_flatten(0)[1]
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, slice)
@@ -114,11 +115,6 @@ def is_constant(x: Any) -> bool:
 def in_transform() -> bool:
     """Return True inside a transform of torch.func, or of forward-mode AD, whose tensors carry more than values."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Return what stands in the parameter tables of modules now."""
-    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 def _leaves(output: Any) -> tuple[list[Any], TreeSpec]:

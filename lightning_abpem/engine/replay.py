@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from lightning_abpem.engine.outputs import editable, find_odd, gives_state
-from lightning_abpem.engine.recorded import RecordedCall, flat, in_transform, is_constant, parameters_of
+from lightning_abpem.engine.recorded import RecordedCall, flat, in_transform, is_constant
 from lightning_abpem.modules.compiled import compiled_entry, inside_compiled
-from lightning_abpem.modules.parameters import GradientFlags
+from lightning_abpem.modules.parameters import GradientFlags, parameters_of
 from lightning_abpem.modules.patches import Changes
 from lightning_abpem.modules.stand_ins import StandIn, Uncopied, hides_attribute
 from lightning_abpem.modules.state import Snapshot, reachable
@@ -62,7 +62,7 @@ class FrozenReplay(Uncopied):
         self._moving = moving = {id(p) for p in adapted}
         self._model, self.enabled = model, True
         hidden = {model} | inside_compiled(model)
-        owners = {m for m in model.modules() if not moving.isdisjoint(map(id, m.parameters(recurse=False)))}
+        owners = {m for m in model.modules() if not moving.isdisjoint(map(id, m._parameters.values()))}
         self._moved = [m for m in model.modules() if m in owners | set(watched) and m not in hidden]
         hidden |= {m for m in model.modules() if hides_attribute(m, "forward")}
         hidden |= {m for m in model.modules() if not set(watched).isdisjoint(m.modules())}
@@ -264,7 +264,7 @@ class FrozenReplay(Uncopied):
 
 def _pays(module: nn.Module, moving: set[int]) -> bool:
     """Return True for a frozen module with a matrix. A norm alone takes no longer than to hold and compare it does."""
-    parameters = list(module.parameters())
+    parameters = parameters_of(module.modules())
     return any(p.dim() > 1 for p in parameters) and not any(id(p) in moving for p in parameters)
 
 

@@ -21,6 +21,7 @@ _WITHOUT_GRADIENTS = (
     "on Tensor that requires grad",  # .numpy()
     "support the deepcopy protocol",
     "out=... arguments don't support automatic differentiation",
+    "is a view and is being modified inplace",
 )
 _OUT_OF_REACH = (
     "An earlier run under torch.inference_mode(), such as a Trainer's, has left a tensor where ABPEM cannot reach it: "
@@ -173,5 +174,6 @@ def explain_gradients(error: Exception) -> None:
         add_note(
             error,
             "ABPEM's pass over a batch has gradients on, where a prediction may have none. Detach the tensor first "
-            "(x.detach().cpu().numpy()), or leave this out while torch.is_grad_enabled().",
+            "(x.detach().cpu().numpy()), make a new one instead of an edit in place (x = x * 2), or leave this out "
+            "while torch.is_grad_enabled().",
         )

@@ -111,12 +111,12 @@ def saver_of(kind: type) -> tuple[str | None, bool]:
 
 
 def _saver_of_others(kind: type) -> str | None:
-    package = _package(kind)
+    package = _origin(kind)
     if kind is dict or kind is list:
         return f"_save_{kind.__name__}"
     if issubclass(kind, dict | list | set | deque):
         return "_save_object"
-    if package == "numpy":
+    if package == "numpy" and not kind.__flags__ & _IN_PYTHON:
         return None
     if hasattr(kind, "__next__") and (package in _OPAQUE or not kind.__flags__ & _IN_PYTHON):
         return None if issubclass(kind, io.IOBase) else "_iterator"
@@ -141,17 +141,38 @@ def _of_numpy() -> dict[type, str]:
 
 @functools.cache
 def is_stateless(kind: type) -> bool:
-    """Return True for a class of a library, whose attributes are no state of a forward."""
-    return _package(kind) in _STATELESS
+    """Return True for a class of a library, with all its bases: their attributes are no state of a forward."""
+    return all(_package(own) in _STATELESS for own in kind.__mro__)
+
+
+def _origin(kind: type) -> str:
+    """Return the package of the first base that is not of an opaque one; else that of the class itself."""
+    packages = [_package(own) for own in kind.__mro__]
+    if packages[0] in _LOGGERS:
+        return packages[0]
+    return next((own for own in packages if own not in _OPAQUE), packages[0])
 
 
 def _package(kind: type) -> str:
-    """Return the package that a class is from; nothing for one of the user's that is called like another."""
+    """Return the package that holds a class; nothing for the user's.
+
+    A class that is made by a call, such as type(name, bases, {}), may bear the name of the module that calls.
+    """
     module = str(kind.__module__)
     package = module.partition(".")[0]
+    if package in _OPAQUE and kind.__flags__ & _IN_PYTHON and not _is_held(kind):
+        return ""
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is not None and package in _LOGGERS:
         return package if "-packages" in file else ""
     if package not in sys.stdlib_module_names or file is None:
         return package
     return package if file.startswith(_STANDARD_LIBRARY) and "-packages" not in file else ""
+
+
+def _is_held(kind: type) -> bool:
+    """Return True if the module that a class names has it under its name."""
+    found: object = sys.modules.get(str(kind.__module__))
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is kind

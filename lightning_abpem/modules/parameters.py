@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_abpem.modules.containers import SavedAttributes
 from lightning_abpem.modules.tensors import bit_sum, reading_waits, same_bits
 
-__all__ = ["GradientFlags", "SavedParameters", "WrittenParameters", "device_of"]
+__all__ = ["GradientFlags", "SavedParameters", "WrittenParameters", "device_of", "parameters_of"]
 
 _flag, _gradient, _version, _attributes = map(attrgetter, ("requires_grad", "grad", "_version", "__dict__"))
 _hooks = attrgetter("_backward_hooks")
@@ -21,6 +21,11 @@ _SMALL = 1024  # values of a parameter that is compared in every pass: a bias, a
 def device_of(parameters: Iterable[Tensor]) -> torch.device:
     """Return the device of the first parameter; the CPU if there is none."""
     return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return what stands in the parameter tables of modules now, whatever their own `parameters()` gives."""
+    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 class GradientFlags:
@@ -38,7 +43,7 @@ class GradientFlags:
     """
 
     def __init__(self, model: nn.Module, trainable: Collection[nn.Parameter]) -> None:
-        self._all, self._moving = list(model.parameters()), {id(p) for p in trainable}
+        self._all, self._moving = list(dict.fromkeys(parameters_of(model.modules()))), {id(p) for p in trainable}
         self._before: list[tuple[nn.Parameter, bool]] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self.frozen: set[int] = set()

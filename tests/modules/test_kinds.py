@@ -7,8 +7,9 @@ import functools
 import importlib
 import io
 import sys
+from abc import ABC
 from collections import namedtuple
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -179,7 +181,49 @@ def trainer():
 
 
 CLIP = torch.zeros(1)
+
+
+class Graph(ABC):
+    """What data objects made at run time are of, as PyTorch Geometric's batches: type(name, (Graph,), {})."""
+
+    def __init__(self):
+        self.x = torch.zeros(1)
+
+
+def made():
+    kind = type("GraphBatch", (Graph,), {})
+    assert kind.__module__ == "abc"
+    return kind()
+
+
+def made_without_a_base():
+    kind = make_dataclass("Settings", ["n"], bases=(ABC,))
+    assert kind.__module__ in ("abc", "types")
+    return kind(0)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+
+def parametrized():
+    Counting.calls = 0
+    return parametrizations.weight_norm(Counting(1, 1))
+
+
+def vectorized():
+    return np.vectorize(abs, otypes=[float])
+
+
 KINDS = {
+    "an object of a class made by a call": Kind(made, lambda x: setattr(x, "x", x.x + 1), lambda x: x.x.item()),
+    "one without a class of the user's": Kind(made_without_a_base, lambda x: setattr(x, "n", 1), lambda x: x.n),
+    "a class below torch's own": Kind(parametrized, lambda x: setattr(Counting, "calls", 1), lambda x: x.calls),
+    "a polynomial": Kind(
+        lambda: np.polynomial.Polynomial([1.0, 2.0]), lambda x: x.coef.__imul__(2), lambda x: x.coef.tolist()
+    ),
+    "an old polynomial": Kind(lambda: np.poly1d([1.0, 2.0]), lambda x: x.coeffs.__imul__(2), lambda x: x.c.tolist()),
+    "a vectorized function": Kind(vectorized, lambda x: setattr(x, "otypes", "i"), lambda x: x.otypes),
     "a tensor's slot and class": Kind(slotted, count_tensor, lambda x: (x.count, type(x).calls)),
     "a tuple's class": Kind(pair, lambda x: setattr(type(x), "seen", 1), lambda x: x.seen),
     "a key that equals another": Kind(lambda: {Key(): 1}, hit, lambda x: [key.hits for key in x]),
