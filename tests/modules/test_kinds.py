@@ -183,7 +183,7 @@ def trainer():
 CLIP = torch.zeros(1)
 
 
-class Graph(ABC):
+class Graph(ABC):  # noqa: B024
     """What data objects made at run time are of, as PyTorch Geometric's batches: type(name, (Graph,), {})."""
 
     def __init__(self):
