@@ -79,6 +79,7 @@ def describe_run(
     own = ", ".join(f"{name} {_shown(value)}" for name, value, _ in _fields(settings.method))
     stored = f" (at '{memory_at}')" if memory_at is not None else ""
     memory = f"memory {settings.memory_batches}{stored}, " if settings.method.needs_attention else ""
+    bounds = "".join(f", {name} {value}" for name, value, default in _fields(settings.limits) if value != default)
     spans = "" if settings.spans is None else f", modalities {', '.join(settings.spans)}"
     fate = "return" if settings.restore else "do not return (restore=False)"
     tied = [f"{name} is the same tensor, so it moves as well." for name in _tied(model, params)]
@@ -87,7 +88,7 @@ def describe_run(
         f"{first}{more}.",
         f"Learning rate {rate}, {settings.steps} step{'s' * (settings.steps > 1)} for each batch{own and ', '}{own}.",
         f"{memory[:1].upper()}{memory[1:]}{'reset' if memory else 'Reset'} {settings.reset}, guard {settings.guard}"
-        f"{spans}.",
+        f"{bounds}{spans}.",
         *tied,
         f"The source's values {fate} after the run.",
     ]

@@ -247,6 +247,38 @@ def test_unknown_recipes():
         ABPEM.published("a", "auto", "kinetics50")
 
 
+@pytest.mark.parametrize(("rate", "is_bounded"), [(1e-4, False), (1e-2, True), (1.0, True)])
+def test_guarded_bounds_steps_and_drift_at_any_rate(rate, is_bounded):
+    callback = ABPEM.guarded("fusion.*.attn", {"audio": 6, "video": 4}, k=2, learning_rate=rate)
+    model = make_toy()
+    with torch.no_grad(), callback.attach(model) as adaptation:
+        source = torch.cat([p.flatten() for p in adaptation.params.values()])
+        before, steps, drifts = source, [], []
+        for batch in batches(20):
+            model(*batch)
+            now = torch.cat([p.flatten() for p in adaptation.params.values()])
+            steps.append(((now - before).norm() / source.norm()).item())
+            drifts.append(((now - source).norm() / source.norm()).item())
+            before = now
+    assert max(drifts) <= 0.15 * (1 + 1e-5)
+    assert (max(steps) > 0.009) is is_bounded
+    assert max(steps) <= 0.01 * (1 + 1e-5) + 0.01 * 0.15  # and what the anchor pulls
+    assert adaptation.record["drift"] > 0  # every batch is compared
+
+
+def test_guarded_takes_other_options():
+    settings = ABPEM.guarded("a", guard="warn", max_drift=None, steps=2).settings
+    assert (settings.guard, settings.max_drift, settings.steps) == ("warn", None, 2)
+    assert (settings.max_step, settings.anchor, settings.monitor, settings.learning_rate) == (
+        0.01,
+        0.01,
+        "source",
+        3e-3,
+    )
+    with pytest.raises(TypeError, match="guards"):
+        ABPEM.guarded("a", guards="warn")
+
+
 def test_published_is_the_paper_and_the_defaults_are_not():
     paper = {"attention_weight": 1.0, "balance": "marginal", "k": 2}
     assert paper == PAPER
