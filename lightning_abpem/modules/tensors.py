@@ -32,14 +32,30 @@ def reading_waits(x: Tensor) -> bool:
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Return True if two tensors of one shape, dtype and device hold the same bits; NaN equals itself."""
+    if x.dtype == torch.int64:
+        return torch.equal(x, y)
     if x.dtype.is_complex:  # whose bits of conjugation turn a sign over, and lose none
         x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
-    return torch.equal(_bits(x.resolve_neg()), _bits(y.resolve_neg()))
+    x, y = x.resolve_neg(), y.resolve_neg()
+    if _is_wide(x) and _is_wide(y):
+        return torch.equal(_words(x), _words(y))
+    return torch.equal(_bits(x), _bits(y))
 
 
 def _bits(x: Tensor) -> Tensor:
     """Return the memory of a real tensor as integers, so that NaN equals itself; others as they are."""
     return x.view(_BITS[x.element_size()]) if x.dtype.is_floating_point and not x.is_neg() else x
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Return True if the memory of a tensor can be seen as integers of 8 bytes, which are compared fastest."""
+    size = x.element_size()
+    is_plain = x.is_contiguous() and not (x.is_neg() or x.is_conj())
+    return is_plain and x.numel() * size % 8 == 0 and x.storage_offset() * size % 8 == 0
+
+
+def _words(x: Tensor) -> Tensor:
+    return x.flatten().view(torch.int64)
 
 
 @torch.no_grad()
@@ -51,8 +67,8 @@ def bit_sum(x: Tensor) -> Tensor:
     if x.layout != torch.strided or x.is_meta or x.is_quantized or hasattr(x, "full_tensor"):
         return torch.zeros(())
     x, size = x.detach(), x.element_size()
-    if x.is_contiguous() and x.numel() * size % 8 == 0 and x.storage_offset() * size % 8 == 0:
-        bits = x.flatten().view(torch.int64)  # narrower integers would be copied into those
+    if _is_wide(x):
+        bits = _words(x)  # narrower integers would be copied into those
     else:
         bits = (torch.view_as_real(x) if x.is_complex() else x).view(_BITS[min(size, 8)]).flatten()
     odd = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=x.device)
@@ -111,7 +127,8 @@ class SavedTensor:
                     self._alias = plain.data  # the same memory; the shape, the version and the history are its own
                     self._layout = _layout(tensor)
                     self._size = self._alias.untyped_storage().nbytes()
-                    self._part = _bits(_memory(self._alias, self._size))
+                    part = _memory(self._alias, self._size)
+                    self._part = _words(part) if _is_wide(part) else _bits(part)
                     self._before = self._part.clone()
 
     def restore(self, name: Callable[[int], str], counts: bool = False) -> bool:
