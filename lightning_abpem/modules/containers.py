@@ -91,6 +91,8 @@ def write_dict(own: dict[Any, Any], items: dict[Any, Any]) -> None:
 
 def differ(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
     """Return True if two dicts have other objects as keys or values, or in another order."""
+    if not before:
+        return bool(now)
     if len(now) != len(before) or any(map(is_not, now.values(), before.values())):
         return True
     return any(map(is_not, now, before))
@@ -124,7 +126,8 @@ class SavedAttributes(Saved):
             self.items = self.given = self._read()
 
     def _read(self) -> dict[str, Any]:
-        return {name: value for name, value in self.owner.__dict__.items() if not name.startswith("_dynamo")}
+        own = self.owner.__dict__
+        return {name: own[name] for name in own if not name.startswith("_dynamo")} if own else {}
 
     def _write(self, items: dict[str, Any]) -> None:
         for name in self._read().keys() - items.keys():

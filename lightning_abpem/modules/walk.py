@@ -12,9 +12,9 @@ import io
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import chain, islice
 from mmap import mmap
-from operator import is_not
+from operator import attrgetter, is_not, itemgetter
 from types import CellType, FunctionType, MappingProxyType, MethodType
 from typing import Any, ClassVar
 
@@ -57,7 +57,9 @@ __all__ = ["Walk"]
 _STANDARD = list(nn.Module().__dict__)  # attributes of every module, most often its first
 _COUNT = len(_STANDARD)
 _DEFAULTS = {name: FunctionType.__dict__[name] for name in ("__defaults__", "__kwdefaults__")}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_attributes = attrgetter("__dict__")
+_hooks_of = itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_ScriptModule: type = torch.jit.ScriptModule
 
 
 class Walk(Uncopied):
@@ -92,14 +94,15 @@ class Walk(Uncopied):
         while self._todo:
             save, x = self._todo.pop()
             save(self, x)
-        known = set(map(id, self._parameters))
-        self._parameters += [p for p in self._loose if id(p) not in known]
-        self._loose.clear()
+        if self._loose:
+            known = set(map(id, self._parameters))
+            self._parameters += [p for p in self._loose if id(p) not in known]
+            self._loose.clear()
+        for p in filter(_attributes, self._parameters):
+            self._save(SavedAttributes(p))
         for p in self._parameters:
-            if p.__dict__:
-                self._save(SavedAttributes(p))
-            if p._backward_hooks:
-                self._save(SavedDict(p, p._backward_hooks))
+            if hooks := p._backward_hooks:
+                self._save(SavedDict(p, hooks))
         if self._todo:
             self._save_all()
 
@@ -213,19 +216,29 @@ class Walk(Uncopied):
 
     def _save_module(self, x: nn.Module) -> None:
         """Save a module and all in it, those that are known already excepted."""
-        modules = [x]
+        modules, known = [x], self._own
         for own in modules:
             for child in own._modules.values():
-                if id(child) not in self._own and isinstance(child, nn.Module):
-                    if isinstance(child, torch.jit.ScriptModule):
+                if id(child) not in known and isinstance(child, nn.Module):
+                    if isinstance(child, _ScriptModule):
                         self._find(child, own, "its modules")
                     else:
-                        self._own[id(child)] = child
+                        known[id(child)] = child
                         modules.append(child)
         first = len(self._modules.owners)
         self._modules.add(modules)
         for place, own in enumerate(modules, first):
-            self._find_in_module(own, place)
+            attributes = own.__dict__
+            is_usual = list(islice(attributes, _COUNT)) == _STANDARD
+            if not (is_usual and PLAIN.issuperset(map(type, islice(attributes.values(), _COUNT, None)))):
+                self._find_attributes(own, place, _COUNT if is_usual else 0)
+            if table := attributes["_parameters"]:
+                self._parameters += [p for p in table.values() if p is not None and not p.is_inference()]
+            if any(hooks := _hooks_of(attributes)):
+                for value in chain.from_iterable(map(dict.values, hooks)):
+                    self._find(value, own, "one of its hooks")
+            if table := attributes["_buffers"]:
+                self._save(SavedDict(own, table))
         for kind in set(map(type, modules)):
             if slots := slots_of(kind):
                 for own in modules:
@@ -233,28 +246,13 @@ class Walk(Uncopied):
                         self._save(SavedSlots(own, slots))
             self._find_classes(kind)
 
-    def _find_in_module(self, x: nn.Module, place: int) -> None:
-        attributes = x.__dict__
-        names = list(attributes)
-        is_usual = names[:_COUNT] == _STANDARD
-        if not (is_usual and PLAIN.issuperset(map(type, islice(attributes.values(), _COUNT, None)))):
-            self._find_attributes(x, place, names[_COUNT:] if is_usual else set(names).difference(_STANDARD))
-        if own := attributes["_parameters"]:
-            self._parameters += [p for p in own.values() if p is not None and not p.is_inference()]
-        for name in _HOOKS:
-            if table := attributes[name]:
-                for key, value in table.items():
-                    self._find(value, x, key)
-        if own := attributes["_buffers"]:
-            self._save(SavedDict(x, own))
-
-    def _find_attributes(self, x: nn.Module, place: int, names: Iterable[str]) -> None:
+    def _find_attributes(self, x: nn.Module, place: int, first: int) -> None:
         stand_ins = {}
-        for name in names:
-            value = x.__dict__[name]
-            own = self._find(value, x, name)
-            if own is not value:
-                stand_ins[name] = own
+        for name, value in list(islice(x.__dict__.items(), first, None)):
+            if type(value) not in PLAIN and (first or name not in _STANDARD):
+                own = self._find(value, x, name)
+                if own is not value:
+                    stand_ins[name] = own
         if stand_ins:
             self._modules.replace(place, stand_ins)
 
