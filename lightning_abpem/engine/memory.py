@@ -231,14 +231,14 @@ class TokenMemory:
         if not self.verified and len(prediction):
             self._predicted = prediction.detach().clone()  # the caller may edit its own
 
-    def verify(self, logits: Tensor, drew: bool = False) -> int:
+    def verify(self, logits: Tensor, drew: Callable[[], bool] = bool) -> int:
         """Hold the logits of memory and batch against the sizes and, once, against `expect`; return the samples stored.
 
         Logits over another number of classes tell nothing: later ones are compared.
 
         Args:
             logits: those of a pass.
-            drew: True if the pass drew random numbers.
+            drew: returns True if the pass drew random numbers.
 
         Raises:
             ValueError: if what enters the block does not determine the logits, or the block was not called.
@@ -259,7 +259,7 @@ class TokenMemory:
             if not bool(torch.allclose(again, self._predicted.to(again), rtol=0, atol=bound.item(), equal_nan=True)):
                 why = (
                     "the forward draws random numbers"
-                    if drew
+                    if drew()
                     else "something bypasses it, or differs from call to call"
                 )
                 raise ModelError(

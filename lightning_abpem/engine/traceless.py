@@ -49,10 +49,9 @@ class TracelessCalls:
         self._snapshot: Snapshot | None = None
         self.changes = Changes()
 
-    @property
     def drew(self) -> bool:
-        """True if the call that is under way drew random numbers."""
-        return self._snapshot is not None and self._snapshot.drew
+        """Return True if the call that is under way drew random numbers."""
+        return self._snapshot is not None and self._snapshot.restore_generators()
 
     def begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Begin a call with these arguments: save all that it can reach.
@@ -62,8 +61,8 @@ class TracelessCalls:
         self._snapshot = snapshot = Snapshot(self._target, args, kwargs, self._is_sharded)
         parametrize._cache.clear()
         self._calls += 1
-        if self._calls & (self._calls - 1) == 0:  # reads every weight: in calls 1, 2, 4, 8, ...; a GPU's in the first
-            snapshot.sum_parameters(may_wait=self._calls == 1)
+        # To sum is to read every weight: in calls 1, 2, 4, 8, ...; a GPU's in the first.
+        snapshot.watch_parameters(sums=self._calls & (self._calls - 1) == 0, may_wait=self._calls == 1)
         hush(self.changes, self._logging)
         without_nested_tensors(self.changes, self._encoders)
         eagerly(self.changes, self._compiled)

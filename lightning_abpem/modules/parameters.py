@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lightning_abpem.modules.containers import SavedAttributes
 from lightning_abpem.modules.tensors import bit_sum, reading_waits, same_bits
 
-__all__ = ["GradientFlags", "SavedParameters", "WrittenParameters", "device_of", "parameters_of"]
+__all__ = ["GradientFlags", "ParameterValues", "SavedParameters", "WrittenParameters", "device_of", "parameters_of"]
 
 _flag, _gradient, _version, _attributes = map(attrgetter, ("requires_grad", "grad", "_version", "__dict__"))
-_hooks = attrgetter("_backward_hooks")
+_hooks, _dtype, _size = attrgetter("_backward_hooks"), attrgetter("dtype"), Tensor.numel
 _SMALL = 1024  # values of a parameter that is compared in every pass: a bias, a norm
 
 
@@ -69,25 +69,17 @@ class GradientFlags:
 
 
 class SavedParameters:
-    """Flags, gradients and versions of parameters, and the first attributes and hooks of those that have none.
+    """Flags and gradients of parameters, and the first attributes and hooks of those that have none.
 
     Args:
-        parameters: all of them; those made in inference mode have no version.
+        parameters: all of them.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._all = parameters
-        self._versions, self._gradients = list(map(_version, parameters)), list(map(_gradient, parameters))
-        self._flags, self._hooks = list(map(_flag, parameters)), list(map(_hooks, parameters))
+        self._flags, self._gradients = list(map(_flag, parameters)), list(map(_gradient, parameters))
+        self._hooks = list(map(_hooks, parameters))
         self._named = {id(p) for p in filter(_attributes, parameters)}
-        self._sums: list[tuple[nn.Parameter, Tensor]] = []
-        self._small: dict[torch.dtype, list[nn.Parameter]] = {}
-        self._sizes: dict[torch.dtype, list[int]] = {}
-        for p in parameters:
-            if type(p) is nn.Parameter and (size := p.numel()) <= _SMALL and not reading_waits(p):
-                self._small.setdefault(p.dtype, []).append(p)
-                self._sizes.setdefault(p.dtype, []).append(size)
-        self._copies = {dtype: _joined(own) for dtype, own in self._small.items()}
 
     def restore(self) -> set[int]:
         """Put flags, gradients, hooks and attributes back, but not values; return the ids of what had changed."""
@@ -111,26 +103,34 @@ class SavedParameters:
                 changed.add(id(p))
         return changed
 
-    def sum(self, may_wait: bool) -> None:
-        """Let `edited` compare all bits too, for edits that do not count a version up.
 
-        Args:
-            may_wait: also of parameters on a device for which the host would have to wait.
-        """
-        self._sums = [(p, bit_sum(p)) for p in self._all if may_wait or not reading_waits(p)]
+class ParameterValues:
+    """Values of parameters, so that edits in place are seen.
+
+    Of small parameters on a CPU the values are compared every time, and they alone decide. In others an edit is seen by
+    the version that it counts up, and by the bits if these are summed.
+
+    Args:
+        parameters: all of them; those made in inference mode have no version.
+        sums: sum the bits of all, for edits that do not count a version up.
+        may_wait: also of parameters on a device for which the host would have to wait.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], sums: bool = False, may_wait: bool = False) -> None:
+        self._all, self._versions = parameters, list(map(_version, parameters))
+        small = [p for p in parameters if type(p) is nn.Parameter and p.numel() <= _SMALL and not reading_waits(p)]
+        self._small = {dtype: [p for p in small if p.dtype == dtype] for dtype in set(map(_dtype, small))}
+        self._sizes = {dtype: list(map(_size, own)) for dtype, own in self._small.items()}
+        self._copies = {dtype: _joined(own) for dtype, own in self._small.items()}
+        self._sums = [(p, bit_sum(p)) for p in parameters if sums and (may_wait or not reading_waits(p))]
 
     def edited(self) -> list[nn.Parameter]:
-        """Return the parameters that were edited in place.
-
-        Of small parameters on a CPU the values are compared every time, and they alone decide. In others an edit is
-        seen by the version that it counts up, and after `sum` by the values too.
-        """
-        edited = [p for p, version in zip(self._all, self._versions, strict=True) if p._version != version]
-        edited = [p for p in edited if not self._holds(p)]
+        """Return the parameters that were edited in place."""
+        edited = [] if list(map(_version, self._all)) == self._versions else self._counted()
         for dtype, own in self._small.items():
             before, sizes = self._copies[dtype], self._sizes[dtype]
-            if other := [p for p, size in zip(own, sizes, strict=True) if p.dtype != dtype or p.numel() != size]:
-                edited += other
+            if list(map(_size, own)) != sizes or set(map(_dtype, own)) != {dtype}:
+                edited += [p for p, size in zip(own, sizes, strict=True) if p.dtype != dtype or p.numel() != size]
                 continue
             now = _joined(own)
             if not same_bits(now, before):
@@ -138,12 +138,14 @@ class SavedParameters:
                 edited += [p for p, x, y in parts if not same_bits(x, y)]
         return edited + [p for p, before in self._sums if not torch.equal(bit_sum(p), before)]
 
+    def _counted(self) -> list[nn.Parameter]:
+        """Return the parameters, those that are compared excepted, of which an edit was counted."""
+        pairs = zip(self._all, self._versions, strict=True)
+        return [p for p, version in pairs if p._version != version and not self._holds(p)]
+
     def seen(self, edited: nn.Parameter) -> str:
         """Return in words by what the edit of a parameter was seen."""
-        is_counted = any(
-            p is edited and p._version != version for p, version in zip(self._all, self._versions, strict=True)
-        )
-        if self._holds(edited) or not is_counted:
+        if not any(p is edited for p in self._counted()):
             return "its values changed"
         return f"torch counted an edit (values are compared in parameters of up to {_SMALL:,} of them on a CPU alone)"
 

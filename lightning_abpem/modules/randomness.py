@@ -29,16 +29,21 @@ class RandomState:
         self._cuda: Any = None if self._device is None else torch.cuda.get_rng_state(self._device)
         self._array: Any = None if self._numpy is None else self._numpy.get_state(legacy=False)
 
-    def restore(self) -> bool:
-        """Put the generators back; return True if one had moved."""
+    def restore_torchs(self) -> bool:
+        """Put torch's generators back; return True if one had moved."""
         moved = not torch.equal(torch.get_rng_state(), self._torch)
         if moved:
             torch.set_rng_state(self._torch)
-        if self._python is not None and random.getstate() != self._python:
-            random.setstate(self._python)
-            moved = True
         if self._device is not None and not torch.equal(torch.cuda.get_rng_state(self._device), self._cuda):
             torch.cuda.set_rng_state(self._cuda, self._device)
+            moved = True
+        return moved
+
+    def restore(self) -> bool:
+        """Put all generators back; return True if one had moved."""
+        moved = self.restore_torchs()
+        if self._python is not None and random.getstate() != self._python:
+            random.setstate(self._python)
             moved = True
         if self._numpy is not None and not _same(self._numpy.get_state(legacy=False), self._array):
             self._numpy.set_state(self._array)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_abpem.modules.parameters import SavedParameters
+from lightning_abpem.modules.parameters import ParameterValues, SavedParameters
 from lightning_abpem.modules.randomness import RandomState
 from lightning_abpem.modules.refusals import ModelError
 from lightning_abpem.modules.walk import Walk
@@ -37,7 +37,7 @@ class Snapshot(Walk):
         kwargs: the keyword arguments, likewise.
         ids: of all objects that can be reached.
         tensors: that can be reached, parameters too, or what stands in for them in the pass.
-        drew: True after `end_call` or `restore` if torch, Python or NumPy drew random numbers in between.
+        drew: True after `restore` if torch, Python or NumPy drew random numbers in between; of torch after `end_call`.
 
     Raises:
         ValueError: if an iterator that cannot be copied is among the state; it is named.
@@ -52,7 +52,7 @@ class Snapshot(Walk):
         torchs_generators_alone: bool = False,
     ) -> None:
         super().__init__(target, is_sharded)
-        self._held = SavedParameters([])
+        self._held, self._values = SavedParameters([]), ParameterValues([])
         self._random, self._dtype = RandomState(target, torchs_generators_alone), torch.get_default_dtype()
         self._threads = torch.get_num_threads()
         self.drew = False
@@ -62,7 +62,7 @@ class Snapshot(Walk):
             self.kwargs = {name: self._find(x, None, f"argument '{name}'") for name, x in (kwargs or {}).items()}
             self._save_all()
             self._held = SavedParameters(self._parameters)
-            self._own.update((id(p), p) for p in self._parameters)
+            self._own.update(zip(map(id, self._parameters), self._parameters, strict=True))
         except RecursionError:
             self.restore()
             name = self._name(id(self._alive[-1])).partition(", ")[0]
@@ -83,9 +83,14 @@ class Snapshot(Walk):
         return [x for x in self._own.values() if isinstance(x, Tensor)]
 
     def end_call(self) -> None:
-        """Put back what no gradient reads: generators, and what parameters have besides their values."""
+        """Put back what no gradient reads: torch's generators, and what parameters have besides their values."""
         self._used |= self._held.restore()
+        self.drew = self._random.restore_torchs() or self.drew
+
+    def restore_generators(self) -> bool:
+        """Put Python's and NumPy's generators back too; return True if any of them drew."""
         self.drew = self._random.restore() or self.drew
+        return self.drew
 
     def restore(self, counts: bool = False) -> set[int]:
         """Put everything back by value; it can be called again.
@@ -99,7 +104,8 @@ class Snapshot(Walk):
         Raises:
             ValueError: if a tensor that cannot be put back was edited in place; it is named. All else is put back.
         """
-        self.end_call()
+        self._used |= self._held.restore()
+        self.restore_generators()
         changed = self._restore_items()
         if changed:
             changed |= self._restore_items()  # what died with the pass may have edited them in its `__del__`
@@ -138,27 +144,23 @@ class Snapshot(Walk):
             if moved and not self._is_compiled:  # the compiler sets variables of its own
                 self._used.update(self._own)  # any module may have set them
 
-    def sum_parameters(self, may_wait: bool) -> None:
-        """Let `check_parameters` hold all their bits too, for edits that do not count a version up.
-
-        Args:
-            may_wait: also of parameters on a device for which the host would have to wait.
-        """
-        self._held.sum(may_wait)
+    def watch_parameters(self, sums: bool, may_wait: bool) -> None:
+        """Let `check_parameters` see edits from now on; see `ParameterValues`."""
+        self._values = ParameterValues(self._parameters, sums, may_wait)
 
     def check_parameters(self) -> None:
-        """Hold the parameters against their versions: a forward that edits them would do so in every pass.
+        """Hold the parameters against their values: a forward that edits them would do so in every pass.
 
         Raises:
             ValueError: naming a parameter that was edited in place.
         """
-        edited = self._held.edited()
+        edited = self._values.edited()
         if edited:
             names = {id(p): repr(name) for name, p in self._target.named_parameters()}
             name = names.get(id(edited[0])) or self._name(id(edited[0]))
             raise ModelError(
                 f"Expected a forward that leaves its parameters alone, but it edited {name} in place: "
-                f"{self._held.seen(edited[0])}. The adapting passes would edit it once more for every batch. "
+                f"{self._values.seen(edited[0])}. The adapting passes would edit it once more for every batch. "
                 f"{self._way_out(edited[0])}, and load the parameter again, if this pass moved it."
             )
 
