@@ -237,12 +237,12 @@ class FrozenReplay(Uncopied):
         frozen = [p for p in self._parameters[key] if id(p) in self._flags.frozen and not p.requires_grad]
         try:
             for p in frozen:
-                p.requires_grad_(True)
+                p.requires_grad = True
             with torch.set_grad_enabled(is_audit and not frozen and torch.is_grad_enabled()):
                 return forward(*args, **kwargs)
         finally:
             for p in frozen:
-                p.requires_grad_(False)
+                p.requires_grad = False
 
     def _flags_of(self, key: int) -> list[bool]:
         """Return the flags by which `_run` would run a module now."""

@@ -55,14 +55,14 @@ class GradientFlags:
         self._before = [(p, p.requires_grad) for p in self._all if p.requires_grad is (id(p) not in self._moving)]
         self.frozen = {id(p) for p, flag in self._before if flag}
         for p, flag in self._before:
-            p.requires_grad_(not flag)
+            p.requires_grad = not flag  # a third of the time of `requires_grad_`
         for p, _ in self._gradients:
             p.grad = None
 
     def thaw(self) -> None:
         """Put the user's back; it can be called again."""
         for p, flag in self._before:
-            p.requires_grad_(flag)
+            p.requires_grad = flag
         for p, gradient in self._gradients:
             p.grad = gradient
         self._before, self._gradients, self.frozen = [], [], set()
@@ -87,7 +87,7 @@ class SavedParameters:
         if any(map(is_not, map(_flag, self._all), self._flags)):
             for p, flag in zip(self._all, self._flags, strict=True):
                 if p.requires_grad is not flag:
-                    p.requires_grad_(flag)
+                    p.requires_grad = flag
                     changed.add(id(p))
         if any(map(is_not, map(_gradient, self._all), self._gradients)):
             for p, gradient in zip(self._all, self._gradients, strict=True):
