@@ -44,7 +44,7 @@ def gives_state(output: Any, before: Snapshot) -> bool:
         before: what the call could reach.
     """
     given = {_memory(x) for x in tree_leaves(output) if isinstance(x, Tensor)} - {0}
-    if any(_memory(x) in given for x in before.tensors):
+    if not given.isdisjoint(map(_memory, before.tensors)):
         return True
     ids = set() if isinstance(output, Tensor) else before.ids
     return any(id(x) in ids for x in _containers(output) if not isinstance(x, tuple))

@@ -62,7 +62,7 @@ class RecordedCall:
     def matches(self, inputs: Sequence[Any], spec: TreeSpec) -> bool:
         """Return True if a call is this one, in the same precision, with its modules as they were.
 
-        On a GPU a comparison of values waits for the device.
+        That their parameters are the same ones is seen before. On a GPU a comparison of values waits for the device.
         """
         if spec != self._input_spec or _precision(self._outputs) != self._precision:
             return False
@@ -147,12 +147,14 @@ def _has_own_memory(outputs: Sequence[Any], inputs: Sequence[Any]) -> bool:
 
 
 def _state_of(modules: Sequence[nn.Module]) -> tuple[list[Any], list[int | None]]:
-    """Return attributes, submodules, parameters and buffers, and how often each buffer was edited in place."""
+    """Return attributes, submodules and buffers, and how often each buffer was edited in place."""
     tables = [module.__dict__ for module in modules]  # scripted modules have fewer in it
-    buffers = list(chain.from_iterable(own["_buffers"].values() for own in tables if own.get("_buffers")))
-    own = chain.from_iterable(map(dict.values, tables))
-    inner = chain.from_iterable(own["_modules"].values() for own in tables if own.get("_modules"))
-    return [*own, *inner, *parameters_of(modules), *buffers], _versions(buffers)
+    inner, buffers = _items(tables, "_modules"), _items(tables, "_buffers")
+    return [*chain.from_iterable(map(dict.values, tables)), *inner, *buffers], _versions(buffers)
+
+
+def _items(tables: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    return [x for own in tables if (table := own.get(name)) for x in table.values()]
 
 
 def _is_same_state(now: tuple[list[Any], list[int | None]], before: tuple[list[Any], list[int | None]]) -> bool:
