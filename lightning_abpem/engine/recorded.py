@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_abpem.engine.outputs import find_odd
-from lightning_abpem.modules.parameters import parameters_of
 from lightning_abpem.modules.tensors import copy_as_it_lies, reading_waits, same_bits
 
 __all__ = ["LEAF", "RecordedCall", "flat", "in_transform", "is_constant"]
