@@ -31,6 +31,7 @@ from lightning_abpem import ABPEM
 from lightning_abpem.bench.digits_source import train_digits_model
 from lightning_abpem.data.corruptions import Corruption
 from lightning_abpem.data.digits import DigitsPairs, Split
+from lightning_abpem.methods.abpem import GUARDED
 from lightning_abpem.models.digits import DigitsModel
 from lightning_abpem.processes import Workers
 
@@ -40,7 +41,7 @@ SOURCES: dict[str, dict[str, int]] = {
     "width 128": {"width": 128, "depth": 4},
     "width 192": {"width": 192},
 }
-BOUNDS = {"max_step": 0.01, "max_drift": 0.15, "anchor": 0.01}
+BOUNDS = {name: GUARDED[name] for name in ("max_step", "max_drift", "anchor")}
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "warn": {"monitor": "source", "guard": "warn"},
@@ -52,8 +53,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "rollback, anchor": {"monitor": "source", "guard": "rollback", "anchor": 0.01},
     "rollback, every 4th": {"monitor": 4, "guard": "rollback", "anchor": 0.01},
     "bounds": BOUNDS,
-    "rollback, bounds": {"monitor": "source", "guard": "rollback", **BOUNDS},
-    "rollback, bounds, every 8th": {"monitor": 8, "guard": "rollback", **BOUNDS},
+    "guarded": {"monitor": "source", "guard": "rollback", **BOUNDS},
+    "guarded, every 8th": {"monitor": 8, "guard": "rollback", **BOUNDS},
 }
 KINDS: dict[Split, dict[str, tuple[str, ...]]] = {
     "dev": {

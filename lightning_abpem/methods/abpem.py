@@ -20,7 +20,7 @@ from lightning_abpem.methods.stream import StreamPredictions, extend_stream
 from lightning_abpem.trainer import options
 from lightning_abpem.trainer.options import documented, shared
 
-__all__ = ["ABPEM", "RECIPES", "Bootstrapping", "Recipe"]
+__all__ = ["ABPEM", "GUARDED", "RECIPES", "Bootstrapping", "Recipe"]
 
 
 _SHARE = 0.3  # of the length of the other parts' gradient, that "auto" gives to the bootstrapping's
@@ -43,7 +43,7 @@ RECIPES = {
 }
 
 
-_GUARDED = {
+GUARDED = {
     "learning_rate": 3e-3,
     "max_step": 0.01,
     "max_drift": 0.15,
@@ -258,4 +258,4 @@ class ABPEM(TestTimeAdaptation):
             options: any others of the class, by name; also in place of learning_rate=3e-3, max_step=0.01,
                 max_drift=0.15, anchor=0.01, monitor="source" and guard="rollback".
         """
-        return cls(fusion, modalities, **{**_GUARDED, **options})
+        return cls(fusion, modalities, **{**GUARDED, **options})
