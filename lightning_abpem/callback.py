@@ -25,7 +25,7 @@ from lightning_abpem.engine.guard import Event
 from lightning_abpem.engine.method import Method, Record
 from lightning_abpem.engine.settings import Settings
 from lightning_abpem.engine.state_file import check_saved, read_state, write_state
-from lightning_abpem.modules.patches import Changes
+from lightning_abpem.modules.patches import Changes, check_eval
 from lightning_abpem.trainer import options
 from lightning_abpem.trainer.notices import Display, say_over
 from lightning_abpem.trainer.options import RunOptions, Stage, constructor_signature, documented, refuse_unknown
@@ -191,6 +191,7 @@ class TestTimeAdaptation(Callback):
         report = self._new_report("attach")
         recorder = None if report is None else report.open(model)
         adaptation = Adaptation(model, self.settings, report=self.display.say, recorder=recorder)
+        check_eval(model)
         # The changes are undone at the latest when this frame is gone.
         with reported(report, self._write), Changes() as changes:
             changes.note(partial(self._detach, adaptation))

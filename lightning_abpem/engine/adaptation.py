@@ -41,7 +41,7 @@ from lightning_abpem.modules.compiled import check_entry, is_compiled, plain_for
 from lightning_abpem.modules.inference import explain_inference, without_inference_tensors
 from lightning_abpem.modules.names import named_module
 from lightning_abpem.modules.parameters import GradientFlags, device_of
-from lightning_abpem.modules.patches import Changes, adapt_once, check_eval
+from lightning_abpem.modules.patches import Changes, adapt_once, check_shapes
 from lightning_abpem.modules.stand_ins import StandIn, Uncopied
 
 __all__ = ["Adaptation"]
@@ -103,7 +103,7 @@ class Adaptation(Uncopied):
         if settings.logits is None:
             check_head(model)
         check_entry(model, self.target)
-        check_eval(model)
+        check_shapes(model)
         self.calls = 0
         self._clock = Clock(device_of(self.params.values())) if recorder is None else recorder.clock
         self._under_way = CallsUnderWay(type(self.target).__name__)

@@ -29,7 +29,7 @@ __all__ = [
     "to_device",
 ]
 
-FORMAT = 7
+FORMAT = 8
 SAVED = (bool, int, float, complex, str, bytes, type(None))  # what a state holds as it is, besides tensors
 
 
@@ -199,8 +199,8 @@ def _are_tensors(x: object) -> bool:
     return isinstance(x, list) and all(isinstance(own, Tensor) for own in x)
 
 
-def _are_flags(x: object) -> bool:
-    return isinstance(x, list) and len(x) == 3 and all(isinstance(own, bool) for own in x)
+def _are_flags(x: object, number: int) -> bool:
+    return isinstance(x, list) and len(x) == number and all(isinstance(own, bool) for own in x)
 
 
 def _is_event(x: object) -> bool:
@@ -250,11 +250,13 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "resets_next": (lambda x: isinstance(x, bool), "a bool"),
     "samples": (_is_count, "the samples since a reset"),
     "left_out": (_is_count, "the samples that were left out of steps"),
+    "proven": (lambda x: _are_flags(x, 2), "whether a batch has adapted, and one with stored samples"),
+    "monitored": (_is_count, "the batches since the start, of which every n-th is compared with the source"),
     "watch": (_are_sums, "the running sums of both models' predictions"),
     "guard.good": (lambda x: isinstance(x, list) and all(map(_are_tensors, x)), "copies of weights, lists of tensors"),
     "guard.events": (lambda x: isinstance(x, list) and all(map(_is_event, x)), "what the guard did"),
     "guard.counts": (lambda x: _are_counts(x, 2), "batches judged, and those since the last copy of weights"),
-    "guard.flags": (_are_flags, "whether it is frozen, has warned, and has judged the last batch"),
+    "guard.flags": (lambda x: _are_flags(x, 3), "whether it is frozen, has warned, and has judged the last batch"),
     "rates": (_are_rates, "the courses of the learning rates that do not predict, and the place of the one that does"),
     "memory": (
         _is_memory,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
@@ -115,6 +115,15 @@ class Faults:
         """Note that a step was computed."""
         self._is_proven = True
         self._is_memory_proven = self._is_memory_proven or self._stored > 0
+
+    @property
+    def proven(self) -> list[bool]:
+        """True each if a batch has adapted, and if one has with stored samples in front: of the state."""
+        return [self._is_proven, self._is_memory_proven]
+
+    @proven.setter
+    def proven(self, proven: Sequence[bool]) -> None:
+        self._is_proven, self._is_memory_proven = proven
 
     def refuse_size(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Raise if a batch is as large as one for which the memory did not suffice."""

@@ -67,9 +67,9 @@ class Limits:
 
 def _pull(weights: Sequence[Tensor], towards: Sequence[Tensor], times: Tensor) -> None:
     """Move weights, in place, to a `times`-th of their way from there, if that is nearer."""
-    share = 1 - 1 / times.clamp(min=1)
+    share = 1 / times.clamp(min=1)
     for own, start in zip(weights, towards, strict=True):
-        own.lerp_(start.to(own), share.to(own))
+        own.copy_(start.to(own).lerp(own, share.to(own)))  # exact where the share is 1, and where it is tiny
 
 
 def length(tensors: Sequence[Tensor]) -> Tensor:

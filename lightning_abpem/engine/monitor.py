@@ -73,9 +73,9 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a stream needs to go on."""
-        return {"watch": self._watch.state(), "guard": self.guard.state_dict()}
+        return {"watch": self._watch.state(), "guard": self.guard.state_dict(), "monitored": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned, on the device of the weights."""
-        self._watch.sums = state["watch"]
+        self._watch.sums, self._batches = state["watch"], state["monitored"]
         self.guard.load_state_dict(state["guard"], self._watch.means)

@@ -112,8 +112,9 @@ def is_constant(x: Any) -> bool:
 
 
 def in_transform() -> bool:
-    """Return True inside a transform of torch.func, or of forward-mode AD, whose tensors carry more than values."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Return True in a trace, a transform of torch.func or forward-mode AD: tensors carry more than values there."""
+    is_transform = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return is_transform or torch.jit.is_tracing()
 
 
 def _leaves(output: Any) -> tuple[list[Any], TreeSpec]:

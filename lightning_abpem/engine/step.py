@@ -215,6 +215,7 @@ class Stepper:
             "resets_next": self.resets.is_next,
             "samples": self.resets.samples,
             "left_out": self.healthy.left_out,
+            "proven": self.faults.proven,
             **self.monitor.state_dict(),
             "rates": _ONE_RATE if self._rates is None else self._rates.state_dict(),
             "memory": self._memory.state_dict() if memory and self._memory is not None else [],
@@ -230,11 +231,12 @@ class Stepper:
         check_copies(state["guard"]["good"], state["weights"]["params"])
         is_own = list(state["process"]) == list(process())
         source, memory = to_device([state["measured"], state["memory"] if is_own else []], self._device)
-        seen = to_device({name: state[name] for name in ("watch", "guard")}, self._device)
+        seen = to_device({name: state[name] for name in ("watch", "guard", "monitored")}, self._device)
         self._load_courses(state)  # the last that may be refused
         self._observer.measured = source
         self.resets.is_next, self.resets.samples = state["resets_next"], state["samples"]
         self.healthy.left_out = state["left_out"]
+        self.faults.proven = state["proven"]
         self.monitor.load_state_dict(seen)
         set_random_state(state["random"], self._device)
         if self._memory is not None:

@@ -238,7 +238,10 @@ class AdaptedWeights:
         self._rate, self._away = state["rate"], None
         masters, optimizer = self._fresh()
         if masters:
+            rates = [group["lr"] for group in optimizer.param_groups]  # an option, which may be another by now
             optimizer.load_state_dict(to_cpu(state["optimizer"]))  # a copy: it would step with the state's tensors
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
         self._use(masters, optimizer)
         with torch.no_grad():
             for name, master in zip(self._names, masters, strict=True):

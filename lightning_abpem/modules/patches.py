@@ -18,6 +18,7 @@ __all__ = [
     "Changes",
     "adapt_once",
     "check_eval",
+    "check_shapes",
     "encoders_around",
     "watch_outputs",
     "without_nested_tensors",
@@ -117,14 +118,24 @@ def _unhook(module: nn.Module, function: Callable[..., object]) -> None:
 def check_eval(model: nn.Module) -> None:
     """Raise unless every module is in eval mode: dropout would make scores and predictions random.
 
+    A Trainer sees to that; what trains in its run does so on purpose.
+
     Raises:
-        ValueError: if a part of the model is in training mode, or its weights have no shape yet.
+        ValueError: if a part of the model is in training mode.
     """
     if training := [name or "itself" for name, module in model.named_modules() if module.training]:
         raise ValueError(
             f"Expected a model in eval mode, but {len(training)} of its modules are in training mode: "
             f"{', '.join(training[:3])}{', ...' if training[3:] else ''}. Call model.eval() first."
         )
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Raise unless every weight has a shape.
+
+    Raises:
+        ValueError: naming one that has none yet.
+    """
     if lazy := [name for name, x in chain(model.named_parameters(), model.named_buffers()) if is_lazy(x)]:
         raise ValueError(f"Expected weights with a shape, but '{lazy[0]}' has none. Run the model on one batch first.")
 

@@ -82,6 +82,12 @@ class StandIn(Uncopied, partial):  # type: ignore[type-arg]
         self.original, self._owner, self._attribute, self._is_over = original, owner, attribute, False
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        """Give what the original has besides, such as the function of a method."""
+        if name in StandIn.__annotations__:  # not set yet
+            raise AttributeError(name)
+        return getattr(self.original._found, name)
+
     def renewed(self) -> StandIn:
         """Return one for what is in its place by now."""
         return StandIn(self._owner, self._attribute, self.func, *self.args[:-1])

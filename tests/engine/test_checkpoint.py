@@ -34,6 +34,65 @@ def test_a_stream_that_is_cut_goes_on(tmp_path, name, dtype):
     assert not all(torch.equal(a, b) for a, b in zip(rest, anew, strict=True))
 
 
+@pytest.mark.parametrize("cuts", [(2,), (5, 6), (3, 7, 11)])
+def test_the_same_batches_are_compared_with_the_source(cuts):
+    """Every fourth of the stream, and not of each part of it."""
+    stream, compared, state = batches(16), [], None
+    for first, last in zip((0, *cuts), (*cuts, 16), strict=True):
+        part = ABPEM("fusion.*.attn", MODALITIES, monitor=4)
+        if state is not None:
+            part.load_state_dict(state)
+        with torch.no_grad(), part.attach(model := make_toy()) as adaptation:
+            for i in range(first, last):
+                model(*stream[i])
+                compared += [i] * ("flip_rate" in adaptation.record)
+        state = part.state_dict()
+    assert compared == [3, 7, 11, 15]
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, partial(torch.optim.SGD, momentum=0.9)])
+def test_a_stream_goes_on_at_the_rate_of_the_callback_that_loads(optimizer):
+    """So it does after a reset too, and with several rates the figure says the one that steps."""
+
+    def steps(rate, state=None, reset=None):
+        own = ABPEM("fusion.*.attn", MODALITIES, optimizer=optimizer, learning_rate=rate)
+        if state is not None:
+            own.load_state_dict(state)
+        with torch.no_grad(), own.attach(model := make_toy()) as adaptation:
+            model(*batches(2)[0])
+            before = [p.detach().clone() for p in adaptation.params.values()]
+            model(*batches(2)[1])
+            moved = [(p - own).norm() for p, own in zip(adaptation.params.values(), before, strict=True)]
+            return own.state_dict(), torch.stack(moved).norm().item(), adaptation.record
+
+    state, fast, _ = steps(1e-3)
+    _, slow, _ = steps(1e-5, state)
+    assert slow < fast / 20
+    assert state["weights"]["optimizer"]["param_groups"][0]["lr"] == 1e-3
+    several, *_ = steps([1e-5, 1e-3])
+    _, moved, record = steps([1e-7, 1e-6], several)
+    assert record["learning_rate"].item() == pytest.approx(1e-7)
+    assert moved < fast / 200
+
+
+@pytest.mark.parametrize("memory", [1, 4])
+def test_a_bad_batch_right_after_the_cut_is_predicted(memory):
+    def part(state=None):
+        own = ABPEM("fusion.*.attn", MODALITIES, memory_batches=memory)
+        if state is not None:
+            own.load_state_dict(state)
+        return own
+
+    stream = batches(3)
+    audio, video = stream[2]
+    first = part()
+    predict(first, make_toy(), stream[:2])
+    second = part(first.state_dict())
+    predict(second, make_toy(), [(audio[:, :5], video), stream[2]])
+    assert second.skipped_for == {"does not fit": 1}
+    assert second.updates == 3
+
+
 def test_batches_with_gaps_in_memory():
     """Every other row is a sample: the first batch after the cut is rounded as in the middle of a stream."""
     stream = [tuple(x[::2] for x in batch) for batch in batches(LENGTH)]

@@ -117,6 +117,19 @@ def test_no_step_is_longer_than_the_greatest(dtype):
     torch.testing.assert_close(seen, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("times", [1e3, 1e5, 1e6, 1e7, 1e8, 1e12])
+@pytest.mark.parametrize("bound", ["max_step", "max_drift"])
+def test_however_long_a_step_would_be_it_is_as_long_as_its_bound(bound, times):
+    """In float32, where 1 - 1e-8 is 1."""
+    params = pair(torch.float32)
+    start = torch.cat([p.detach().double().flatten() for p in params])
+    weights = weights_of(params, times, **{bound: 0.1})
+    assert weights.step([torch.ones_like(p) for p in params], LOSS)
+    moved = torch.cat([p.detach().double().flatten() for p in params]) - start
+    assert (moved.norm() / start.norm()).item() == pytest.approx(0.1, rel=1e-4)
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved), rtol=1e-4, atol=0)
+
+
 def test_a_step_is_bounded_before_the_anchor_pulls():
     params, a = pair(), 0.2
     start = [p.detach().clone() for p in params]

@@ -1,5 +1,6 @@
 """Replaying the frozen part: the same bits with fewer runs, and recomputing wherever that might not hold."""
 
+import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -226,7 +227,13 @@ def by_other_weights(model, x):
     return torch.func.functional_call(model.encoder, weights, (x,))
 
 
-@pytest.mark.parametrize("use", [by_forward_ad, by_vmap, by_other_weights])
+def by_a_trace(model, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        return torch.jit.trace(model.encoder, x)(x)
+
+
+@pytest.mark.parametrize("use", [by_forward_ad, by_vmap, by_other_weights, by_a_trace])
 def test_transforms_and_other_weights_are_computed(use):
     torch.manual_seed(0)
     model, x = Using(use).eval(), torch.randn(2, 6, 3)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_abpem.modules.inference import without_inference_tensors
 from lightning_abpem.modules.names import find_modules
-from lightning_abpem.modules.patches import Changes, check_eval
+from lightning_abpem.modules.patches import Changes, check_shapes
 from lightning_abpem.modules.tensors import normal_tensor
 from tests.reference import same_state
 from tests.toy import TorchAttention, make_toy
@@ -177,4 +177,4 @@ def test_what_a_run_writes_stays_with_all_that_shares_it(counts):
 def test_a_lazy_buffer_is_named():
     model = nn.Sequential(nn.LazyBatchNorm1d(affine=False)).eval()
     with pytest.raises(ValueError, match="'0.running_mean' has none. Run the model on one batch first"):
-        check_eval(model)
+        check_shapes(model)

@@ -97,3 +97,18 @@ def test_a_forward_that_is_kept_elsewhere_is_the_plain_one_after_the_run():
         assert copy.kept[0].__self__ is copy
         assert copy.kept[1].__self__ is copy.audio
         assert torch.equal(copy.kept[0](*batch), expected)
+
+
+def test_a_stand_in_has_what_a_method_has():
+    """Code that reads a forward, as to tell whether it was overridden, reads the original."""
+    module = Doubles()
+    StandIn(module, "forward", plus_one).place()
+    own: Any = module.forward
+    assert own.__func__ is Doubles.forward
+    assert own.__self__ is module
+    assert own.__code__ is Doubles.forward.__code__
+    assert own.__defaults__ is None
+    assert not hasattr(own, "missing")
+    assert inspect.getfullargspec(own).args == inspect.getfullargspec(Doubles().forward).args
+    with pytest.raises(TypeError, match="cannot be copied or pickled while it adapts"):
+        deepcopy(own)

@@ -113,6 +113,17 @@ def test_steps_that_skip_their_batch_are_waited_for(skipped):
     assert callback.updates == 4 - len(skipped)
 
 
+@pytest.mark.parametrize("hook", ["on_test_start", "on_test_model_eval", "on_test_batch_start"])
+def test_dropout_may_be_left_on_in_a_trainers_run(hook):
+    """For MC dropout: Lightning has put the model into eval mode, and the user has a reason."""
+    model = make_toy()
+    model.head.insert(0, nn.Dropout(0.5))
+    setattr(model, hook, lambda *args, **kwargs: model.eval() and model.head[0].train())
+    callback = abpem(on_error="raise")
+    trainer(callback).test(model, loader(3), verbose=False)
+    assert callback.updates == 3
+
+
 def test_the_result_dict_has_the_averages():
     model = make_toy()
     with torch.no_grad(), abpem().attach(model) as adaptation:
