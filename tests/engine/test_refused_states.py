@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_abpem import ABPEM
+from lightning_abpem.engine.checkpoint import FORMAT
 from lightning_abpem.methods import READ
 from tests.engine.resumed import made, predict
 from tests.reference import same_state
@@ -190,6 +191,9 @@ DAMAGES = {
     "a scale of many": (("scale", "value"), torch.ones(3), "`scale.value`"),
     "a streak of minus one": (("scale", "streak"), torch.tensor(-1), "`scale.streak`"),
     "random of another size": (("random", "cpu"), torch.zeros(3, dtype=torch.uint8), "`random`"),
+    "one flag": (("proven",), [True], "`proven`"),
+    "a flag that is a number": (("proven",), [1, 0], "`proven`"),
+    "fewer than no batches": (("monitored",), -1, "`monitored`"),
     "random of zeros": (("random", "cpu"), torch.zeros(5056, dtype=torch.uint8), "`random`"),
     "random of floats": (("random", "cpu"), torch.zeros(5056), "`random`"),
     "random of nobody": (("random",), {}, "`random`"),
@@ -233,7 +237,7 @@ DAMAGES = {
     ),
     "two flags": (("guard", "flags"), [True, False], "`guard.flags`"),
     "a number for a bool": (("resets_next",), 1, "`resets_next` .* a bool, but got 1"),
-    "another format": (("format",), torch.ones(2), "of form 7"),
+    "another format": (("format",), torch.ones(2), f"of form {FORMAT}"),
 }
 
 
@@ -340,5 +344,5 @@ def test_a_state_with_something_missing(part):
 def test_of_another_version():
     first = made("abpem")
     predict(first, make_toy(), batches(1))
-    with pytest.raises(ValueError, match="of form 7, but got 8"):
-        first.load_state_dict({**first.state_dict(), "format": 8})
+    with pytest.raises(ValueError, match=f"of form {FORMAT}, but got {FORMAT + 1}"):
+        first.load_state_dict({**first.state_dict(), "format": FORMAT + 1})

@@ -184,7 +184,7 @@ CLIP = torch.zeros(1)
 
 
 class Graph(ABC):  # noqa: B024
-    """What data objects made at run time are of, as PyTorch Geometric's batches: type(name, (Graph,), {})."""
+    """The base of data objects whose class is made at run time, as that of PyTorch Geometric's batches."""
 
     def __init__(self):
         self.x = torch.zeros(1)
