@@ -7,7 +7,7 @@ outputs are the same: they are recorded in the first pass, and the others get co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from operator import is_not
 from types import BuiltinFunctionType
 from typing import Any
@@ -88,7 +88,7 @@ class FrozenReplay(Uncopied):
         """
         changes.note(self.end_batch)
         self._flags = self._flags if flags is None else flags
-        self._parameters = {key: _parameters_of(inner) for key, inner in self._inner.items()}
+        self._parameters = {key: parameters_of(inner) for key, inner in self._inner.items()}
         self._leave_out_what_reaches_adapted()
         for module in self._moved:
             # Its plain forward is known by what stands there, or a property stands ahead of it.
@@ -172,7 +172,7 @@ class FrozenReplay(Uncopied):
 
     def _has_other_parameters(self, key: int) -> bool:
         """Return True if others stand in the place of the module's parameters, as in `functional_call`."""
-        now, before = _parameters_of(self._inner[key]), self._parameters[key]
+        now, before = parameters_of(self._inner[key]), self._parameters[key]
         return len(now) != len(before) or any(map(is_not, now, before))
 
     def _is_watched(self, key: int) -> bool:
@@ -260,11 +260,6 @@ class FrozenReplay(Uncopied):
 
     def _name(self, key: int) -> str:
         return next(name for name, module in self._model.named_modules() if id(module) == key)
-
-
-def _parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Return what stands in the parameter tables of modules now."""
-    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 def _pays(module: nn.Module, moving: set[int]) -> bool:
