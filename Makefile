@@ -34,7 +34,7 @@ coverage: .venv/test.done
 
 # Forwards put together at random, other ones every time. `make test` tries 30 of them, `make test-all` 300.
 fuzz-forwards: .venv/test.done
-	FUZZ_FORWARDS=5000 $(BIN)/python -m pytest tests/zoo/test_random_forwards.py
+	FUZZ_FORWARDS=5000 $(BIN)/python -m pytest tests/zoo/test_random_forwards.py -o faulthandler_timeout=7200
 
 # Runs put together at random: models, batches, options, methods, 10,000 of them in ten minutes. `make test` tries 50, `make test-all` 500.
 fuzz: .venv/test.done
