@@ -42,6 +42,7 @@ SOURCES: dict[str, dict[str, int]] = {
     "width 192": {"width": 192},
 }
 BOUNDS = {name: GUARDED[name] for name in ("max_step", "max_drift", "anchor")}
+AT_ANY_RATE = {name: value for name, value in GUARDED.items() if name != "learning_rate"}
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "warn": {"monitor": "source", "guard": "warn"},
@@ -53,8 +54,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "rollback, anchor": {"monitor": "source", "guard": "rollback", "anchor": 0.01},
     "rollback, every 4th": {"monitor": 4, "guard": "rollback", "anchor": 0.01},
     "bounds": BOUNDS,
-    "guarded": {"monitor": "source", "guard": "rollback", **BOUNDS},
-    "guarded, every 8th": {"monitor": 8, "guard": "rollback", **BOUNDS},
+    "guarded": AT_ANY_RATE,
+    "guarded, every 8th": AT_ANY_RATE | {"monitor": 8},
 }
 KINDS: dict[Split, dict[str, tuple[str, ...]]] = {
     "dev": {

@@ -34,7 +34,7 @@ class FrozenReplay(Uncopied):
     Every outermost call of a module with a matrix and without adapted parameters, ahead of the first module with some,
     is recorded in the first pass. A later pass gets a copy of its output if the same call comes with equal arguments,
     under the same flags of its parameters, to modules whose state is the same. In any doubt the module simply runs, and
-    so it does inside transforms of torch.func.
+    so it does inside traces and transforms of torch.func.
 
     A module that does more than to give an output runs in every pass, and what it calls is replayed in its place. Such
     is one with hooks on others inside it, one that edits its arguments, one in training mode, one whose state a pass
